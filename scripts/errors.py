@@ -1,0 +1,47 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Errors that a user can act on, and how the command line shows them."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+BUNDLE_COMMAND = "monai/bundle/__main__.py"
+
+
+class BundleError(Exception):
+    """Something that the user can put right: says what is wrong, where, and what to do, in one line."""
+
+
+def find_bundle_error(error: BaseException | None) -> BundleError | None:
+    """The first `BundleError` among an exception and its causes: MONAI wraps what its expressions raise."""
+    while error is not None and not isinstance(error, BundleError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    known = find_bundle_error(error)
+    if known is None:
+        sys.__excepthook__(kind, error, traceback)
+    else:
+        print(f"error: {known}", file=sys.stderr)
+
+
+def report_errors_in_one_line() -> None:
+    """Under `python -m monai.bundle`, print an uncaught `BundleError` as one line instead of a traceback.
+
+    Only the command line is changed: a program that imports this package keeps its own hook. The exit
+    code stays 1, and any other exception keeps its traceback.
+    """
+    if sys.argv and sys.argv[0].replace("\\", "/").endswith(BUNDLE_COMMAND):
+        sys.excepthook = _show
