@@ -1,0 +1,88 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the tests share: the thread limit, and running the bundle as a user does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"):
+    os.environ.setdefault(variable, "1")  # one thread a worker: read when torch and ITK are first imported
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+BASE = "configs/inference.json"
+TINY = "configs/tiny.yaml"
+
+
+class BundleRun(NamedTuple):
+    """What a finished command left: exit code and texts."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class RunBundle(Protocol):
+    """The type of the fixture `run_bundle`."""
+
+    def __call__(
+        self, configs: Sequence[str | Path], *flags: object, cwd: str | Path | None = None, timeout: float = 300
+    ) -> BundleRun: ...
+
+
+class RunTiny(Protocol):
+    """The type of the fixture `tiny`."""
+
+    def __call__(self, overlays: Sequence[str | Path], *flags: object, timeout: float = 300) -> BundleRun: ...
+
+
+@pytest.fixture(scope="session")
+def run_bundle() -> RunBundle:
+    """`run_bundle(configs, *flags, cwd=None, timeout=300)` runs `python -m monai.bundle run` in a process of its own.
+
+    `configs` are merged in their order; relative paths are taken from the repository's root, which is also
+    the working directory unless `cwd` is given. Flags go to the command line one by one: `"--seed", 3`.
+    """
+
+    def run(
+        configs: Sequence[str | Path], *flags: object, cwd: str | Path | None = None, timeout: float = 300
+    ) -> BundleRun:
+        files = [str(config) if cwd is None else str(ROOT / config) for config in configs]
+        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files), *map(str, flags)]
+        done = subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True, timeout=timeout)
+        return BundleRun(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def output_dir(tmp_path: Path) -> Path:
+    """A folder for one test's output, not yet made."""
+    return tmp_path / "output"
+
+
+@pytest.fixture
+def tiny(run_bundle: RunBundle, output_dir: Path) -> RunTiny:
+    """`tiny(overlays, *flags)` runs the base with the overlays and, last, `tiny.yaml`; it writes to `output_dir`."""
+
+    def run(overlays: Sequence[str | Path], *flags: object, timeout: float = 300) -> BundleRun:
+        return run_bundle([BASE, *overlays, TINY], "--output_dir", output_dir, *flags, timeout=timeout)
+
+    return run
