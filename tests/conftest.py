@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"):
-    os.environ.setdefault(variable, "1")  # one thread a worker: read when torch and ITK are first imported
-
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"):
+    os.environ.setdefault(variable, "1")  # read when torch and ITK are first imported, here and in subprocesses
 
 BASE = "configs/inference.json"
 TINY = "configs/tiny.yaml"
