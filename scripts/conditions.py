@@ -191,7 +191,7 @@ class Conditions(Sequence[Condition]):
     def in_both_units(self, vector: torch.Tensor) -> dict[str, float]:
         """Name -> value and raw name -> value in raw units, for one vector of shape (conditions,)."""
         values: dict[str, float] = {}
-        for c, value in zip(self, vector.tolist()):
+        for c, value in zip(self, vector.tolist(), strict=True):
             values[c.name] = round(value, 6)
             values[c.raw] = float(f"{c.denormalise(value):.7g}")
         return values

@@ -47,7 +47,7 @@ def read_table(path: str | os.PathLike, required: Iterable[str] = ()) -> list[di
     for number, line in enumerate(lines[1:], start=1):
         if len(line) != len(header):
             raise BundleError(f"row {number} of {path} has {len(line)} cells where the header has {len(header)}")
-    return [dict(zip(header, (cell.strip() for cell in line))) for line in lines[1:]]
+    return [dict(zip(header, (cell.strip() for cell in line), strict=True)) for line in lines[1:]]
 
 
 def _check_columns(path: Path, header: Sequence[str], required: Iterable[str]) -> None:

@@ -1,0 +1,198 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reading network weights from files, strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from scripts.errors import BundleError
+from scripts.options import yes_or_no
+
+logger = logging.getLogger(__name__)
+
+WAYS_OUT = (
+    "download the released weights with `python -m monai.bundle download_large_files --bundle_path .`, "
+    "or use the small model that ships with the bundle: "
+    "--config_file \"['configs/inference.json','configs/demo.yaml']\""
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a weights file holds.
+
+    Attributes:
+        path: the file.
+        state: state dict of one network, on the CPU.
+        facts: plain data that training stored with it: `latent_scale`, `conditions` and so on; empty
+            for the released weights.
+        sha256: of the file's bytes.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+
+    @property
+    def latent_scale(self) -> float:
+        """Factor between the autoencoder's latents and those that the diffusion model saw; 1 if none was stored."""
+        return float(self.facts.get("latent_scale", 1.0))
+
+
+def read_checkpoint(path: str | os.PathLike, network: str) -> Checkpoint:
+    """Read a state dict from a `.pt`, `.pth` or `.safetensors` file without running any code in it.
+
+    Args:
+        path: a bare state dict, or a training checkpoint of this bundle.
+        network: which network of a training checkpoint to take: `autoencoder` or `diffusion`.
+
+    Raises:
+        BundleError: if the file is missing, truncated, holds code or is no checkpoint of that network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BundleError(f"no weights of the {network} at {path}: {WAYS_OUT}")
+    content, facts = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if "facts" in content:
+        facts = content["facts"]
+    state = content.get(network, content)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        parts = ", ".join(map(str, list(content)[:6])) or "nothing"
+        raise BundleError(f"{path} holds no weights of the {network}: it holds {parts}")
+    return Checkpoint(path, dict(state), dict(facts), file_sha256(path))
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = {k: _plain(v) for k, v in (file.metadata() or {}).items()}
+            return {key: file.get_tensor(key) for key in file.keys()}, facts
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{path} is damaged or no safetensors file ({error}): copy or download it again") from error
+
+
+def _plain(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if "global" in str(error).lower():
+            raise BundleError(
+                f"{path} holds Python code besides weights, which could do anything when run, so it was not "
+                f"loaded: ask for a plain state dict or a safetensors file"
+            ) from error
+        raise BundleError(f"{path} is damaged or no PyTorch file: copy or download it again") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise BundleError(f"{path} is damaged or cut short: copy or download it again") from error
+    if not isinstance(content, Mapping):
+        raise BundleError(f"{path} holds a {type(content).__name__}, not a state dict")
+    return dict(content), {}
+
+
+def load_network(
+    network: nn.Module, checkpoint: Checkpoint, load_old: Any = 0, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Put a checkpoint's weights into a network, every one of them, and set it to evaluation mode.
+
+    Args:
+        network: MONAI core's `AutoencoderKL` or `DiffusionModelUNet`, or any module where `load_old` is 0.
+        checkpoint: from `read_checkpoint`.
+        load_old: 1 if the file has the names of the separate monai-generative package (as the released
+            weights do), 0 if it has the names of MONAI core. A file of MONAI core's names is taken with 1 too.
+        device: where to move the network.
+
+    Returns:
+        The same network.
+
+    Raises:
+        BundleError: if any weight is missing, left over, or of another shape.
+    """
+    matches = set(checkpoint.state) == set(network.state_dict())
+    if yes_or_no(load_old, "load_old") and not matches:
+        _load_old(network, checkpoint)
+    else:
+        _load_same(network, checkpoint)
+    return network.to(device).eval()
+
+
+def _load_same(network: nn.Module, checkpoint: Checkpoint) -> None:
+    wanted, given = network.state_dict(), checkpoint.state
+    missing, unexpected = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+    if missing or unexpected:
+        _refuse(checkpoint, missing, unexpected, "; if it comes from the monai-generative package, use --load_old 1")
+    _check_shapes(checkpoint, wanted)
+    network.load_state_dict(dict(given), strict=True)
+
+
+def _load_old(network: nn.Module, checkpoint: Checkpoint) -> None:
+    # MONAI's conversion drops projections, and leaves parameters as they were, without an error. What it
+    # leaves in the dict was dropped; what is still NaN afterwards was not loaded.
+    left = dict(checkpoint.state)
+    with torch.no_grad():
+        for tensor in network.state_dict().values():
+            tensor.fill_(float("nan"))
+    try:
+        with redirect_stdout(StringIO()):
+            network.load_old_state_dict(left)  # type: ignore[operator]
+    except KeyError as error:
+        _refuse(checkpoint, [str(error.args[0])], [])
+    except RuntimeError as error:
+        raise BundleError(f"{checkpoint.path} is of another model: {str(error).splitlines()[-1].strip()}") from error
+    empty = [name for name, tensor in network.state_dict().items() if tensor.isnan().any()]
+    if left or empty:
+        _refuse(checkpoint, empty, sorted(left))
+
+
+def _check_shapes(checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> None:
+    for name, tensor in wanted.items():
+        given = checkpoint.state[name]
+        if given.shape != tensor.shape:
+            raise BundleError(
+                f"{checkpoint.path} is of another model: its {name} is {tuple(given.shape)}, "
+                f"the configured network's is {tuple(tensor.shape)}"
+            )
+
+
+def _refuse(checkpoint: Checkpoint, missing: list[str], unexpected: list[str], hint: str = "") -> None:
+    counts = [f"{len(names)} {kind} ({names[0]} ...)" for names, kind in
+              ((missing, "weights missing"), (unexpected, "not in the network")) if names]
+    raise BundleError(f"{checkpoint.path} is of another model than the configured one: {', '.join(counts)}{hint}")

@@ -1,0 +1,135 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Conditioning by concatenation and cross-attention together, and sampling with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from monai.inferers import Inferer
+from monai.networks.schedulers import Scheduler
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from scripts.options import yes_or_no
+from scripts.samplers import DDIMSampler
+
+
+class HybridInferer(Inferer):
+    """Calls the denoiser with its conditions both as extra channels and as the context of cross-attention.
+
+    The hybrid of Rombach et al. 2022 as Pinaya et al. 2022 use it: the vector of conditions is one context
+    token, and each condition fills one more input channel. MONAI's own inferers do one or the other.
+    Training calls the inferer; sampling calls `denoise` with the same arguments.
+
+    Args:
+        schedule: adds the noise in training.
+    """
+
+    def __init__(self, schedule: Scheduler) -> None:
+        self.schedule = schedule
+
+    def __call__(
+        self, inputs: Tensor, network: nn.Module, noise: Tensor, timesteps: Tensor, condition: Tensor
+    ) -> Tensor:
+        """The network's output for clean latents that this call makes noisy.
+
+        Args:
+            inputs: scaled latents, (B, C, x, y, z).
+            network: the denoiser.
+            noise: standard normal, of the same shape.
+            timesteps: (B,), integers from 0 to the schedule's length - 1.
+            condition: (B, conditions), nominally 0..1.
+
+        Returns:
+            (B, C, x, y, z): the estimate of the training target.
+        """
+        noisy = self.schedule.add_noise(original_samples=inputs, noise=noise, timesteps=timesteps)
+        return self.denoise(network, noisy, timesteps, condition)
+
+    @staticmethod
+    def denoise(network: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """The network's output for noisy latents (B, C, x, y, z) at timesteps (B,) with conditions (B, n)."""
+        channels = condition[:, :, None, None, None].expand(-1, -1, *noisy.shape[2:])
+        return network(
+            x=torch.cat([noisy, channels.to(noisy)], dim=1), timesteps=timesteps, context=condition[:, None, :]
+        )
+
+
+class LatentDiffusionSampler(Inferer):
+    """Noise to volumes: the reverse trajectory in latent space, then the decoder.
+
+    Args:
+        hybrid: calls the denoiser with its conditions.
+        sampler: steps along the trajectory.
+        autoencoder: MONAI's `AutoencoderKL`; it decodes.
+        latent_scale: factor that training put on the latents; they are divided by it before decoding.
+        amp: whether to compute in mixed precision (float16 on CUDA, bfloat16 on the CPU).
+    """
+
+    def __init__(
+        self,
+        hybrid: HybridInferer,
+        sampler: DDIMSampler,
+        autoencoder: nn.Module,
+        latent_scale: float = 1.0,
+        amp: Any = False,
+    ) -> None:
+        self.hybrid = hybrid
+        self.sampler = sampler
+        self.autoencoder = autoencoder
+        self.latent_scale = latent_scale
+        self.amp = yes_or_no(amp, "amp")
+
+    def __call__(
+        self, inputs: Tensor, network: nn.Module, condition: Tensor, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Volumes for a batch of noise.
+
+        Args:
+            inputs: standard normal noise, (B, C, x, y, z).
+            network: the denoiser.
+            condition: (B, conditions), nominally 0..1.
+            generators: one for each sample, for samplers that add noise.
+
+        Returns:
+            (B, 1, X, Y, Z) float32 on the CPU; intensities nominally 0..1, not clipped.
+        """
+        return self.decode(self.sample_latent(inputs, network, condition, generators))
+
+    @torch.no_grad()
+    def sample_latent(
+        self, noise: Tensor, network: nn.Module, condition: Tensor, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """The clean latent at the end of the trajectory, (B, C, x, y, z), scaled as in training."""
+        latent = noise
+        for timestep in tqdm(self.sampler.timesteps, "denoising", unit="step", leave=False, disable=None):
+            timesteps = torch.full((len(latent),), timestep, device=latent.device)
+            with self._precision(latent.device):
+                output = self.hybrid.denoise(network, latent, timesteps, condition)
+            latent = self.sampler.step(output.float(), timestep, latent, generators)
+        return latent
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """Volumes (B, 1, X, Y, Z) of latents, one at a time since one full-size decode takes most memory."""
+        volumes = []
+        for one in latent.split(1):
+            with self._precision(latent.device):
+                volumes.append(self.autoencoder.decode_stage_2_outputs(one / self.latent_scale).float().cpu())
+        return torch.cat(volumes)
+
+    def _precision(self, device: torch.device) -> AbstractContextManager:
+        dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+        return torch.autocast(device.type, dtype, enabled=self.amp)

@@ -1,0 +1,47 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reading option values, which the command line hands over as text or numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scripts.errors import BundleError
+
+YES = {"true", "yes", "on", "1", "1.0"}
+NO = {"false", "no", "off", "0", "0.0", "none", "null"}
+
+
+def yes_or_no(value: Any, flag: str) -> bool:
+    """A truth value from `1`, `0`, `true`, `False`, `yes` and the like.
+
+    Raises:
+        BundleError: for anything else, naming the flag.
+    """
+    text = str(value).strip().lower()
+    if text not in YES | NO:
+        raise BundleError(f"--{flag} must be 1 or 0, got '{value}'")
+    return text in YES
+
+
+def whole_number(value: Any, flag: str, least: int = 0) -> int:
+    """An integer of at least `least`.
+
+    Raises:
+        BundleError: for anything else, naming the flag.
+    """
+    try:
+        number = int(str(value))
+    except ValueError as error:
+        raise BundleError(f"--{flag} must be a whole number, got '{value}'") from error
+    if number < least:
+        raise BundleError(f"--{flag} must be at least {least}, got {number}")
+    return number

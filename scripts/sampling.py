@@ -1,0 +1,182 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Running the sampler over all requests and keeping what it makes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from scripts.atomic import make_folder, write_json
+from scripts.checkpoints import Checkpoint
+from scripts.conditions import Conditions
+from scripts.devices import process_rank
+from scripts.errors import BundleError
+from scripts.grid import Grid
+from scripts.options import whole_number
+from scripts.requests import SampleRequests
+from scripts.volumes import DTYPES, mid_planes, write_picture, write_volume
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "monai", "numpy", "nibabel")
+
+
+class SampleSaver:
+    """Handler that writes each sampled volume: NIfTI, JSON sidecar and a picture of the three mid planes.
+
+    The sidecar comes last, so that a volume with a sidecar is complete.
+
+    Args:
+        output_dir: folder to write to.
+        grid: where the voxels lie.
+        conditions: to state them in both units.
+        facts: what the sidecar says of the sampler and of the weights; the same for all samples.
+        dtype: of the voxels on disk; see `scripts.volumes.write_volume`.
+
+    Raises:
+        BundleError: if the folder is not writable or the dtype not known.
+    """
+
+    def __init__(
+        self, output_dir: str, grid: Grid, conditions: Conditions, facts: Mapping[str, Any], dtype: str = "uint8"
+    ) -> None:
+        if dtype not in DTYPES:
+            raise BundleError(f"--output_dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
+        self.folder = make_folder(output_dir)
+        self.grid = grid
+        self.conditions = conditions
+        self.facts = {**facts, "dtype": dtype}
+
+    def attach(self, engine: Engine) -> None:
+        """Save after every batch of a MONAI evaluator."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Save the batch that the engine has just sampled."""
+        batch, volumes = engine.state.batch, engine.state.output["pred"]
+        for position, volume in enumerate(volumes):
+            request = {key: values[position] for key, values in batch.items()}
+            self.save(volume[0].numpy(), int(request["seed"]), int(request["index"]), request["condition"])
+
+    def save(self, volume: Any, seed: int, index: int, vector: torch.Tensor) -> None:
+        """Write one volume of the grid's shape with its sidecar and picture."""
+        stem = self._stem(seed, index)
+        write_volume(f"{stem}.nii.gz", volume, self.grid, self.facts["dtype"])
+        write_picture(f"{stem}.png", mid_planes(volume))
+        write_json(f"{stem}.json", self._sidecar(seed, index, vector))
+        logger.info(f"wrote {stem}.nii.gz, its .json and its .png")
+
+    def is_done(self, seed: int, index: int, vector: torch.Tensor) -> bool:
+        """Whether this very sample is there already.
+
+        Raises:
+            BundleError: if another one has its name: it would be lost.
+        """
+        sidecar = Path(f"{self._stem(seed, index)}.json")
+        if not sidecar.exists():
+            return False
+        if _same_sample(sidecar, self._sidecar(seed, index, vector)):
+            return True
+        raise BundleError(f"{sidecar} is of a sample made with other settings: choose another --output_dir or --seed")
+
+    def _stem(self, seed: int, index: int) -> str:
+        return str(self.folder / f"sample_seed-{seed}_{index:06d}")
+
+    def _sidecar(self, seed: int, index: int, vector: torch.Tensor) -> dict[str, Any]:
+        return {
+            "conditions": self.conditions.in_both_units(vector),
+            "seed": seed,
+            "index": index,
+            **self.facts,
+            "versions": {package: version(package) for package in PACKAGES},
+        }
+
+
+def _same_sample(sidecar: Path, wanted: Mapping[str, Any]) -> bool:
+    try:
+        found = json.loads(sidecar.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return {k: v for k, v in found.items() if k != "versions"} == {k: v for k, v in wanted.items() if k != "versions"}
+
+
+def sampling_facts(
+    sampler: str, num_inference_steps: int, amp: Any, autoencoder: Checkpoint, diffusion: Checkpoint
+) -> dict[str, Any]:
+    """What a sidecar says of how all samples of a run were made."""
+    weights = {"autoencoder": autoencoder, "diffusion": diffusion}
+    return {
+        "sampler": sampler,
+        "num_inference_steps": num_inference_steps,
+        "amp": amp,
+        "latent_scale": diffusion.latent_scale,
+        "weights": {name: {"file": c.path.name, "sha256": c.sha256} for name, c in weights.items()},
+    }
+
+
+class VolumeProgress:
+    """Handler with a progress bar over the volumes of a run; only a terminal shows it."""
+
+    def attach(self, engine: Engine) -> None:
+        """Follow a MONAI evaluator whose batches hold one entry of `index` a volume."""
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.advance)
+        engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self.close)
+
+    def start(self, engine: Engine) -> None:
+        """Open the bar."""
+        self.bar = tqdm(total=len(engine.data_loader.dataset), desc="sampling", unit="volume", disable=None)
+
+    def advance(self, engine: Engine) -> None:
+        """Count the volumes of the batch that was just saved."""
+        self.bar.update(len(engine.state.batch["index"]))
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self.bar.close()
+
+
+def sample_all(evaluator: Engine, requests: SampleRequests, saver: SampleSaver) -> None:
+    """Sample what is requested and not there yet; under torchrun, each process its share.
+
+    Raises:
+        BundleError: if a sample of other settings stands where one of these would be written.
+    """
+    requests.start()
+    if requests.fixed_seed is None:
+        logger.info(f"seed {requests.seed}: give --seed {requests.seed} to sample the same volumes again")
+    done = [i for i in requests.rows if saver.is_done(requests.seed, i, requests.vectors[i])]
+    if done:
+        logger.info(f"{len(done)} of {len(requests)} samples are in {saver.folder} already and are kept")
+    rank, processes = process_rank()
+    requests.rows = [i for i in requests.rows if i not in set(done)][rank::processes]
+    if requests.rows:
+        evaluator.state.epoch_length = len(evaluator.data_loader)
+        evaluator.run()
+
+
+def loader(requests: SampleRequests, batch_size: Any) -> DataLoader:
+    """Batches of requests, in their order.
+
+    Raises:
+        BundleError: unless `batch_size` is a whole number above 0.
+    """
+    return DataLoader(requests, batch_size=whole_number(batch_size, "batch_size", least=1))

@@ -1,0 +1,121 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Volumes on disk and on paper: NIfTI with the bundle grid's affine, and pictures of them."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from PIL import Image
+
+from scripts.atomic import replacing
+from scripts.errors import BundleError
+from scripts.grid import Grid
+
+MNI152 = 4
+INTEGER_DTYPES = ("uint8", "uint16", "int16")
+DTYPES = (*INTEGER_DTYPES, "float32")
+
+
+def write_volume(path: str | os.PathLike, volume: np.ndarray, grid: Grid, dtype: str = "uint8") -> None:
+    """Write intensities 0..1 as NIfTI, its sform and qform the grid's affine with the MNI152 code.
+
+    Args:
+        path: ends in `.nii` or `.nii.gz`.
+        volume: of the grid's shape. Integer types hold 0..1 on a fixed scale (the header's slope brings it
+            back), so that volumes stay comparable; what lies outside is clipped. float32 is kept as it is.
+        grid: where the voxels lie.
+        dtype: one of `DTYPES`.
+
+    Raises:
+        BundleError: for another dtype or shape, NaN, or a file that cannot be written.
+    """
+    if dtype not in DTYPES:
+        raise BundleError(f"--output_dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
+    if volume.shape != grid.shape:
+        raise BundleError(f"{path} would not be on the grid: the volume is {volume.shape}, the grid {grid.shape}")
+    if not np.isfinite(volume).all():
+        raise BundleError(f"{path} was not written: the volume holds NaN or infinite values")
+    image = _quantised(volume, grid, dtype) if dtype in INTEGER_DTYPES else _image(volume.astype(dtype), grid)
+    with replacing(path) as temporary:
+        nib.save(image, temporary)
+
+
+def _image(data: np.ndarray, grid: Grid) -> nib.Nifti1Image:
+    image = nib.Nifti1Image(data, grid.affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(grid.affine, MNI152)
+    image.set_qform(grid.affine, MNI152)
+    return image
+
+
+def _quantised(volume: np.ndarray, grid: Grid, dtype: str) -> nib.Nifti1Image:
+    top = np.iinfo(dtype).max
+    image = _image(np.rint(np.clip(volume, 0.0, 1.0) * top).astype(dtype), grid)
+    image.header.set_slope_inter(1.0 / top, 0.0)
+    return image
+
+
+def read_volume(path: str | os.PathLike, shape: tuple[int, int, int] | None = None) -> np.ndarray:
+    """The intensities of a 3D volume as float32.
+
+    Args:
+        path: a NIfTI or MGH file.
+        shape: what its shape must be; None takes any.
+
+    Raises:
+        BundleError: if the file is missing, unreadable, cut short, not 3D, of another shape, or holds NaN.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BundleError(f"there is no volume at {path}")
+    try:
+        volume = np.asanyarray(nib.load(path).dataobj).astype(np.float32)
+    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+        raise BundleError(f"cannot read the volume {path}: it is damaged, cut short or no image ({error})") from error
+    if volume.ndim != 3 or (shape is not None and volume.shape != tuple(shape)):
+        wanted = "3D" if shape is None else str(tuple(shape))
+        raise BundleError(f"the volume {path} has shape {volume.shape}, not {wanted}: prepare the scan first")
+    if not np.isfinite(volume).all():
+        raise BundleError(f"the volume {path} holds NaN or infinite values: prepare the scan again")
+    return volume
+
+
+def mid_planes(volume: np.ndarray, height: int = 256) -> np.ndarray:
+    """The sagittal, coronal and axial planes through the middle of a volume, side by side.
+
+    Args:
+        volume: on the bundle grid (x right to left, y back to front, z bottom to top), 0..1.
+        height: of the picture in pixels.
+
+    Returns:
+        (height, width) uint8. Coronal and axial planes are as radiologists look at them: the subject's
+        right is on the left of the picture.
+    """
+    x, y, z = (n // 2 for n in volume.shape)
+    planes = [volume[x, ::-1, ::-1].T, volume[:, y, ::-1].T, volume[:, ::-1, z].T]
+    return np.concatenate([_resized(plane, height) for plane in planes], axis=1)
+
+
+def _resized(plane: np.ndarray, height: int) -> np.ndarray:
+    image = Image.fromarray(np.rint(np.clip(plane, 0.0, 1.0) * 255.0).astype(np.uint8))
+    return np.asarray(image.resize((round(height * plane.shape[1] / plane.shape[0]), height), Image.Resampling.BICUBIC))
+
+
+def write_picture(path: str | os.PathLike, pixels: np.ndarray) -> None:
+    """Write (height, width) uint8 pixels as PNG."""
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
