@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+INSTALLED := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+
+.PHONY: help sample example-data perceptual-weights test lint lock clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 21
+
+$(INSTALLED): requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements.lock
+	@touch $@
+
+sample: $(INSTALLED) ## Sample one brain with the small model of this repository, into output/
+	$(RUN) -m monai.bundle run --config_file "['configs/inference.json','configs/demo.yaml']" \
+	    --gender 1.0 --age 0.7 --ventricular_vol 0.7 --brain_vol 0.5
+
+example-data: $(INSTALLED) ## Fetch openly licensed scans of real heads and prepare them, into dataset/
+	$(RUN) -m scripts.example_data
+
+perceptual-weights: $(INSTALLED) ## Fetch the weights of the perceptual loss, into models/
+	$(RUN) -m scripts.perceptual_weights
+
+test: $(INSTALLED) ## Run the tests that need no GPU, no network and little time
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
+
+lint: $(INSTALLED) ## Check style and types
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+lock: ## Write requirements.lock anew from pyproject.toml (needs uv)
+	sed '/^[^#]/d' requirements.lock > requirements.new
+	echo torch==2.13.0 | uv pip compile --quiet --universal --python-version 3.10 --all-extras \
+	    --no-annotate --no-header --constraint - pyproject.toml > resolved.txt
+	grep -vE '^(cuda|nvidia|triton)' resolved.txt >> requirements.new
+	@rm resolved.txt
+	mv requirements.new requirements.lock
+
+clean: ## Remove the environment and the caches; data, models and output stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
