@@ -1,0 +1,127 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How well an autoencoder gives volumes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from monai.networks.nets import AutoencoderKL
+from tqdm import tqdm
+
+from scripts.bootstrap import summarise
+from scripts.errors import BundleError
+from scripts.measures import Metric, Result, settings
+from scripts.options import whole_number
+from scripts.volume_folders import VolumeFolder
+
+PICTURED = 6
+LARGEST_DIFFERENCE = 0.2
+
+
+class Reconstruction:
+    """Metrics between volumes and what the autoencoder makes of them: the posterior mean, decoded, in float32.
+
+    One volume is in memory at a time. The reconstruction is not clipped.
+
+    Args:
+        folder: the volumes.
+        autoencoder: with its weights, in evaluation mode, on `device`; None where no folder was given.
+        metrics: name -> metric of a reconstruction and its original, both (1, 1, X, Y, Z).
+        seed: of the bootstrap.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        folder: VolumeFolder,
+        autoencoder: AutoencoderKL | None,
+        metrics: Mapping[str, Metric],
+        seed: Any = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.folders = [folder]
+        self.autoencoder = autoencoder
+        self.metrics = metrics
+        self.seed = whole_number(seed, "seed")
+        self.device = torch.device(device)
+
+    def compute(self) -> Result:
+        """Reconstruct and measure every volume.
+
+        Raises:
+            BundleError: if the autoencoder returns another shape, or NaN.
+        """
+        (folder,) = self.folders
+        rows: list[dict[str, Any]] = []
+        planes = []
+        for index in tqdm(range(len(folder)), "reconstructing", unit="volume", disable=None):
+            original, copy = self._reconstruct(index)
+            rows.append({"volume": folder.name(index), **self._compare(copy, original)})
+            if index < PICTURED:
+                planes.append((_mid_plane(original), _mid_plane(copy)))
+        values = {name: np.array([row[name] for row in rows]) for name in self.metrics}
+        facts = {"seed": self.seed, "settings": settings(self.metrics), folder.flag: folder.summary()}
+        return Result(
+            {name: summarise(v, np.arange(len(v)), self.seed) for name, v in values.items()},
+            facts,
+            rows,
+            picture([row["volume"] for row in rows], planes),
+        )
+
+    @torch.no_grad()
+    def _reconstruct(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.autoencoder is not None
+        (folder,) = self.folders
+        original = folder[index].to(self.device)
+        copy = self.autoencoder.reconstruct(original)
+        if copy.shape != original.shape:
+            raise BundleError(
+                f"the autoencoder turns {folder.paths[index]}, {tuple(original.shape[2:])}, into "
+                f"{tuple(copy.shape[2:])}: give volumes on the bundle's grid"
+            )
+        if not copy.isfinite().all():
+            raise BundleError(f"the autoencoder gives NaN or infinite values for {folder.paths[index]}")
+        return original, copy
+
+    def _compare(self, copy: torch.Tensor, original: torch.Tensor) -> dict[str, float]:
+        return {name: float(metric(copy, original)) for name, metric in self.metrics.items()}
+
+
+def _mid_plane(volume: torch.Tensor) -> np.ndarray:
+    plane = volume[0, 0, :, :, volume.shape[-1] // 2].cpu().numpy()
+    return plane[:, ::-1].T
+
+
+def picture(names: Sequence[str], planes: Sequence[tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """A row for each volume: its middle axial plane, the reconstruction, and their absolute difference.
+
+    Args:
+        names: of the volumes.
+        planes: original and reconstruction, (rows, columns), 0..1.
+    """
+    figure = Figure(figsize=(7.5, 3.2 * len(planes)), layout="constrained")
+    for axes, name, (original, copy) in zip(figure.subplots(len(planes), 3, squeeze=False), names, planes):
+        _show(axes[0], original, name)
+        _show(axes[1], copy, "reconstruction")
+        _show(axes[2], np.abs(original - copy), f"difference, 0 to {LARGEST_DIFFERENCE}", "inferno", LARGEST_DIFFERENCE)
+    return figure
+
+
+def _show(axes: Axes, plane: np.ndarray, title: str, colours: str = "gray", top: float = 1.0) -> None:
+    axes.imshow(plane, cmap=colours, vmin=0.0, vmax=top)
+    axes.set_title(title, fontsize=8, wrap=True)
+    axes.set_axis_off()
