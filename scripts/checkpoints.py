@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import pickle
@@ -26,13 +27,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from scripts.atomic import replacing
+from scripts.conditions import Conditions
 from scripts.errors import BundleError
 from scripts.options import yes_or_no
 
 logger = logging.getLogger(__name__)
 
+FACTS = "facts"
 WAYS_OUT = (
     "download the released weights with `python -m monai.bundle download_large_files --bundle_path .`, "
     "or use the small model that ships with the bundle: "
@@ -77,8 +82,7 @@ def read_checkpoint(path: str | os.PathLike, network: str) -> Checkpoint:
     if not path.is_file():
         raise BundleError(f"no weights of the {network} at {path}: {WAYS_OUT}")
     content, facts = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    if "facts" in content:
-        facts = content["facts"]
+    facts = content.get(FACTS, facts)
     state = content.get(network, content)
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         parts = ", ".join(map(str, list(content)[:6])) or "nothing"
@@ -98,17 +102,10 @@ def file_sha256(path: str | os.PathLike) -> str:
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            facts = {k: _plain(v) for k, v in (file.metadata() or {}).items()}
+            facts = json.loads((file.metadata() or {}).get(FACTS, "{}"))
             return {key: file.get_tensor(key) for key in file.keys()}, facts
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise BundleError(f"{path} is damaged or no safetensors file ({error}): copy or download it again") from error
-
-
-def _plain(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -128,8 +125,32 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return dict(content), {}
 
 
+def write_safetensors(
+    path: str | os.PathLike, checkpoint: str | os.PathLike, network: str, dtype: str = "float16"
+) -> None:
+    """Take one network out of a training checkpoint, small enough to ship; its facts go into the metadata.
+
+    Args:
+        path: the safetensors file to write.
+        checkpoint: what `train_autoencoder` or `train_diffusion` saved.
+        network: `autoencoder` or `diffusion`.
+        dtype: of the stored weights, `float16` or `float32`.
+
+    Raises:
+        BundleError: as `read_checkpoint`, or if the file cannot be written.
+    """
+    source = read_checkpoint(checkpoint, network)
+    state = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in source.state.items()}
+    with replacing(path) as temporary:
+        save_file(state, temporary, {FACTS: json.dumps(source.facts)})
+
+
 def load_network(
-    network: nn.Module, checkpoint: Checkpoint, load_old: Any = 0, device: torch.device | str = "cpu"
+    network: nn.Module,
+    checkpoint: Checkpoint,
+    load_old: Any = 0,
+    device: torch.device | str = "cpu",
+    conditions: Conditions | None = None,
 ) -> nn.Module:
     """Put a checkpoint's weights into a network, every one of them, and set it to evaluation mode.
 
@@ -139,13 +160,17 @@ def load_network(
         load_old: 1 if the file has the names of the separate monai-generative package (as the released
             weights do), 0 if it has the names of MONAI core. A file of MONAI core's names is taken with 1 too.
         device: where to move the network.
+        conditions: what the network is going to be conditioned on; compared with what the checkpoint
+            says it was trained with, where it says so.
 
     Returns:
         The same network.
 
     Raises:
-        BundleError: if any weight is missing, left over, or of another shape.
+        BundleError: if any weight is missing, left over, or of another shape, or the conditions differ.
     """
+    if conditions is not None and checkpoint.facts.get("conditions", conditions.as_dict()) != conditions.as_dict():
+        raise BundleError(f"{checkpoint.path} was trained with other conditions or ranges than the configured ones")
     matches = set(checkpoint.state) == set(network.state_dict())
     if yes_or_no(load_old, "load_old") and not matches:
         _load_old(network, checkpoint)
@@ -193,6 +218,9 @@ def _check_shapes(checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> None:
 
 
 def _refuse(checkpoint: Checkpoint, missing: list[str], unexpected: list[str], hint: str = "") -> None:
-    counts = [f"{len(names)} {kind} ({names[0]} ...)" for names, kind in
-              ((missing, "weights missing"), (unexpected, "not in the network")) if names]
+    counts = [
+        f"{len(names)} {kind} ({names[0]} ...)"
+        for names, kind in ((missing, "weights missing"), (unexpected, "not in the network"))
+        if names
+    ]
     raise BundleError(f"{checkpoint.path} is of another model than the configured one: {', '.join(counts)}{hint}")

@@ -33,11 +33,11 @@ class Grid:
     """
 
     def __init__(self, shape: Sequence[int], spacing: Sequence[float], origin: Sequence[float]) -> None:
-        self.shape = tuple(int(n) for n in shape)
         self.spacing = tuple(float(s) for s in spacing)
         self.origin = tuple(float(o) for o in origin)
-        if not len(self.shape) == len(self.spacing) == len(self.origin) == 3:
+        if not len(shape) == len(self.spacing) == len(self.origin) == 3:
             raise BundleError(f"a grid has three axes: got shape {shape}, spacing {spacing}, origin {origin}")
+        self.shape = (int(shape[0]), int(shape[1]), int(shape[2]))
         if min(self.shape) < 1 or 0.0 in self.spacing:
             raise BundleError(f"a grid needs sizes above 0 and steps other than 0: got {shape}, {spacing}")
 

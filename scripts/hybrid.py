@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scripts.options import yes_or_no
+from scripts.precision import autocast
 from scripts.samplers import DDIMSampler
 
 
@@ -35,10 +35,12 @@ class HybridInferer(Inferer):
 
     Args:
         schedule: adds the noise in training.
+        amp: whether the network computes in bfloat16; its output is float32 all the same.
     """
 
-    def __init__(self, schedule: Scheduler) -> None:
+    def __init__(self, schedule: Scheduler, amp: Any = False) -> None:
         self.schedule = schedule
+        self.amp = yes_or_no(amp, "amp")
 
     def __call__(
         self, inputs: Tensor, network: nn.Module, noise: Tensor, timesteps: Tensor, condition: Tensor
@@ -58,39 +60,32 @@ class HybridInferer(Inferer):
         noisy = self.schedule.add_noise(original_samples=inputs, noise=noise, timesteps=timesteps)
         return self.denoise(network, noisy, timesteps, condition)
 
-    @staticmethod
-    def denoise(network: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+    def denoise(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         """The network's output for noisy latents (B, C, x, y, z) at timesteps (B,) with conditions (B, n)."""
         channels = condition[:, :, None, None, None].expand(-1, -1, *noisy.shape[2:])
-        return network(
-            x=torch.cat([noisy, channels.to(noisy)], dim=1), timesteps=timesteps, context=condition[:, None, :]
-        )
+        x = torch.cat([noisy, channels.to(noisy)], dim=1)
+        with autocast(noisy.device, self.amp):
+            output = network(x=x, timesteps=timesteps, context=condition[:, None, :])
+        return output.float()
 
 
 class LatentDiffusionSampler(Inferer):
     """Noise to volumes: the reverse trajectory in latent space, then the decoder.
 
     Args:
-        hybrid: calls the denoiser with its conditions.
+        hybrid: calls the denoiser with its conditions; its precision holds for the decoder too.
         sampler: steps along the trajectory.
         autoencoder: MONAI's `AutoencoderKL`; it decodes.
         latent_scale: factor that training put on the latents; they are divided by it before decoding.
-        amp: whether to compute in mixed precision (float16 on CUDA, bfloat16 on the CPU).
     """
 
     def __init__(
-        self,
-        hybrid: HybridInferer,
-        sampler: DDIMSampler,
-        autoencoder: nn.Module,
-        latent_scale: float = 1.0,
-        amp: Any = False,
+        self, hybrid: HybridInferer, sampler: DDIMSampler, autoencoder: nn.Module, latent_scale: float = 1.0
     ) -> None:
         self.hybrid = hybrid
         self.sampler = sampler
         self.autoencoder = autoencoder
         self.latent_scale = latent_scale
-        self.amp = yes_or_no(amp, "amp")
 
     def __call__(
         self, inputs: Tensor, network: nn.Module, condition: Tensor, generators: Sequence[torch.Generator]
@@ -116,9 +111,8 @@ class LatentDiffusionSampler(Inferer):
         latent = noise
         for timestep in tqdm(self.sampler.timesteps, "denoising", unit="step", leave=False, disable=None):
             timesteps = torch.full((len(latent),), timestep, device=latent.device)
-            with self._precision(latent.device):
-                output = self.hybrid.denoise(network, latent, timesteps, condition)
-            latent = self.sampler.step(output.float(), timestep, latent, generators)
+            output = self.hybrid.denoise(network, latent, timesteps, condition)
+            latent = self.sampler.step(output, timestep, latent, generators)
         return latent
 
     @torch.no_grad()
@@ -126,10 +120,7 @@ class LatentDiffusionSampler(Inferer):
         """Volumes (B, 1, X, Y, Z) of latents, one at a time since one full-size decode takes most memory."""
         volumes = []
         for one in latent.split(1):
-            with self._precision(latent.device):
-                volumes.append(self.autoencoder.decode_stage_2_outputs(one / self.latent_scale).float().cpu())
+            with autocast(latent.device, self.hybrid.amp):
+                decoded = self.autoencoder.decode_stage_2_outputs(one / self.latent_scale)  # type: ignore[operator]
+            volumes.append(decoded.float().cpu())
         return torch.cat(volumes)
-
-    def _precision(self, device: torch.device) -> AbstractContextManager:
-        dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-        return torch.autocast(device.type, dtype, enabled=self.amp)

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from scripts.atomic import make_folder, write_json
 from scripts.checkpoints import Checkpoint
@@ -130,28 +129,6 @@ def sampling_facts(
         "latent_scale": diffusion.latent_scale,
         "weights": {name: {"file": c.path.name, "sha256": c.sha256} for name, c in weights.items()},
     }
-
-
-class VolumeProgress:
-    """Handler with a progress bar over the volumes of a run; only a terminal shows it."""
-
-    def attach(self, engine: Engine) -> None:
-        """Follow a MONAI evaluator whose batches hold one entry of `index` a volume."""
-        engine.add_event_handler(Events.STARTED, self.start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.advance)
-        engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self.close)
-
-    def start(self, engine: Engine) -> None:
-        """Open the bar."""
-        self.bar = tqdm(total=len(engine.data_loader.dataset), desc="sampling", unit="volume", disable=None)
-
-    def advance(self, engine: Engine) -> None:
-        """Count the volumes of the batch that was just saved."""
-        self.bar.update(len(engine.state.batch["index"]))
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self.bar.close()
 
 
 def sample_all(evaluator: Engine, requests: SampleRequests, saver: SampleSaver) -> None:

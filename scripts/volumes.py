@@ -83,7 +83,7 @@ def read_volume(path: str | os.PathLike, shape: tuple[int, int, int] | None = No
     if not path.is_file():
         raise BundleError(f"there is no volume at {path}")
     try:
-        volume = np.asanyarray(nib.load(path).dataobj).astype(np.float32)
+        volume = np.asanyarray(nib.load(path).dataobj).astype(np.float32)  # type: ignore[attr-defined]
     except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
         raise BundleError(f"cannot read the volume {path}: it is damaged, cut short or no image ({error})") from error
     if volume.ndim != 3 or (shape is not None and volume.shape != tuple(shape)):
