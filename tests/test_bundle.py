@@ -60,7 +60,7 @@ def tracked(*patterns: str) -> list[Path]:
 def locked(python: str) -> dict[str, str]:
     """Distribution -> version in the lock for one version of Python on Linux."""
     environment = {"python_version": python, "python_full_version": f"{python}.7", "sys_platform": "linux"}
-    versions = {}
+    versions: dict[str, str] = {}
     for line in (ROOT / "requirements.lock").read_text().splitlines():
         if line and not line.startswith("#"):
             entry = Requirement(line)
