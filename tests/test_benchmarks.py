@@ -1,0 +1,51 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The benchmark program, at tiny size: that it runs and compares equals. Its timings are not looked at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytest.importorskip("generative")
+
+PACKAGES = ["monai", "monai-generative"]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.full_size", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_both_packages_give_the_same_and_are_timed_alike(tmp_path: Path) -> None:
+    done = run("--size", "tiny", "--warmup", 0, "--repeats", 2, "--json", tmp_path / "x.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert report["size"] == "tiny" and report["machine"]["torch"] == torch.__version__
+    assert [case["case"] for case in report["cases"]] == ["step", "decode"]
+    for case in report["cases"]:
+        assert case["max_relative_difference"] < 1e-5
+        assert {package: len(series) for package, series in case["seconds"].items()} == dict.fromkeys(PACKAGES, 2)
+        assert min(case["peak_gib"].values()) > 0 and case["ratio"] > 0
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[:2] for line in lines[1:]] == [[case, package] for case in ("step", "decode") for package in PACKAGES]
+
+
+def test_the_benchmark_refuses_what_it_cannot_do() -> None:
+    assert "--repeats at least 1" in run("--size", "tiny", "--repeats", 0).stderr
+    done = run("--size", "tiny", "--device", "gpu")
+    assert done.returncode != 0 and done.stderr.splitlines()[-1].startswith("error: --device must be")

@@ -1,0 +1,453 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The verb `evaluate`: its metrics against outside implementations, its report, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from conftest import BASE, ROOT, TINY, RunTiny
+from monai.bundle import ConfigParser
+from monai.networks.nets import AutoencoderKL
+from scipy.ndimage import correlate1d, gaussian_filter
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor, nn
+
+from scripts.bootstrap import confidence_interval, summarise
+from scripts.errors import BundleError, find_bundle_error
+from scripts.ms_ssim import WEIGHTS, ms_ssim_metric, scales_that_fit
+from scripts.pairs import random_pairs
+from scripts.reconstruction import Reconstruction
+from scripts.volume_folders import VolumeFolder
+
+EVALUATE = "configs/evaluate.yaml"
+SHAPE = (32, 48, 32)  # the grid of tiny.yaml
+RECONSTRUCTED = ["psnr", "ssim", "mae"]
+
+
+def volume(seed: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    """Smooth random intensities that span 0 to 1."""
+    smooth = gaussian_filter(np.random.default_rng(seed).random(shape), 2.0)
+    return ((smooth - smooth.min()) / np.ptp(smooth)).astype(np.float32)
+
+
+def batch(array: np.ndarray) -> Tensor:
+    """(1, 1, X, Y, Z) float32."""
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None, None]
+
+
+def save(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+    return path
+
+
+def folder_of(path: Path, *seeds: int) -> Path:
+    for seed in seeds:
+        save(path / f"volume_{seed}.nii.gz", volume(seed))
+    return path
+
+
+def ms_ssim(a: np.ndarray, b: np.ndarray, **options: Any) -> float:
+    return float(ms_ssim_metric(a.shape, **options)(batch(a), batch(b)))
+
+
+def run_here(output_dir: Path, **overrides: Any) -> dict[str, Any]:
+    """The verb at tiny size in this process: its report."""
+    config = ConfigParser(ConfigParser.load_config_files([str(ROOT / file) for file in (BASE, EVALUATE, TINY)]))
+    config.update({"output_dir": str(output_dir), "device": "cpu", **overrides})
+    try:
+        config.get_parsed_content("evaluate")()
+    except Exception as error:
+        raise find_bundle_error(error) or error from None
+    return json.loads((output_dir / "evaluation.json").read_text())["measures"]
+
+
+# Structural similarity
+
+
+def reference_ssim(a: np.ndarray, b: np.ndarray, side: int) -> tuple[float, float]:
+    """Mean SSIM and mean contrast-structure of Wang et al. 2004 with a Gaussian window, in float64."""
+    kernel = np.exp(-0.5 * (np.arange(side) - side // 2) ** 2 / 1.5**2)
+    inner = (slice(side // 2, -(side // 2)),) * 3
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        for axis in range(3):
+            x = correlate1d(x, kernel / kernel.sum(), axis)
+        return x[inner]
+
+    mean_a, mean_b, mean_ab = mean(a), mean(b), mean(a * b)
+    spread = mean(a * a) - mean_a**2 + mean(b * b) - mean_b**2
+    structure = (2 * (mean_ab - mean_a * mean_b) + 0.03**2) / (spread + 0.03**2)
+    luminance = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
+    return float((luminance * structure).mean()), float(structure.mean())
+
+
+def reference_ms_ssim(a: np.ndarray, b: np.ndarray, weights: list[float]) -> float:
+    a, b, product = a.astype(float), b.astype(float), 1.0
+    for weight in weights[:-1]:
+        product *= max(reference_ssim(a, b, 7)[1], 0.0) ** weight
+        a, b = halved(a), halved(b)
+    return product * max(reference_ssim(a, b, 7)[0], 0.0) ** weights[-1]
+
+
+def halved(x: np.ndarray) -> np.ndarray:
+    x = x[: x.shape[0] // 2 * 2, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
+    return x.reshape(x.shape[0] // 2, 2, x.shape[1] // 2, 2, x.shape[2] // 2, 2).mean(axis=(1, 3, 5))
+
+
+def related(seed: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    a = volume(seed, shape)
+    return a, np.clip(0.8 * a + 0.2 * volume(seed + 1, shape), 0, 1)
+
+
+def test_the_reference_is_scikit_image_s_ssim() -> None:
+    a, b = related(1, SHAPE)
+    theirs = structural_similarity(a, b, data_range=1.0, gaussian_weights=True, use_sample_covariance=False)
+    assert reference_ssim(a.astype(float), b.astype(float), 11)[0] == pytest.approx(theirs, rel=1e-5)
+
+
+def test_one_scale_with_a_uniform_window_is_scikit_image_s_ssim() -> None:
+    a, b = related(2, (9, 12, 10))
+    theirs = structural_similarity(a, b, data_range=1.0, win_size=7, use_sample_covariance=False)
+    assert ms_ssim(a, b, kernel_type="uniform") == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(9, 12, 10), (15, 22, 17), (32, 48, 33), (64, 70, 66)])
+def test_ms_ssim_is_the_reference_s_on_as_many_scales_as_fit(shape: tuple[int, ...]) -> None:
+    a, b = related(3, shape)
+    metric = ms_ssim_metric(shape)
+    assert float(metric(batch(a), batch(b))) == pytest.approx(reference_ms_ssim(a, b, list(metric.weights)), rel=1e-3)
+
+
+def test_released_size_has_all_five_scales_with_wang_s_weights() -> None:
+    assert tuple(ms_ssim_metric((160, 224, 160)).weights) == WEIGHTS
+
+
+@pytest.mark.parametrize("size", [7, 13, 14, 27, 28, 62, 63])
+def test_one_scale_more_than_chosen_does_not_fit(size: int) -> None:
+    scales = scales_that_fit(size, 7, 5)
+    cube = batch(volume(0, (size, size, size)))
+    weights = ms_ssim_metric((size, size, size)).weights
+    assert len(weights) == scales and sum(weights) == pytest.approx(1.0, abs=1e-3)
+    assert float(ms_ssim_metric((size, size, size))(cube, cube)) == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises((RuntimeError, ValueError)):
+        metric = ms_ssim_metric((1000, 1000, 1000), weights=WEIGHTS[: scales + 1])
+        metric(cube, cube)
+
+
+def test_volumes_smaller_than_the_window_are_refused() -> None:
+    with pytest.raises(BundleError, match=r"\(6, 20, 20\).*7 voxels"):
+        ms_ssim_metric((6, 20, 20))
+
+
+def test_similarity_is_one_with_itself_and_symmetric() -> None:
+    a, b = volume(4), volume(5)
+    assert ms_ssim(a, a) == pytest.approx(1.0, abs=1e-6)
+    assert ms_ssim(a, b) == pytest.approx(ms_ssim(b, a), rel=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["noise", "blur"])
+def test_similarity_falls_as_damage_grows(damage: str) -> None:
+    a, noise = volume(6), np.random.default_rng(0).standard_normal(SHAPE)
+    levels = (0.0, 0.02, 0.05, 0.1, 0.2) if damage == "noise" else (0.0, 0.5, 1.0, 2.0, 4.0)
+    damaged = [a + level * noise if damage == "noise" else gaussian_filter(a, level) for level in levels]
+    values = [ms_ssim(a, b) for b in damaged]
+    assert all(later < earlier for earlier, later in itertools.pairwise(values))
+
+
+# Pairs
+
+
+def test_asking_for_more_pairs_than_there_are_gives_each_once() -> None:
+    assert random_pairs([5], 1000, 0).tolist() == [list(p) for p in itertools.combinations(range(5), 2)]
+    assert random_pairs([2, 3], 1000, 0).tolist() == [list(p) for p in itertools.product(range(2), range(3))]
+
+
+@pytest.mark.parametrize("sizes", [[200], [100_000], [300, 40]])
+def test_pairs_are_distinct_in_range_and_follow_from_the_seed(sizes: list[int]) -> None:
+    pairs = random_pairs(sizes, 1000, 7)
+    assert pairs.shape == (1000, 2) and len(np.unique(pairs, axis=0)) == 1000
+    assert (pairs >= 0).all() and (pairs < [sizes[0], sizes[-1]]).all()
+    assert len(sizes) == 2 or (pairs[:, 0] < pairs[:, 1]).all()
+    assert (pairs == random_pairs(sizes, 1000, 7)).all()
+    assert (pairs != random_pairs(sizes, 1000, 8)).any()
+
+
+def test_all_pairs_are_equally_likely() -> None:
+    drawn = [tuple(pair) for seed in range(600) for pair in random_pairs([4], 2, seed).tolist()]
+    counts = [drawn.count(pair) for pair in itertools.combinations(range(4), 2)]
+    assert sum(counts) == 1200 and scipy.stats.chisquare(counts).pvalue > 1e-4
+
+
+# Confidence intervals
+
+
+def test_interval_of_single_volumes_is_scipy_s_percentile_bootstrap() -> None:
+    values = np.random.default_rng(0).gamma(2.0, size=60)
+    theirs = scipy.stats.bootstrap((values,), np.mean, method="percentile", n_resamples=9999, rng=1).confidence_interval
+    assert confidence_interval(values, np.arange(60), 0) == pytest.approx(tuple(theirs), abs=0.03)
+
+
+def test_interval_of_pairs_covers_the_true_mean() -> None:
+    # Pairs |a - b| of standard normal numbers have the mean 2 / sqrt(pi).
+    members = random_pairs([25], 300, 0)
+    hits = 0
+    for trial in range(40):
+        numbers = np.random.default_rng(trial).standard_normal(25)
+        low, high = confidence_interval(np.abs(numbers[members[:, 0]] - numbers[members[:, 1]]), members, trial)
+        hits += low <= 2 / np.sqrt(np.pi) <= high
+    assert hits >= 30  # a bootstrap over pairs reaches about 18
+
+
+def test_interval_follows_from_the_seed() -> None:
+    values = np.random.default_rng(0).random(20)
+    assert confidence_interval(values, np.arange(20), 3) == confidence_interval(values, np.arange(20), 3)
+    assert confidence_interval(values, np.arange(20), 3) != confidence_interval(values, np.arange(20), 4)
+
+
+def test_too_few_values_have_no_interval() -> None:
+    assert summarise(np.array([0.5]), np.array([[0, 1]]), 0).standard_deviation is None
+    assert summarise(np.array([0.5, 0.6]), np.arange(2), 0).interval is None
+
+
+# Reconstruction
+
+
+class Noisy(nn.Module):
+    """Stands in for an autoencoder: gives its input back with the same noise each time."""
+
+    def __init__(self, level: float) -> None:
+        super().__init__()
+        self.noise = level * torch.randn(1, 1, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+    def reconstruct(self, volumes: Tensor) -> Tensor:
+        return volumes + self.noise
+
+
+class Changed(nn.Module):
+    """Stands in for an autoencoder that does not fit."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def reconstruct(self, volumes: Tensor) -> Tensor:
+        return self.output
+
+
+def reconstruction(folder: Path, autoencoder: nn.Module) -> Reconstruction:
+    """The measure with the metrics of evaluate.yaml."""
+    config = ConfigParser(ConfigParser.load_config_file(str(ROOT / EVALUATE)))
+    metrics = config.get_parsed_content("reconstruction_metrics")
+    return Reconstruction(VolumeFolder(folder, "reconstruct_dir"), autoencoder, metrics)
+
+
+def test_reconstruction_metrics_are_numpy_s_and_scikit_image_s(tmp_path: Path) -> None:
+    network = Noisy(0.03)
+    rows = reconstruction(folder_of(tmp_path, 1, 2), network).compute().rows
+    for seed, row in zip((1, 2), rows):
+        original, copy = volume(seed), volume(seed) + network.noise[0, 0].numpy()
+        options: dict[str, Any] = {"gaussian_weights": True, "use_sample_covariance": False}
+        assert row["volume"] == f"volume_{seed}.nii.gz"
+        assert row["mae"] == pytest.approx(np.abs(original - copy).mean(), rel=1e-5)
+        assert row["psnr"] == pytest.approx(peak_signal_noise_ratio(original, copy, data_range=1.0), rel=1e-5)
+        assert row["ssim"] == pytest.approx(structural_similarity(original, copy, data_range=1.0, **options), rel=1e-4)
+
+
+def test_a_perfect_reconstruction(tmp_path: Path) -> None:
+    result = reconstruction(folder_of(tmp_path, 1, 2, 3), Noisy(0.0)).compute()
+    assert result.summaries["mae"].mean == 0.0
+    assert result.summaries["ssim"].mean == pytest.approx(1.0, abs=1e-6)
+    assert result.summaries["psnr"].mean == float("inf") and result.summaries["psnr"].interval is None
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [(torch.zeros(1, 1, 8, 8, 8), "give volumes on the bundle's grid"), (torch.full((1, 1, *SHAPE), torch.nan), "NaN")],
+)
+def test_an_autoencoder_that_does_not_fit_is_refused(tmp_path: Path, output: Tensor, message: str) -> None:
+    with pytest.raises(BundleError, match=rf"volume_1\.nii\.gz.*{message}|{message}.*volume_1\.nii\.gz"):
+        reconstruction(folder_of(tmp_path, 1), Changed(output)).compute()
+
+
+# Folders
+
+
+def test_a_prepared_dataset_is_what_its_table_lists(tmp_path: Path) -> None:
+    folder_of(tmp_path / "images", 1, 2, 3)
+    (tmp_path / "participants.tsv").write_text("participant_id\tpath\na\timages/volume_3.nii.gz\n")
+    folder = VolumeFolder(tmp_path, "real_dir")
+    assert [folder.name(0)] == ["images/volume_3.nii.gz"] and len(folder) == 1
+    assert np.allclose(folder[0][0, 0], volume(3))
+
+
+def test_folders_are_searched_below_and_hidden_files_are_left_alone(tmp_path: Path) -> None:
+    save(tmp_path / "b" / "c" / "x.nii", volume(1))
+    save(tmp_path / "a.nii.gz", volume(2))
+    save(tmp_path / ".1234-half.nii.gz", volume(3))
+    (tmp_path / "a.json").write_text("{}")
+    assert [path.name for path in VolumeFolder(tmp_path, "real_dir").paths] == ["a.nii.gz", "x.nii"]
+
+
+def test_scaled_integers_are_read_as_intensities(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.rint(volume(1) * 255).astype(np.uint8), np.eye(4))
+    image.header.set_slope_inter(1 / 255, 0)
+    nib.save(image, tmp_path / "x.nii.gz")
+    folder = VolumeFolder(tmp_path, "real_dir")
+    assert np.allclose(folder[0][0, 0], volume(1), atol=0.5 / 255 + 1e-6)
+    assert folder.summary()["intensities_read"] == pytest.approx([0.0, 1.0])
+
+
+def test_intensities_outside_0_to_1_are_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.nii.gz", 200 * volume(1))
+    folder = VolumeFolder(tmp_path, "real_dir")
+    assert len([folder[0], folder[1], folder[0]]) == 3
+    assert [record.message for record in caplog.records if "ranges from 0 to 200" in record.message] == [
+        f"{tmp_path / 'a.nii.gz'} ranges from 0 to 200: the measures are meant for intensities of 0 to 1"
+    ]
+
+
+def truncated(path: Path) -> None:
+    save(path, volume(9))
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def with_nan(path: Path) -> None:
+    array = volume(9)
+    array[3, 4, 5] = np.nan
+    save(path, array)
+
+
+BAD_FILES: dict[str, Any] = {
+    "zzz.nii.gz .*shape": lambda path: save(path, volume(9, (32, 48, 40))),
+    "zzz.nii.gz .*not 3D": lambda path: save(path, volume(9)[..., None]),
+    "zzz.nii.gz.*holds NaN": with_nan,
+    "zzz.nii.gz: it is damaged": truncated,
+    "zzz.nii.gz: it is damaged.*": lambda path: path.write_bytes(gzip.compress(b"no image")),
+}
+
+
+@pytest.mark.parametrize("message", BAD_FILES)
+@pytest.mark.parametrize("flag", ["synthetic_dir", "real_dir"])
+def test_bad_volumes_are_refused_and_nothing_is_written(tmp_path: Path, message: str, flag: str) -> None:
+    BAD_FILES[message](folder_of(tmp_path / "volumes", 1) / "zzz.nii.gz")
+    with pytest.raises(BundleError, match=message):
+        run_here(tmp_path / "output", **{flag: str(tmp_path / "volumes")})
+    assert not list((tmp_path / "output").glob("*"))
+
+
+BAD_REQUESTS: dict[str, dict[str, Any]] = {
+    "--real_dir: there is no folder .*gone": {"real_dir": "gone"},
+    "--real_dir: the folder .*empty holds no": {"real_dir": "empty"},
+    r"row 1 of .*participants\.tsv names .*gone\.nii\.gz": {"synthetic_dir": "listed"},
+    "--synthetic_dir: .*one holds one volume": {"synthetic_dir": "one"},
+    r"volume_1\.nii\.gz has shape \(32, 48, 32\).*x\.nii\.gz has \(40, 40, 40\)": {
+        "synthetic_dir": "larger",
+        "real_dir": "two",
+    },
+    "--num_pairs must be at least 1": {"synthetic_dir": "two", "num_pairs": 0},
+    "--seed must be a whole number": {"synthetic_dir": "two", "seed": "many"},
+    "no weights of the autoencoder": {"reconstruct_dir": "one"},
+    "give --real_dir FOLDER or --reconstruct_dir FOLDER or --synthetic_dir FOLDER": {},
+}
+
+
+@pytest.mark.parametrize("message", BAD_REQUESTS)
+def test_bad_requests_are_refused_and_nothing_is_written(tmp_path: Path, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "listed").mkdir()
+    (tmp_path / "listed" / "participants.tsv").write_text("participant_id\tpath\na\tgone.nii.gz\n")
+    folder_of(tmp_path / "one", 1)
+    folder_of(tmp_path / "two", 1, 2)
+    for name in ("x", "y"):
+        save(tmp_path / "larger" / f"{name}.nii.gz", volume(1, (40, 40, 40)))
+    given = {k: str(tmp_path / v) if k.endswith("_dir") else v for k, v in BAD_REQUESTS[message].items()}
+    with pytest.raises(BundleError, match=message):
+        run_here(tmp_path / "output", autoencoder_path=str(tmp_path / "nowhere.pt"), **given)
+    assert not list((tmp_path / "output").glob("*"))
+
+
+# The verb
+
+
+def test_pairs_need_no_weights_and_follow_from_the_seed(tmp_path: Path) -> None:
+    given = {"synthetic_dir": str(folder_of(tmp_path / "volumes", *range(6))), "num_pairs": 4}
+    first, again, other = (run_here(tmp_path / f"{n}", seed=seed, **given) for n, seed in enumerate((1, 1, 2)))
+    assert first == again != other
+    assert first["synthetic_pairs"]["pairs"] == 4
+    assert first["real_pairs"] == {"status": "not requested", "missing": ["--real_dir"]}
+    assert first["reconstruction"] == {"status": "not requested", "missing": ["--reconstruct_dir"]}
+
+
+def test_evaluate_from_the_command_line(tmp_path: Path, tiny: RunTiny, output_dir: Path) -> None:
+    synthetic, real = folder_of(tmp_path / "synthetic", 1, 2, 3), folder_of(tmp_path / "real", 4, 5, 6)
+    weights = tmp_path / "autoencoder.pt"
+    network = tiny_autoencoder()
+    torch.save(network.state_dict(), weights)
+    flags = ("--synthetic_dir", synthetic, "--real_dir", real, "--reconstruct_dir", real)
+    done = tiny([EVALUATE], *flags, "--autoencoder_path", weights, "--load_old", 0, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    names = ["evaluation.json", "evaluation.tsv", "reconstruction.png", "reconstruction.tsv"]
+    assert sorted(path.name for path in output_dir.iterdir()) == names
+
+    measures = json.loads((output_dir / "evaluation.json").read_text())["measures"]
+    pairs = measures["synthetic_pairs"]
+    expected = [ms_ssim(volume(a), volume(b)) for a, b in itertools.combinations((1, 2, 3), 2)]
+    assert pairs["metrics"]["ms_ssim"]["mean"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert pairs["metrics"]["ms_ssim"]["standard_deviation"] == pytest.approx(np.std(expected, ddof=1), rel=1e-4)
+    assert pairs["settings"]["ms_ssim"]["kernel_size"] == [7, 7, 7] and pairs["settings"]["ms_ssim"]["data_range"] == 1
+    assert pairs["settings"]["ms_ssim"]["weights"] == pytest.approx([w / sum(WEIGHTS[:3]) for w in WEIGHTS[:3]])
+    assert pairs["synthetic_dir"]["volumes"] == 3 and pairs["synthetic_dir"]["shape"] == list(SHAPE)
+    assert measures["synthetic_real_pairs"]["pairs"] == 9
+
+    with torch.no_grad():
+        copies = [network.decode(network.encode(batch(volume(seed)))[0])[0, 0].numpy() for seed in (4, 5, 6)]
+    errors = [np.abs(volume(seed) - copy).mean() for seed, copy in zip((4, 5, 6), copies)]
+    rows = read(output_dir / "reconstruction.tsv")
+    assert [float(row["mae"]) for row in rows] == pytest.approx(errors, rel=1e-4)
+
+    table = {(row["measure"], row["metric"]): row for row in read(output_dir / "evaluation.tsv")}
+    pair_names = [(f"{name}_pairs", "ms_ssim") for name in ("synthetic", "real", "synthetic_real")]
+    assert list(table) == [*(("reconstruction", name) for name in RECONSTRUCTED), *pair_names]
+    for (measure, metric), row in table.items():
+        values = {k: v for k, v in row.items() if k not in ("measure", "status", "metric")}
+        assert {k: float(v) for k, v in values.items()} == measures[measure]["metrics"][metric]
+        assert float(row["confidence_low"]) <= float(row["mean"]) <= float(row["confidence_high"])
+
+
+def tiny_autoencoder() -> AutoencoderKL:
+    torch.manual_seed(0)
+    config = ConfigParser(ConfigParser.load_config_files([str(ROOT / file) for file in (BASE, TINY)]))
+    return config.get_parsed_content("autoencoder_def").eval()
+
+
+def read(table: Path) -> list[dict[str, str]]:
+    with open(table, newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def test_the_command_line_says_in_one_line_what_to_give(tiny: RunTiny, output_dir: Path) -> None:
+    done = tiny([EVALUATE])
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "there is nothing to evaluate: give --real_dir FOLDER" in done.stderr.strip().splitlines()[-1]
+    assert not output_dir.exists()
