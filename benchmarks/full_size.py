@@ -11,8 +11,9 @@
 """Times the released model's networks as this bundle builds them against those of monai-generative.
 
 Two cases: one call of the diffusion UNet on one latent, and the decoding of one latent to a volume. Both
-packages' networks get the same random weights, and their calls alternate in one process, so that neither
-a busy machine nor a warm cache favours one of them. Sizes come from configs/inference.json.
+packages' networks get the same random weights, and their calls alternate in one process. The ratio is the
+median over the rounds of ours to theirs, so that a machine whose load changes favours neither. Sizes come
+from configs/inference.json.
 
     python -m benchmarks.full_size --size full --repeats 3 --json step.json --cases step
 """
@@ -99,7 +100,7 @@ def _row(
         "case": name,
         "seconds": seconds,
         "median_seconds": {package: median(series) for package, series in seconds.items()},
-        "ratio": round(median(run.seconds for run in ours) / median(run.seconds for run in theirs), 4),
+        "ratio": round(median(a.seconds / b.seconds for a, b in zip(ours, theirs)), 4),
         "max_relative_difference": relative_difference(ours[-1].output, theirs[-1].output),
         "peak_gib": {package: round(max(run.peak for run in series) / GIB, 3) for package, series in runs.items()},
     }
