@@ -84,10 +84,16 @@ def read_checkpoint(path: str | os.PathLike, network: str) -> Checkpoint:
     content, facts = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     facts = content.get(FACTS, facts)
     state = content.get(network, content)
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if not _is_state_dict(state) or not isinstance(facts, Mapping):
         parts = ", ".join(map(str, list(content)[:6])) or "nothing"
         raise BundleError(f"{path} holds no weights of the {network}: it holds {parts}")
     return Checkpoint(path, dict(state), dict(facts), file_sha256(path))
+
+
+def _is_state_dict(state: Any) -> bool:
+    if not isinstance(state, Mapping) or not state:
+        return False
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
 
 
 def file_sha256(path: str | os.PathLike) -> str:
@@ -118,7 +124,7 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"loaded: ask for a plain state dict or a safetensors file"
             ) from error
         raise BundleError(f"{path} is damaged or no PyTorch file: copy or download it again") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # bytes that are no checkpoint can fail anywhere in PyTorch's reader
         raise BundleError(f"{path} is damaged or cut short: copy or download it again") from error
     if not isinstance(content, Mapping):
         raise BundleError(f"{path} holds a {type(content).__name__}, not a state dict")
@@ -169,8 +175,11 @@ def load_network(
     Raises:
         BundleError: if any weight is missing, left over, or of another shape, or the conditions differ.
     """
-    if conditions is not None and checkpoint.facts.get("conditions", conditions.as_dict()) != conditions.as_dict():
-        raise BundleError(f"{checkpoint.path} was trained with other conditions or ranges than the configured ones")
+    trained = checkpoint.facts.get("conditions")
+    if conditions is not None and trained is not None and list(trained.items()) != list(conditions.as_dict().items()):
+        raise BundleError(
+            f"{checkpoint.path} was trained with other conditions, ranges or order of them than the configured ones"
+        )
     matches = set(checkpoint.state) == set(network.state_dict())
     if yes_or_no(load_old, "load_old") and not matches:
         _load_old(network, checkpoint)

@@ -1,0 +1,74 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Weights in the format of the released ones: networks of monai-generative, of any configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import monai.config
+import monai.utils
+import torch
+from conftest import BASE, ROOT, TINY
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+
+from benchmarks.full_size import fill_with_random_values
+
+monai.config.IgniteInfo = monai.utils.IgniteInfo  # where monai-generative 0.2.3 looks for it
+
+from generative.networks import nets, schedulers  # noqa: E402
+
+CLASSES = {"autoencoder_def": nets.AutoencoderKL, "network_def": nets.DiffusionModelUNet}
+FILES = {"autoencoder_def": "tiny_autoencoder.pt", "network_def": "tiny_diffusion.pt"}  # as tiny.yaml has them
+
+
+def configuration(overlays: Sequence[str] = (TINY,), **overrides: Any) -> ConfigParser:
+    """The base with overlays and overrides, merged."""
+    config = ConfigParser(ConfigParser.load_config_files([str(ROOT / name) for name in (BASE, *overlays)]))
+    config.update(overrides)
+    return config
+
+
+def arguments(config: ConfigParser, key: str) -> dict[str, Any]:
+    """What a component of the configuration is built with, its references resolved."""
+    config.get_parsed_content(key)
+    entry = config.ref_resolver.get_item(key, resolve=True).get_config()
+    return {name: value for name, value in entry.items() if not name.startswith("_")}
+
+
+def generative_network(config: ConfigParser, key: str, seed: int = 0) -> nn.Module:
+    """The network `autoencoder_def` or `network_def` as monai-generative builds it, all its weights random."""
+    given = arguments(config, key)
+    given["num_channels"] = given.pop("channels")
+    network = CLASSES[key](**given).eval()
+    torch.manual_seed(seed)
+    fill_with_random_values(network)
+    return network
+
+
+def generative_scheduler(config: ConfigParser, name: str) -> Any:
+    """The configured noise schedule as monai-generative's scheduler of that name."""
+    return getattr(schedulers, name)(**arguments(config, "schedule"))
+
+
+def write_weights(folder: Path, config: ConfigParser) -> None:
+    """Both networks' weights under the names that tiny.yaml expects in `models/`."""
+    for key, name in FILES.items():
+        torch.save(generative_network(config, key).state_dict(), folder / name)
+
+
+def relative_difference(output: Tensor, reference: Tensor) -> float:
+    """Largest absolute difference over the reference's largest absolute value."""
+    assert output.shape == reference.shape
+    return float((output - reference).abs().max() / reference.abs().max())

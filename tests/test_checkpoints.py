@@ -1,0 +1,309 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Weights from files: both formats load in full, and whatever else a file may be is refused with one clear error."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.networks.nets import DiffusionModelUNet
+from released import arguments, configuration, generative_network
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from scripts.checkpoints import Checkpoint, file_sha256, load_network, read_checkpoint, write_safetensors
+from scripts.conditions import Conditions
+from scripts.errors import BundleError
+
+State = dict[str, Tensor]
+
+ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+HTML = b"<!DOCTYPE html><html>quota exceeded</html>"
+NO_STATE_DICTS = [torch.ones(3), [1, 2], {}, {"a": 1}, {"a": torch.ones(1), "b": "text"}, {0: torch.ones(1)}]
+
+
+@pytest.fixture(scope="module")
+def config() -> ConfigParser:
+    return configuration()
+
+
+@pytest.fixture(scope="module")
+def old_unet(config: ConfigParser) -> State:
+    return generative_network(config, "network_def").state_dict()
+
+
+@pytest.fixture(scope="module")
+def old_autoencoder(config: ConfigParser) -> State:
+    return generative_network(config, "autoencoder_def").state_dict()
+
+
+def new_unet(config: ConfigParser, **options: Any) -> nn.Module:
+    """MONAI core's UNet of the configuration, freshly initialised."""
+    return DiffusionModelUNet(**{**arguments(config, "network_def"), **options})
+
+
+def checkpoint(state: State, **facts: Any) -> Checkpoint:
+    return Checkpoint(Path("weights.pt"), state, facts)
+
+
+def message(call: Callable[..., Any], *given: Any, **options: Any) -> str:
+    """The one-line error that a call ends in."""
+    with pytest.raises(BundleError) as caught:
+        call(*given, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def two_conditions(**changes: Any) -> Conditions:
+    entries = {
+        "age": {"raw": "age_years", "unit": "years", "minimum": 44, "maximum": 82},
+        "gender": {"raw": "sex", "unit": "", "minimum": 0, "maximum": 1},
+    }
+    return Conditions(**{**entries, **changes})
+
+
+# What MONAI's conversion of old weights drops without an error.
+
+
+@pytest.mark.parametrize("trap", [{"include_fc": False}, {"use_combined_linear": True}], ids=["no_fc", "combined"])
+def test_network_that_would_drop_projections_is_refused(
+    trap: dict[str, bool], config: ConfigParser, old_unet: State
+) -> None:
+    silent = new_unet(config, **trap)
+    silent.load_old_state_dict(dict(old_unet))  # type: ignore[operator]  # the trap: no error
+    assert "attn" in message(load_network, new_unet(config, **trap), checkpoint(old_unet), 1)
+
+
+def test_given_state_dict_is_left_as_it_was(config: ConfigParser, old_unet: State) -> None:
+    names = list(old_unet)
+    load_network(new_unet(config), checkpoint(old_unet), 1)
+    assert list(old_unet) == names
+
+
+def test_old_file_with_a_missing_weight(config: ConfigParser, old_unet: State) -> None:
+    for name in (
+        "conv_in.conv.weight",
+        "out.2.conv.bias",
+        *(n for n in old_unet if n.endswith(("to_q.weight", "norm1.bias"))),
+    ):
+        state = {key: value for key, value in old_unet.items() if key != name}
+        assert "1 weights missing" in message(load_network, new_unet(config), checkpoint(state), 1), name
+
+
+def test_old_file_with_a_left_over_weight(config: ConfigParser, old_unet: State) -> None:
+    state = {**old_unet, "class_embedding.weight": torch.zeros(3)}
+    told = message(load_network, new_unet(config), checkpoint(state), 1)
+    assert "1 not in the network (class_embedding.weight ...)" in told
+
+
+@pytest.mark.parametrize(
+    "name", ["conv_in.conv.weight", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+)
+def test_old_file_with_a_weight_of_another_shape(name: str, config: ConfigParser, old_unet: State) -> None:
+    state = {**old_unet, name: old_unet[name][:-1]}
+    told = message(load_network, new_unet(config), checkpoint(state), 1)
+    assert "is of another model" in told and name in told
+
+
+@pytest.mark.parametrize("load_old", [0, 1])
+def test_weights_of_another_model_are_refused(
+    load_old: int, config: ConfigParser, old_unet: State, old_autoencoder: State
+) -> None:
+    autoencoder = config.get_parsed_content("autoencoder_def", instantiate=True)
+    for network, state in ((new_unet(config), old_autoencoder), (autoencoder, old_unet)):
+        assert "is of another model" in message(load_network, network, checkpoint(state), load_old)
+
+
+def test_model_of_another_width_is_refused(config: ConfigParser, old_unet: State) -> None:
+    wider = new_unet(config, channels=[24, 32, 32])
+    assert "is of another model" in message(load_network, wider, checkpoint(old_unet), 1)
+    state = new_unet(config).state_dict()
+    assert "is (" in message(load_network, wider, checkpoint(state), 0)
+
+
+# The two formats and how load_old tells them apart.
+
+
+def test_old_names_without_load_old_suggest_it(config: ConfigParser, old_unet: State) -> None:
+    assert "--load_old 1" in message(load_network, new_unet(config), checkpoint(old_unet), 0)
+
+
+@pytest.mark.parametrize("load_old", [0, 1, "0", "1", "true"])
+def test_new_names_are_taken_with_either_load_old(load_old: object, config: ConfigParser) -> None:
+    source = new_unet(config)
+    network = load_network(new_unet(config), checkpoint(source.state_dict()), load_old)
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in source.state_dict().items())
+    assert not network.training
+
+
+def test_load_old_must_be_yes_or_no(config: ConfigParser, old_unet: State) -> None:
+    assert "--load_old must be 1 or 0" in message(load_network, new_unet(config), checkpoint(old_unet), "maybe")
+
+
+# What a file may be.
+
+
+def tensors() -> State:
+    return {"a.weight": torch.arange(12.0).reshape(3, 4), "a.bias": torch.ones(3)}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+def test_missing_file_names_both_ways_out(suffix: str, tmp_path: Path) -> None:
+    told = message(read_checkpoint, tmp_path / f"model{suffix}", "diffusion")
+    assert "model" + suffix in told and "download_large_files" in told and "demo.yaml" in told
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.95, 0.999])
+def test_truncated_file(suffix: str, share: float, tmp_path: Path) -> None:
+    path = tmp_path / f"model{suffix}"
+    save_file(tensors(), path) if suffix == ".safetensors" else torch.save(tensors(), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    told = message(read_checkpoint, path, "diffusion")
+    assert "damaged" in told and str(path) in told and "again" in told
+
+
+def test_file_of_pytorchs_older_format_cut_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(tensors(), path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    for size in range(0, len(content), 7):
+        path.write_bytes(content[:size])
+        message(read_checkpoint, path, "diffusion")
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"cos\nsystem\n", HTML, bytes(600)])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_file_that_is_no_checkpoint(content: bytes, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(content)
+    assert str(path) in message(read_checkpoint, path, "diffusion")
+
+
+class Intruder:
+    """Unpickles into a command."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.trace}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_not_run(zipped: bool, tmp_path: Path) -> None:
+    path, trace = tmp_path / "model.pt", tmp_path / "trace"
+    torch.save({**tensors(), "x": Intruder(trace)}, path, _use_new_zipfile_serialization=zipped)
+    assert "Python code" in message(read_checkpoint, path, "diffusion")
+    path.write_bytes(pickle.dumps(Intruder(trace), protocol=2))
+    message(read_checkpoint, path, "diffusion")
+    assert not trace.exists()
+
+
+def test_whole_pickled_network_is_refused(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pt")
+    assert "state dict" in message(read_checkpoint, tmp_path / "model.pt", "diffusion")
+
+
+@pytest.mark.parametrize(
+    "content", [torch.ones(3), [1, 2], {}, {"a": 1}, {"a": torch.ones(1), "b": "text"}, {0: torch.ones(1)}]
+)
+def test_content_that_is_no_state_dict(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "model.pt")
+    assert "model.pt holds" in message(read_checkpoint, tmp_path / "model.pt", "diffusion")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_both_of_pytorchs_own_formats_load(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save(tensors(), path, _use_new_zipfile_serialization=zipped)
+    read = read_checkpoint(path, "diffusion")
+    assert all(torch.equal(read.state[name], value) for name, value in tensors().items())
+    assert read.facts == {} and read.latent_scale == 1.0
+    assert read.sha256 == file_sha256(path)
+
+
+# Training checkpoints.
+
+
+def training_checkpoint(path: Path, **facts: Any) -> Path:
+    torch.save({"diffusion": tensors(), "optimizer": {"state": {}}, "trainer": {"epoch": 3}, "facts": facts}, path)
+    return path
+
+
+def test_training_checkpoint_gives_its_network_and_facts(tmp_path: Path) -> None:
+    path = training_checkpoint(tmp_path / "diffusion.pt", latent_scale=0.3, network="diffusion")
+    read = read_checkpoint(path, "diffusion")
+    assert read.state.keys() == tensors().keys()
+    assert read.latent_scale == 0.3
+
+
+def test_training_checkpoint_of_the_other_stage(tmp_path: Path) -> None:
+    path = training_checkpoint(tmp_path / "diffusion.pt")
+    told = message(read_checkpoint, path, "autoencoder")
+    assert "no weights of the autoencoder: it holds diffusion" in told
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_safetensors_of_a_training_checkpoint(dtype: str, tmp_path: Path) -> None:
+    facts = {"latent_scale": 0.7, "conditions": two_conditions().as_dict()}
+    source = training_checkpoint(tmp_path / "diffusion.pt", **facts)
+    write_safetensors(tmp_path / "diffusion.safetensors", source, "diffusion", dtype)
+    read = read_checkpoint(tmp_path / "diffusion.safetensors", "diffusion")
+    assert read.facts == facts
+    assert read.latent_scale == 0.7
+    assert {str(value.dtype) for value in read.state.values()} == {f"torch.{dtype}"}
+    assert all(torch.equal(read.state[name].float(), value) for name, value in tensors().items())
+
+
+def test_half_precision_file_loads_into_a_float32_network(tmp_path: Path) -> None:
+    source = training_checkpoint(tmp_path / "diffusion.pt")
+    write_safetensors(tmp_path / "diffusion.safetensors", source, "diffusion")
+    network = nn.ModuleDict({"a": nn.Linear(4, 3)})
+    load_network(network, read_checkpoint(tmp_path / "diffusion.safetensors", "diffusion"), 0)
+    assert network["a"].weight.dtype == torch.float32
+
+
+def other_range() -> Conditions:
+    return two_conditions(age={"raw": "age_years", "unit": "years", "minimum": 18, "maximum": 90})
+
+
+def other_order() -> Conditions:
+    entries = {
+        c.name: {"raw": c.raw, "unit": c.unit, "minimum": c.minimum, "maximum": c.maximum} for c in two_conditions()
+    }
+    return Conditions(**dict(reversed(entries.items())))
+
+
+@pytest.mark.parametrize("other", [other_range, other_order, lambda: Conditions()], ids=["range", "order", "none"])
+def test_other_conditions_than_in_training_are_refused(other: Callable[[], Conditions]) -> None:
+    network = nn.ModuleDict({"a": nn.Linear(4, 3)})
+    trained = checkpoint(tensors(), conditions=two_conditions().as_dict())
+    assert "other conditions" in message(load_network, network, trained, 0, conditions=other())
+    load_network(network, trained, 0, conditions=two_conditions())
+    load_network(network, checkpoint(tensors()), 0, conditions=other())
+
+
+def test_conditions_survive_both_formats(tmp_path: Path) -> None:
+    conditions = two_conditions()
+    source = training_checkpoint(tmp_path / "diffusion.pt", conditions=conditions.as_dict())
+    write_safetensors(tmp_path / "diffusion.safetensors", source, "diffusion")
+    for path in (source, tmp_path / "diffusion.safetensors"):
+        network = nn.ModuleDict({"a": nn.Linear(4, 3)})
+        load_network(network, read_checkpoint(path, "diffusion"), 0, conditions=conditions)
