@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from scripts.atomic import replacing
 from scripts.errors import BundleError
 
 MISSING = "n/a"
+_COMMAS: dict[str, Any] = {"delimiter": ",", "strict": True}
+_TABS: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}  # a quote is a character
 
 
 def read_table(path: str | os.PathLike, required: Iterable[str] = ()) -> list[dict[str, str]]:
@@ -36,7 +40,7 @@ def read_table(path: str | os.PathLike, required: Iterable[str] = ()) -> list[di
     path = Path(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file, delimiter="," if path.suffix.lower() == ".csv" else "\t"))
+            lines = list(csv.reader(file, **(_COMMAS if path.suffix.lower() == ".csv" else _TABS)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BundleError(f"cannot read the table {path}: {getattr(error, 'strerror', None) or error}") from error
     lines = [line for line in lines if any(cell.strip() for cell in line)]
@@ -60,9 +64,16 @@ def _check_columns(path: Path, header: Sequence[str], required: Iterable[str]) -
 
 
 def write_table(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write rows as a tab-separated table with the columns of all rows, `n/a` where a row lacks one."""
+    """Write rows as a tab-separated table with the columns of all rows, `n/a` where a row lacks one.
+
+    Tabs and line ends within a cell become blanks: the format has no way to keep them.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval=MISSING, delimiter="\t", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval=MISSING, lineterminator="\n", **_TABS)
         writer.writeheader()
-        writer.writerows({k: MISSING if v is None else v for k, v in row.items()} for row in rows)
+        writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+
+
+def _cell(value: object) -> str:
+    return re.sub(r"[\t\r\n]+", " ", str(value)) if value not in (None, "") else MISSING

@@ -1,0 +1,76 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The voxel grid: its affine, latent sizes, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import nibabel as nib
+import numpy as np
+import pytest
+from released import configuration
+
+from scripts.errors import BundleError
+from scripts.grid import Grid
+
+RELEASED_ORIGIN = (96.48149872, -141.47715759, -156.55375671)  # the released saver's, of the uncropped volume
+CROP = (16, 16, 96)
+
+
+@pytest.fixture(scope="module")
+def grid() -> Grid:
+    return configuration([]).get_parsed_content("grid")
+
+
+def test_grid_of_the_base_is_the_released_one_with_its_crop(grid: Grid) -> None:
+    released = np.diag([-1.0, 1.0, 1.0, 1.0])
+    released[:3, 3] = RELEASED_ORIGIN
+    assert grid.shape == (160, 224, 160)
+    assert np.allclose(grid.affine @ [0, 0, 0, 1], released @ [*CROP, 1])
+    assert np.allclose(grid.affine[:3, :3], released[:3, :3])
+    assert grid.affine.dtype == np.float64
+
+
+def test_axes_run_from_right_to_left_back_to_front_and_bottom_to_top(grid: Grid) -> None:
+    assert nib.orientations.aff2axcodes(grid.affine) == ("L", "A", "S")
+
+
+def test_latent_of_the_base_is_the_released_one(grid: Grid) -> None:
+    assert grid.latent_shape(4) == (20, 28, 20)
+    assert grid.latent_shape(1) == grid.shape
+
+
+def test_tiny_grid_covers_the_same_brain(grid: Grid) -> None:
+    tiny = configuration().get_parsed_content("grid")
+    extent = np.abs(np.array(tiny.shape) * tiny.spacing)
+    assert np.allclose(extent, np.abs(np.array(grid.shape) * grid.spacing))
+
+
+def test_grid_that_cannot_be_halved_is_refused(grid: Grid) -> None:
+    with pytest.raises(BundleError, match="multiples of 64"):
+        grid.latent_shape(7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "origin"),
+    [
+        ((8, 8), (1, 1, 1), (0, 0, 0)),
+        ((8, 8, 8), (1, 1), (0, 0, 0)),
+        ((8, 8, 8), (1, 1, 1), (0, 0, 0, 0)),
+        ((8, 0, 8), (1, 1, 1), (0, 0, 0)),
+        ((8, -8, 8), (1, 1, 1), (0, 0, 0)),
+        ((8, 8, 8), (1, 0, 1), (0, 0, 0)),
+    ],
+)
+def test_impossible_grids_are_refused(shape: Sequence[int], spacing: Sequence[float], origin: Sequence[float]) -> None:
+    with pytest.raises(BundleError, match="a grid"):
+        Grid(shape, spacing, origin)
