@@ -203,7 +203,9 @@ def test_all_pairs_are_equally_likely() -> None:
 
 def test_interval_of_single_volumes_is_scipy_s_percentile_bootstrap() -> None:
     values = np.random.default_rng(0).gamma(2.0, size=60)
-    theirs = scipy.stats.bootstrap((values,), np.mean, method="percentile", n_resamples=9999, random_state=1).confidence_interval
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=9999, random_state=1
+    ).confidence_interval
     assert confidence_interval(values, np.arange(60), 0) == pytest.approx(tuple(theirs), abs=0.03)
 
 
