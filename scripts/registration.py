@@ -1,0 +1,307 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Rigid registration of a head to the template, and resampling onto another grid."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage, optimize
+from scipy.spatial.transform import Rotation
+from skimage.filters import threshold_otsu
+
+from scripts.errors import BundleError
+from scripts.scans import Scan, load_scan
+
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+COARSE_MM = 6.0
+FINE_MM = 2.0
+SCALE = 0.93
+LIKELY_STARTS = 8
+_SIMPLEX = np.vstack([np.zeros(7), np.diag([0.15, 0.15, 0.15, 8.0, 8.0, 8.0, 0.05])])
+BRAIN_MARGIN_MM = 10.0
+HEAD_HEIGHT_MM = 180.0
+
+
+@dataclass(frozen=True)
+class Template:
+    """The head that scans are registered to, in MNI152 millimetres.
+
+    Attributes:
+        head: the average head, skull and scalp included.
+        brain: 1 inside the brain (ventricles included), on any grid in the same millimetres.
+    """
+
+    head: Scan
+    brain: Scan
+
+    @cached_property
+    def thinned(self) -> Template:
+        """The same template on a grid of 2 mm."""
+        return Template(_thinned(self.head, FINE_MM), self.brain)
+
+    @cached_property
+    def in_brain(self) -> np.ndarray:
+        """The brain as a boolean array on the head's own grid."""
+        return self.brain_on(self.head.data.shape, self.head.affine)
+
+    @cached_property
+    def near_brain(self) -> np.ndarray:
+        """The brain and what lies within 10 mm of it, on the head's own grid."""
+        return ndimage.distance_transform_edt(~self.in_brain, sampling=self.head.spacing) <= BRAIN_MARGIN_MM
+
+    def brain_on(self, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+        """The brain as a boolean array on another grid in MNI152 millimetres."""
+        return resample(self.brain, np.eye(4), shape, affine, order=1) > 0.5
+
+
+def load_template(head: str | os.PathLike, brain: str | os.PathLike) -> Template:
+    """Read the template and its brain mask.
+
+    Raises:
+        BundleError: if either is unreadable, or the mask has no voxel inside the head's image.
+    """
+    template = Template(load_scan(head), load_scan(brain))
+    if not template.in_brain.any():
+        raise BundleError(f"the brain mask {brain} does not overlap the template {head}: both must be in MNI152 mm")
+    return template
+
+
+def resample(scan: Scan, transform: np.ndarray, shape: tuple[int, ...], affine: np.ndarray, order: int) -> np.ndarray:
+    """A scan on another grid, in one interpolation.
+
+    Args:
+        scan: the image to read.
+        transform: 4 x 4 matrix from the grid's world to the scan's world (RAS+, mm).
+        shape, affine: the grid.
+        order: 1 for linear, 3 for cubic B-splines. Cubic interpolation rings, so the result is cut to the
+            range of the scan.
+
+    Returns:
+        Float32 array of `shape`; 0 outside the scan's field of view.
+    """
+    to_voxels = np.linalg.inv(scan.affine) @ transform @ affine
+    values = ndimage.affine_transform(scan.data, to_voxels[:3, :3], to_voxels[:3, 3], tuple(shape), order=order)
+    return np.clip(values, min(0.0, scan.data.min()), scan.data.max())
+
+
+def blurred(scan: Scan, spacing: float) -> Scan:
+    """The scan blurred along axes finer than `spacing` mm, so that sampling it at that step does not alias.
+
+    A box of `spacing` is wider than the scan's voxel by a variance of (spacing^2 - voxel^2) / 12, which the
+    Gaussian supplies. Axes within a fifth of `spacing` are left alone.
+    """
+    fine = scan.spacing < 0.8 * spacing
+    variance = np.where(fine, (spacing**2 - scan.spacing**2) / 12.0, 0.0)
+    if not fine.any():
+        return scan
+    return Scan(ndimage.gaussian_filter(scan.data, np.sqrt(variance) / scan.spacing), scan.affine)
+
+
+def _thinned(scan: Scan, spacing: float) -> Scan:
+    """Every n-th voxel of the blurred scan, n such that no step exceeds `spacing` mm unless it did before."""
+    step = np.maximum(1, np.floor(spacing / scan.spacing + 1e-3)).astype(int)
+    data = blurred(scan, spacing).data[:: step[0], :: step[1], :: step[2]]
+    return Scan(np.ascontiguousarray(data), scan.affine @ np.diag([*step, 1.0]))
+
+
+def seen_fraction(scan: Scan, transform: np.ndarray, mask: np.ndarray, affine: np.ndarray) -> float:
+    """Fraction of the voxels of `mask` (on the grid `affine`) that lie inside the scan's field of view."""
+    voxels = _apply(np.linalg.inv(scan.affine) @ transform @ affine, np.argwhere(mask))
+    inside = (voxels >= -0.5) & (voxels <= np.asarray(scan.data.shape) - 0.5)
+    return float(inside.all(axis=1).mean())
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson correlation of two arrays of one shape; 0 where either is constant."""
+    a, b = a.astype(np.float64) - a.mean(), b.astype(np.float64) - b.mean()
+    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum()) / scale if scale else 0.0
+
+
+def tilt_degrees(transform: np.ndarray) -> float:
+    """The angle of a rigid motion, 0 to 180 degrees."""
+    return float(np.degrees(Rotation.from_matrix(transform[:3, :3]).magnitude()))
+
+
+def register(scan: Scan, template: Template, seed: int, enough: float) -> tuple[np.ndarray, float]:
+    """Find the rigid motion that lays a head on the template.
+
+    A coarse search over rotations and shifts about the centre of the head gives the start. ANTs refines it to an
+    affine map: the mutual information of Mattes et al. (2003) near the template's brain, at 4 and then 2 mm. Its
+    rigid part is returned: heads differ in size, and a rigid fit of a small brain to a large template has no clear
+    optimum, where the affine fit has one. If the similarity stays below `enough`, this is done again from every
+    quarter turn, for files whose header names the axes wrongly. One thread and a fixed seed make the result the
+    same each time.
+
+    Args:
+        scan: the head.
+        template: where it should lie.
+        seed: of the points at which ANTs samples the metric, above 0.
+        enough: similarity that needs no second search.
+
+    Returns:
+        The 4 x 4 matrix from template world to scan world (RAS+, mm), and the similarity: the correlation of
+        head and template inside the template's brain at 2 mm, under the affine map.
+    """
+    scan = _thinned(_without_highlights(scan), FINE_MM)
+    template = template.thinned
+    search = _CoarseSearch(scan, template)
+    best = _refined(scan, template, seed, search.best(_tilts()))
+    if best[1] < enough:
+        turn = _rotation(search.best(Rotation.create_group("O")))
+        around = search.best([turn * tilt for tilt in _tilts()])
+        best = max(best, _refined(scan, template, seed, around), key=lambda found: found[1])
+    return _rigid_part(best[0], _centroid(template.in_brain, template.head.affine)), best[1]
+
+
+def _refined(scan: Scan, template: Template, seed: int, start: np.ndarray) -> tuple[np.ndarray, float]:
+    affine = _ants_affine(scan, template, seed, start)
+    moved = resample(scan, affine, template.head.data.shape, template.head.affine, order=1)
+    return affine, correlation(moved[template.in_brain], template.head.data[template.in_brain])
+
+
+def _rotation(affine: np.ndarray) -> Rotation:
+    left, _, right = np.linalg.svd(affine[:3, :3])
+    return Rotation.from_matrix(left @ right)
+
+
+def _rigid_part(affine: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """The rotation nearest to an affine map (its polar factor), with the translation that keeps the centre's image."""
+    rigid = np.eye(4)
+    rigid[:3, :3] = _rotation(affine).as_matrix()
+    rigid[:3, 3] = _apply(affine, centre) - rigid[:3, :3] @ centre
+    return rigid
+
+
+def _tilts() -> list[Rotation]:
+    angles = itertools.product((-40, -20, 0, 20, 40), (-20, 0, 20), (-20, 0, 20))
+    return [Rotation.from_euler("xyz", three, degrees=True) for three in angles]
+
+
+class _CoarseSearch:
+    """Compares head and template at 6 mm, at the points of the template's brain and near it, for many starts."""
+
+    def __init__(self, scan: Scan, template: Template) -> None:
+        coarse = Template(_thinned(template.head, COARSE_MM), template.brain)
+        self.points = _apply(coarse.head.affine, np.argwhere(coarse.near_brain))
+        self.wanted = coarse.head.data[coarse.near_brain]
+        self.scan = _thinned(scan, COARSE_MM)
+        self.pivot = _head_centre(template.head)
+        self.centres = [_head_centre(scan) + [0.0, y, z] for y in (-20.0, 0.0, 20.0) for z in (-25.0, 0.0, 25.0)]
+
+    def best(self, rotations: Iterable[Rotation]) -> np.ndarray:
+        """The best start, template world to scan world: the likeliest of the grid, each improved, then compared."""
+        grid = [
+            np.concatenate([rotation.as_rotvec(), centre, [0.0]]) for rotation in rotations for centre in self.centres
+        ]
+        likely = sorted(grid, key=self._loss)[:LIKELY_STARTS]
+        return self._start(min((self._improved(start) for start in likely), key=lambda found: found.fun).x)
+
+    def _improved(self, start: np.ndarray) -> optimize.OptimizeResult:
+        options = {"maxfev": 400, "xatol": 0.02, "fatol": 1e-4, "initial_simplex": start + _SIMPLEX}
+        return optimize.minimize(self._loss, start, method="Nelder-Mead", options=options)
+
+    def _start(self, parameters: np.ndarray) -> np.ndarray:
+        start = np.eye(4)
+        start[:3, :3] = SCALE * np.exp(parameters[6]) * Rotation.from_rotvec(parameters[:3]).as_matrix()
+        start[:3, 3] = parameters[3:6] - start[:3, :3] @ self.pivot
+        return start
+
+    def _loss(self, parameters: np.ndarray) -> float:
+        voxels = _apply(np.linalg.inv(self.scan.affine) @ self._start(parameters), self.points)
+        return -correlation(ndimage.map_coordinates(self.scan.data, voxels.T, order=1), self.wanted)
+
+
+def _foreground(data: np.ndarray) -> np.ndarray:
+    """What is brighter than the background, by the threshold of Otsu (1979)."""
+    return data > threshold_otsu(np.minimum(data, np.percentile(data, 99.5))[::2, ::2, ::2])
+
+
+def _without_highlights(scan: Scan) -> Scan:
+    """The scan cut a little above white matter: fat and vessels would take up most of the metric's range."""
+    white = np.percentile(scan.data[_foreground(scan.data)], 75)
+    return Scan(np.clip(scan.data, 0.0, 1.15 * white), scan.affine)
+
+
+def _head_centre(scan: Scan) -> np.ndarray:
+    """Centroid, in mm, of what is brighter than the background within the top 180 mm of the head."""
+    voxels = np.argwhere(_foreground(scan.data))
+    points = _apply(scan.affine, voxels)
+    top = np.percentile(points[:, 2], 99.5)
+    return points[points[:, 2] > top - HEAD_HEIGHT_MM].mean(axis=0)
+
+
+def _centroid(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    return _apply(affine, np.argwhere(mask)).mean(axis=0)
+
+
+def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    return points @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def _ants_affine(scan: Scan, template: Template, seed: int, start: np.ndarray) -> np.ndarray:
+    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"
+    import ants
+
+    ants.config.set_ants_deterministic(True, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        found = ants.registration(
+            fixed=_ants_image(template.head),
+            moving=_ants_image(scan),
+            type_of_transform="Affine",
+            initial_transform=[_ants_start(start, Path(folder) / "start.mat")],
+            outprefix=os.path.join(folder, "affine"),
+            mask=_ants_image(Scan(template.near_brain.astype(np.float32), template.head.affine)),
+            mask_all_stages=True,
+            aff_iterations=(500, 200),
+            aff_shrink_factors=(2, 1),
+            aff_smoothing_sigmas=(1, 0),
+            aff_random_sampling_rate=0.5,
+        )
+        return _ants_matrix([ants.read_transform(path) for path in found["fwdtransforms"]])
+
+
+def _ants_image(scan: Scan):  # type: ignore[no-untyped-def]
+    import ants
+
+    affine = LPS @ scan.affine
+    left, _, right = np.linalg.svd(affine[:3, :3] / scan.spacing)
+    return ants.from_numpy(scan.data, list(affine[:3, 3]), list(scan.spacing), left @ right)
+
+
+def _ants_start(start: np.ndarray, path: Path) -> str:
+    import ants
+
+    matrix = LPS @ start @ LPS
+    parameters = [*matrix[:3, :3].ravel(), *matrix[:3, 3]]
+    transform = ants.create_ants_transform(
+        transform_type="AffineTransform", parameters=parameters, fixed_parameters=[0.0, 0.0, 0.0]
+    )
+    ants.write_transform(transform, str(path))
+    return str(path)
+
+
+def _ants_matrix(transforms: list) -> np.ndarray:
+    """The matrix (RAS+) of ITK transforms that are applied to a point one after the other."""
+    points = np.vstack([np.zeros(3), np.eye(3)])
+    for transform in transforms:
+        points = np.array([transform.apply_to_point(list(point)) for point in points])
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = (points[1:] - points[0]).T, points[0]
+    return LPS @ matrix @ LPS
