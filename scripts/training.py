@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,14 +114,27 @@ class SaveCheckpoints(CheckpointSaver):
 
     def __init__(self, folder: str, objects: Mapping[str, Any], final_name: str, interval: int = 1, keep: int = 2):
         make_folder(folder)
-        super().__init__(
-            folder, dict(objects), save_final=True, final_filename=final_name, save_interval=interval, n_saved=keep
-        )
+        super().__init__(folder, dict(objects), save_final=True, final_filename=final_name, save_interval=interval)
+        self.folder, self.final_name, self.keep = Path(folder), final_name, keep
 
     def attach(self, engine: Engine) -> None:
         """Save while a MONAI trainer runs."""
         self.save_dict["trainer"] = EngineState(engine)
         super().attach(engine)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._remove_old)
+        engine.add_event_handler(Events.COMPLETED, self._say_where)
+
+    def _remove_old(self) -> None:
+        for path in checkpoints_in(self.folder)[: -self.keep]:
+            path.unlink()
+
+    def _say_where(self) -> None:
+        logger.info(f"training is done: {self.folder / self.final_name}")
+
+
+def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
+    """The numbered checkpoints of a run folder, oldest first."""
+    return sorted(Path(folder).glob("checkpoint_epoch=*.pt"), key=lambda path: int(path.stem.split("=")[1]))
 
 
 class Resume:
@@ -146,7 +160,7 @@ class Resume:
         Raises:
             BundleError: if the checkpoint is unreadable or of another model.
         """
-        found = sorted(self.folder.glob("checkpoint_epoch=*.pt"), key=lambda path: int(path.stem.split("=")[1]))
+        found = checkpoints_in(self.folder)
         if found:
             self._restore(found[-1])
             logger.info(f"resumed {found[-1]}: {engine.state.epoch} of {engine.state.max_epochs} epochs are done")
