@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ class Condition:
         unit: the raw unit; empty for a code.
         minimum, maximum: the training range in raw units.
         default: normalised value where a sample's request says nothing.
-        codes: words that stand for raw values, such as `{"female": 0, "male": 1}`.
+        codes: words that stand for raw values, such as `{"female": 0, "male": 1}`; an initial that only one
+            of them has will do.
     """
 
     name: str
@@ -67,23 +69,29 @@ class Condition:
             BundleError: if the value is no number (or, for a coded condition, none of its words),
                 NaN or infinite.
         """
-        words = {**self.codes, **{word[0]: code for word, code in self.codes.items()}}
-        if flag == self.raw and isinstance(value, str) and value.strip().lower() in words:
-            return self.normalise(words[value.strip().lower()])
-        number = _number(value)
-        if number is None or not math.isfinite(number):
-            expected = f"one of {', '.join(self.codes)}" if flag == self.raw and self.codes else "a finite number"
+        raw = flag == self.raw
+        number = self._code(value) if raw else None
+        number = _number(value) if number is None else number
+        normalised = self.normalise(number) if raw else number
+        if not abs(normalised) <= torch.finfo(torch.float32).max:
+            expected = f"one of {', '.join(self.codes)}" if raw and self.codes else "a finite number"
             raise BundleError(f"--{flag}{where} must be {expected}, got '{value}'")
-        return self.normalise(number) if flag == self.raw else number
+        return normalised
+
+    def _code(self, value: Any) -> float | None:
+        word = str(value).strip().lower()
+        whole = [code for name, code in self.codes.items() if name.lower() == word]
+        initial = [code for name, code in self.codes.items() if name[:1].lower() == word]
+        return next((codes[0] for codes in (whole, initial) if len(codes) == 1), None)
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (Real, str)):
+        return math.nan
     try:
         return float(value)
-    except ValueError:
-        return None
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 class Conditions(Sequence[Condition]):
@@ -171,8 +179,8 @@ class Conditions(Sequence[Condition]):
         for c in self:
             if missing == "error" and _absent(row.get(c.name)) and _absent(row.get(c.raw)):
                 raise BundleError(
-                    f"{where} has no value of '{c.raw}' (or '{c.name}'): complete the table, or train with "
-                    f"--missing_conditions default, which uses {c.denormalise(c.default):g} {c.unit}".rstrip()
+                    f"{where} has no value of '{c.raw}' (or '{c.name}'): complete the table; in training, "
+                    f"--missing_conditions default takes {c.denormalise(c.default):g} {c.unit}".rstrip()
                 )
         return self.from_request(row, f" of {where}")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from scripts.errors import BundleError
 
+MOST = 2**63 - 1
 YES = {"true", "yes", "on", "1", "1.0"}
 NO = {"false", "no", "off", "0", "0.0", "none", "null"}
 
@@ -33,7 +34,7 @@ def yes_or_no(value: Any, flag: str) -> bool:
 
 
 def whole_number(value: Any, flag: str, least: int = 0) -> int:
-    """An integer of at least `least`.
+    """An integer of at least `least` that 64 bits can hold.
 
     Raises:
         BundleError: for anything else, naming the flag.
@@ -44,4 +45,6 @@ def whole_number(value: Any, flag: str, least: int = 0) -> int:
         raise BundleError(f"--{flag} must be a whole number, got '{value}'") from error
     if number < least:
         raise BundleError(f"--{flag} must be at least {least}, got {number}")
+    if number > MOST:
+        raise BundleError(f"--{flag} must be at most {MOST}, got {number}")
     return number

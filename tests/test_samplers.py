@@ -1,0 +1,136 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Samplers: the original's timesteps, trajectories with a known end, and noise that is each sample's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.networks.schedulers import DDIMScheduler
+from released import configuration, generative_scheduler
+from torch import Tensor
+
+from scripts.errors import BundleError
+from scripts.samplers import DDIMSampler, LeadingDDIMScheduler, choose_sampler
+
+SHAPE = (3, 4, 6, 8)
+
+
+def schedule(**overrides: Any) -> LeadingDDIMScheduler:
+    """The base's."""
+    return configuration([], **overrides).get_parsed_content("schedule")
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def walk(sampler: DDIMSampler, clean: Tensor, start: Tensor, own: list[torch.Generator]) -> Tensor:
+    """The end of a trajectory along which the network knows the clean latent."""
+    alphas, latent = sampler.schedule.alphas_cumprod, start
+    for timestep in sampler.timesteps:
+        noise = (latent - alphas[timestep].sqrt() * clean) / (1 - alphas[timestep]).sqrt()
+        latent = sampler.step(noise, timestep, latent, own)
+    return latent
+
+
+def test_fifty_timesteps_are_the_originals_and_not_monais() -> None:
+    original = list(range(980, -1, -20))
+    assert DDIMSampler(schedule(), 50).timesteps == original
+    trap = DDIMScheduler(num_train_timesteps=1000, schedule="scaled_linear_beta", clip_sample=False)
+    trap.set_timesteps(50)
+    assert trap.timesteps.tolist() != original
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 64, 300, 333, 999, 1000])
+def test_timesteps_are_the_originals_for_any_number(steps: int) -> None:
+    original = generative_scheduler(configuration([]), "DDIMScheduler")
+    original.set_timesteps(steps)
+    sampler = DDIMSampler(schedule(), steps)
+    assert sampler.timesteps == original.timesteps.tolist()
+    assert len(sampler.timesteps) == steps and sampler.timesteps[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [(0, "at least 1"), (-5, "at least 1"), (1001, "more than the 1000"), ("x", "whole number"), (2.5, "whole number")],
+)
+def test_impossible_numbers_of_steps(steps: object, told: str) -> None:
+    with pytest.raises(BundleError, match=f"--num_inference_steps .*{told}"):
+        choose_sampler(configuration([]).get_parsed_content("samplers"), "ddim", steps)
+
+
+def test_samplers_of_the_base() -> None:
+    samplers = configuration([]).get_parsed_content("samplers")
+    assert len(choose_sampler(samplers, "ddim").timesteps) == 50
+    assert len(choose_sampler(samplers, "ddpm").timesteps) == 1000
+    assert choose_sampler(samplers, "ddpm", "25").timesteps == list(range(960, -1, -40))
+    with pytest.raises(BundleError, match="--sampler must be one of ddim, ddpm, got 'plms'"):
+        choose_sampler(samplers, "plms")
+
+
+def test_samplers_do_not_share_their_timesteps() -> None:
+    shared = schedule()
+    first = DDIMSampler(shared, 50)
+    DDIMSampler(shared, 10)
+    assert len(first.timesteps) == 50
+
+
+@pytest.mark.parametrize("steps", [1, 3, 50, 300])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_a_perfect_network_leads_to_the_clean_latent(steps: int, eta: float) -> None:
+    start, clean = torch.randn(2, 1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    end = walk(DDIMSampler(schedule(), steps, eta), clean, start, generators(4))
+    assert torch.allclose(end, clean, atol=2e-5)
+
+
+def test_step_is_the_formula_of_the_paper() -> None:
+    """Song et al. 2021, equation 12, in float64."""
+    sampler, t, s = DDIMSampler(schedule(), 10, eta=0.7), 500, 400
+    latent, output = torch.randn(2, 1, *SHAPE, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(9)).double().numpy()
+    beta = np.linspace(0.0015**0.5, 0.0205**0.5, 1000) ** 2
+    a = np.cumprod(1 - beta)
+    x, e = latent.double().numpy(), output.double().numpy()
+    clean = (x - np.sqrt(1 - a[t]) * e) / np.sqrt(a[t])
+    sigma = 0.7 * np.sqrt((1 - a[s]) / (1 - a[t]) * (1 - a[t] / a[s]))
+    expected = np.sqrt(a[s]) * clean + np.sqrt(1 - a[s] - sigma**2) * e + sigma * noise
+    moved = sampler.step(output, t, latent, generators(9))
+    assert np.allclose(moved.double().numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_last_step_adds_no_noise() -> None:
+    latent, output = torch.randn(2, 1, *SHAPE, generator=torch.Generator().manual_seed(2))
+    sampler = DDIMSampler(schedule(), 50, eta=1.0)
+    ends = [sampler.step(output, 0, latent, generators(seed)) for seed in (1, 2)]
+    assert torch.equal(*ends)
+
+
+def test_fresh_noise_is_each_samples_own_whatever_the_batch() -> None:
+    clean, start = torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(3))
+    sampler = DDIMSampler(schedule(), 5, eta=1.0)
+    together = sampler.step(clean, 800, start, generators(10, 11, 12))
+    alone = [sampler.step(clean[i : i + 1], 800, start[i : i + 1], generators(10 + i)) for i in range(3)]
+    assert torch.equal(together, torch.cat(alone))
+    assert not torch.equal(together[:1], sampler.step(clean[:1], 800, start[:1], generators(13)))
+
+
+def test_ancestral_steps_keep_the_marginal_distribution() -> None:
+    """With a clean latent of 0 known to the network, x_s has variance 1 - a_s at every eta."""
+    for eta in (0.0, 1.0):
+        sampler = DDIMSampler(schedule(), 10, eta)
+        a = sampler.schedule.alphas_cumprod
+        latent = torch.randn(1, 1, 40, 40, 40, generator=torch.Generator().manual_seed(4)) * (1 - a[900]).sqrt()
+        moved = sampler.step(latent / (1 - a[900]).sqrt(), 900, latent, generators(6))
+        assert moved.var().item() == pytest.approx(1 - a[800].item(), rel=0.03)
