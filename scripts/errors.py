@@ -12,21 +12,34 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import TracebackType
 
+FROM_A_WORKER = re.compile(r"in DataLoader worker process[\s\S]*^scripts\.errors\.BundleError: (.*)", re.MULTILINE)
 BUNDLE_COMMAND = "monai/bundle/__main__.py"
 
 
 class BundleError(Exception):
     """Something that the user can put right: says what is wrong, where, and what to do, in one line."""
 
+    def __str__(self) -> str:
+        return re.sub(r"\s*\n\s*", " ", super().__str__())
+
 
 def find_bundle_error(error: BaseException | None) -> BundleError | None:
-    """The first `BundleError` among an exception and its causes: MONAI wraps what its expressions raise."""
-    while error is not None and not isinstance(error, BundleError):
+    """The first `BundleError` among an exception and its causes: MONAI wraps what its expressions raise.
+
+    What a data loader's process raises comes without its causes: there it is found in the text.
+    """
+    while error is not None:
+        in_text = FROM_A_WORKER.search(error.args[0]) if error.args and isinstance(error.args[0], str) else None
+        if in_text:
+            return BundleError(in_text[1])
+        if isinstance(error, BundleError):
+            return error
         error = error.__cause__ or error.__context__
-    return error
+    return None
 
 
 def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 from PIL import Image
 
 from scripts.atomic import replacing
@@ -28,6 +29,7 @@ from scripts.grid import Grid
 MNI152 = 4
 INTEGER_DTYPES = ("uint8", "uint16", "int16")
 DTYPES = (*INTEGER_DTYPES, "float32")
+UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, TypeError, OverflowError, zlib.error)
 
 
 def write_volume(path: str | os.PathLike, volume: np.ndarray, grid: Grid, dtype: str = "uint8") -> None:
@@ -65,8 +67,14 @@ def _image(data: np.ndarray, grid: Grid) -> nib.Nifti1Image:
 def _quantised(volume: np.ndarray, grid: Grid, dtype: str) -> nib.Nifti1Image:
     top = np.iinfo(dtype).max
     image = _image(np.rint(np.clip(volume, 0.0, 1.0) * top).astype(dtype), grid)
-    image.header.set_slope_inter(1.0 / top, 0.0)
+    image.header.set_slope_inter(_slope(top), 0.0)
     return image
+
+
+def _slope(top: int) -> np.float32:
+    # The header holds it as float32; rounded up, `top` would read back as more than 1.
+    slope = np.float32(1.0 / top)
+    return slope if float(slope) * top <= 1.0 else np.nextafter(slope, np.float32(0.0))
 
 
 def read_volume(path: str | os.PathLike, shape: tuple[int, int, int] | None = None) -> np.ndarray:
@@ -77,14 +85,16 @@ def read_volume(path: str | os.PathLike, shape: tuple[int, int, int] | None = No
         shape: what its shape must be; None takes any.
 
     Raises:
-        BundleError: if the file is missing, unreadable, cut short, not 3D, of another shape, or holds NaN.
+        BundleError: if the file is missing, unreadable, cut short, complex or coloured, not 3D, of another
+            shape, or holds NaN.
     """
     path = Path(path)
     if not path.is_file():
         raise BundleError(f"there is no volume at {path}")
     try:
-        volume = np.asanyarray(nib.load(path).dataobj).astype(np.float32)  # type: ignore[attr-defined]
-    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+        stored = np.asanyarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
+        volume = stored.astype(np.float32, casting="same_kind")
+    except UNREADABLE as error:
         raise BundleError(f"cannot read the volume {path}: it is damaged, cut short or no image ({error})") from error
     if volume.ndim != 3 or (shape is not None and volume.shape != tuple(shape)):
         wanted = "3D" if shape is None else str(tuple(shape))
