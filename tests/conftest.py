@@ -15,9 +15,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pytest
 
@@ -47,6 +48,12 @@ class RunBundle(Protocol):
     ) -> BundleRun: ...
 
 
+class RunHere(Protocol):
+    """The type of the fixture `run_here`."""
+
+    def __call__(self, configs: Sequence[str | Path], **overrides: Any) -> Any: ...
+
+
 class RunTiny(Protocol):
     """The type of the fixture `tiny`."""
 
@@ -70,6 +77,40 @@ def run_bundle() -> RunBundle:
         return BundleRun(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_here() -> RunHere:
+    """`run_here(configs, **overrides)` runs the merged configs in this process and returns MONAI's workflow.
+
+    It raises what the command line would show; `scripts.errors.find_bundle_error` finds the line in it.
+    """
+    from monai.bundle import create_workflow
+
+    def run(configs: Sequence[str | Path], **overrides: Any) -> Any:
+        files = [str(ROOT / config) for config in configs]
+        flags = {"bundle_root": str(ROOT), "device": "cpu", **overrides}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "parsing config_file")  # MONAI: whoever writes a config may run code
+            workflow = create_workflow(config_file=files, workflow_type="inference", logging_file=False, **flags)
+        workflow.run()
+        workflow.finalize()
+        return workflow
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def bundle_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that links to this one's files, with tiny weights of the released format in its own `models/`."""
+    from released import configuration, write_weights
+
+    folder = tmp_path_factory.mktemp("bundle")
+    (folder / "models").mkdir()
+    for name in ("configs", "scripts"):
+        (folder / name).symlink_to(ROOT / name)
+    write_weights(folder / "models", configuration())
+    return folder
 
 
 @pytest.fixture
