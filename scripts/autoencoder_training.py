@@ -137,3 +137,18 @@ def perceptual_loss(path: str, weight: float, fake_3d_ratio: float, device: torc
     if weight < 0.0:
         raise BundleError(f"--perceptual_weight must not be negative, got {weight}")
     return None if weight == 0.0 else SlicePerceptualLoss(path, fake_3d_ratio).to(device)
+
+
+def autoencoder_to_train(network: nn.Module, initial_log_variance: float | None = None) -> nn.Module:
+    """An `AutoencoderKL` whose posterior starts out narrow, where a log-variance is given.
+
+    As PyTorch initialises it, the posterior's standard deviation is near 1 while its mean is near 0, and a short
+    training learns little more than local averages before that noise has shrunk.
+
+    Args:
+        network: MONAI's `AutoencoderKL`, not yet trained.
+        initial_log_variance: bias of the log-variance at the start, such as -8; None leaves it alone.
+    """
+    if initial_log_variance is not None:
+        nn.init.constant_(network.quant_conv_log_sigma.conv.bias, initial_log_variance)  # type: ignore[union-attr, arg-type]
+    return network
