@@ -65,8 +65,9 @@ class Package:
         requirements = folder / "requirements.txt"
         requirements.write_text(f"{self.name}=={self.version} --hash=sha256:{self.sha256}\n")
         kind = "--no-binary" if self.source else "--only-binary"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--require-hashes", kind, self.name, "--dest", str(folder / "got"), "-r", str(requirements)]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        command += ["--no-deps", "--ignore-requires-python", "--require-hashes", kind, self.name]
+        command += ["--dest", str(folder / "got"), "-r", str(requirements)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip() or done.stdout.strip() or "pip failed").splitlines()[-1]

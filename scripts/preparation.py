@@ -13,10 +13,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ from scripts.atomic import make_folder, write_json
 from scripts.conditions import Condition, Conditions
 from scripts.errors import BundleError
 from scripts.grid import Grid
-from scripts.registration import Template, blurred, load_template, register, resample, seen_fraction, tilt_degrees
+from scripts.packages import file_hash
+from scripts.registration import Registration, blurred, load_template, register, resample, seen_fraction
 from scripts.scans import SUFFIXES, load_scan
 from scripts.tables import MISSING, read_table, write_table
 from scripts.volumes import mid_planes, write_picture, write_volume
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 SPACE = "MNI152"
+NAME = re.compile(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
 DEEP_MM = 8.0
 
 
@@ -129,12 +131,14 @@ class Preparation:
             raise BundleError("nothing to prepare: give --input_dir (a BIDS folder) or --input_table")
         self.table = Path(input_table or Path(str(input_dir)) / "participants.tsv")
         self.input_dir = Path(input_dir or self.table.parent)
-        self.rows = read_table(self.table, ["participant_id"])
+        rows = read_table(self.table, ["participant_id"])
+        self.sources = [source for row in rows for source in _row_sources(row, self.input_dir, self.table)]
+        _check_names(self.sources, self.table)
         self.grid, self.conditions = grid, conditions
-        self.columns = _found_columns(columns, conditions, self.rows[0], self.table)
+        self.columns = _found_columns(columns, conditions, rows[0], self.table)
         self.dataset_dir = make_folder(dataset_dir)
         self.template = load_template(template, template_brain)
-        self.settings = Settings(**settings)
+        self.settings = _settings(settings)
         self.provenance = {
             "format": FORMAT,
             "template": {"name": Path(template).name, "sha256": file_hash(template)},
@@ -151,8 +155,7 @@ class Preparation:
             BundleError: after all good scans are written, if any scan failed.
         """
         prepared, failures = [], []
-        sources = list(self._sources())
-        for source in tqdm(sources, desc="preparing", unit="scan"):
+        for source in tqdm(self.sources, desc="preparing", unit="scan"):
             try:
                 prepared.append(self._participant(source))
             except BundleError as error:
@@ -161,22 +164,18 @@ class Preparation:
         self._write_tables(prepared, failures)
         logger.info(f"{len(prepared)} scans prepared in {self.dataset_dir}")
         if failures:
-            raise BundleError(_summary(failures, len(sources), self.dataset_dir / "failures.tsv"))
-
-    def _sources(self) -> Iterator[Source]:
-        for number, row in enumerate(self.rows, start=1):
-            yield from _row_sources(row, f"row {number}", self.input_dir, self.table)
+            raise BundleError(_summary(failures, len(self.sources), self.dataset_dir / "failures.tsv"))
 
     def _participant(self, source: Source) -> dict[str, Any]:
         """The row of the dataset's table for one scan, prepared unless it already is."""
+        if not NAME.fullmatch(source.participant) or not NAME.fullmatch(source.name):
+            raise BundleError(f"the name '{source.name}' must be of letters and digits, with - and _ between them")
         covariates = {c.raw: _covariate(c, source, self.columns.get(c.raw)) for c in self.conditions}
         volume = source.folder / f"{source.name}_space-{SPACE}_T1w.nii.gz"
         measured = self._measured(source, volume)
         return {"participant_id": source.participant, "path": volume.as_posix(), **covariates, **measured}
 
     def _measured(self, source: Source, volume: Path) -> dict[str, Any]:
-        if not source.path.is_file():
-            raise BundleError(f"{source.path}: no such file")
         sidecar = self.dataset_dir / volume.with_name(volume.name.removesuffix(".nii.gz") + ".json")
         provenance = {"source": source.path.name, "source_sha256": file_hash(source.path), **self.provenance}
         if not self.overwrite and (self.dataset_dir / volume).is_file():
@@ -184,32 +183,37 @@ class Preparation:
             if {key: known.get(key) for key in provenance} == provenance:
                 logger.info(f"{source.name} is already prepared")
                 return known["measured"]
-        measured, transform = self._prepare(source, volume)
-        write_json(sidecar, {**provenance, "measured": measured, "template_to_scan_mm": transform.tolist()})
+        measured, found = self._prepare(source, volume)
+        maps = {"rigid": found.rigid.tolist(), "affine": found.affine.tolist()}
+        write_json(sidecar, {**provenance, "measured": measured, "template_to_scan_mm": maps})
         return measured
 
-    def _prepare(self, source: Source, path: Path) -> tuple[dict[str, Any], np.ndarray]:
+    def _prepare(self, source: Source, path: Path) -> tuple[dict[str, Any], Registration]:
         scan, settings = load_scan(source.path), self.settings
-        transform, similarity = register(scan, self.template, settings.seed, settings.enough_similarity)
-        if similarity < settings.min_similarity:
+        found = register(scan, self.template, settings.seed, settings.enough_similarity)
+        if found.similarity < settings.min_similarity:
             raise BundleError(
-                f"{source.path}: does not match the template (similarity {similarity:.2f}, at least "
+                f"{source.path}: does not match the template (similarity {found.similarity:.2f}, at least "
                 f"{settings.min_similarity:g} needed): is it a T1-weighted head?"
             )
         brain = self.template.brain_on(self.grid.shape, self.grid.affine)
-        seen = seen_fraction(scan, transform, brain, self.grid.affine)
-        moved = resample(blurred(scan, 1.0), transform, self.grid.shape, self.grid.affine, order=3)
+        seen = seen_fraction(scan, found.rigid, brain, self.grid.affine)
+        moved = resample(blurred(scan, 1.0), found.rigid, self.grid.shape, self.grid.affine, order=3)
         volume = scale_intensities(moved, brain, self.grid, settings.percentile, settings.level)
         make_folder(self.dataset_dir / path.parent)
         write_volume(self.dataset_dir / path, volume, self.grid)
         figures = make_folder(self.dataset_dir / "figures")
         write_picture(figures / f"{source.name}.png", outlined(volume, brain))
         _warn(source, seen < settings.min_seen, f"{1 - seen:.1%} of the brain is outside its field of view")
-        tilt = tilt_degrees(transform)
-        _warn(source, tilt > 60, f"it was turned by {tilt:.0f} degrees: check its header, and left and right")
+        _warn(source, found.tilt > 60, f"it was turned by {found.tilt:.0f} degrees: check its header, left and right")
         flag = "cut" if seen < settings.min_seen else "whole"
-        measured = {"similarity": round(similarity, 4), "brain_seen": round(seen, 4), "field_of_view": flag}
-        return measured, transform
+        measured = {
+            "similarity": round(found.similarity, 4),
+            "head_size": round(found.size, 4),
+            "brain_seen": round(seen, 4),
+            "field_of_view": flag,
+        }
+        return measured, found
 
     def _write_tables(self, prepared: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]]) -> None:
         if prepared:
@@ -231,9 +235,7 @@ class Preparation:
         }
 
 
-def scale_intensities(
-    image: np.ndarray, brain: np.ndarray, grid: Grid, percentile: float, level: float
-) -> np.ndarray:
+def scale_intensities(image: np.ndarray, brain: np.ndarray, grid: Grid, percentile: float, level: float) -> np.ndarray:
     """Intensities 0..1, the same tissue at nearly the same value in every head.
 
     0 is the image's minimum. `level` is a high percentile deep in the brain (at least 8 mm inside the
@@ -268,11 +270,6 @@ def outlined(volume: np.ndarray, brain: np.ndarray) -> np.ndarray:
     return picture
 
 
-def file_hash(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -286,6 +283,9 @@ def _found_columns(
 ) -> dict[str, str]:
     """Raw name of a condition -> the column of the table that holds it, for those that it has."""
     found = {}
+    for name in columns:
+        if name not in [c.raw for c in conditions]:
+            raise BundleError(f"columns names '{name}', but the conditions are {', '.join(c.raw for c in conditions)}")
     for c in conditions:
         wanted = columns.get(c.raw, c.raw)
         names = [wanted] if isinstance(wanted, str) else list(wanted)
@@ -308,7 +308,22 @@ def _covariate(condition: Condition, source: Source, column: str | None) -> str:
     return words.get(raw, f"{raw:.10g}")
 
 
-def _row_sources(row: Mapping[str, str], number: str, folder: Path, table: Path) -> Iterator[Source]:
+def _settings(settings: Mapping[str, Any]) -> Settings:
+    names = [field.name for field in dataclasses.fields(Settings)]
+    unknown = [name for name in settings if name not in names]
+    if unknown:
+        raise BundleError(f"preparation has no setting '{unknown[0]}': it has {', '.join(names)}")
+    return Settings(**settings)
+
+
+def _check_names(sources: Sequence[Source], table: Path) -> None:
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise BundleError(f"{name} is there twice in {table}: tell a person's scans apart in a column session_id")
+
+
+def _row_sources(row: Mapping[str, str], folder: Path, table: Path) -> Iterator[Source]:
     participant = row["participant_id"]
     path = row.get("path", MISSING)
     if path not in ("", MISSING):

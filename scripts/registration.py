@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from scipy import ndimage, optimize
@@ -68,6 +70,31 @@ class Template:
     def brain_on(self, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
         """The brain as a boolean array on another grid in MNI152 millimetres."""
         return resample(self.brain, np.eye(4), shape, affine, order=1) > 0.5
+
+
+@dataclass(frozen=True)
+class Registration:
+    """How a head lies on the template.
+
+    Attributes:
+        rigid: 4 x 4 matrix from template world to scan world (RAS+, mm), without any change of size.
+        affine: the same with scales and shears, which `rigid` is the rigid part of.
+        similarity: correlation of head and template inside the template's brain at 2 mm, under `affine`.
+    """
+
+    rigid: np.ndarray
+    affine: np.ndarray
+    similarity: float
+
+    @property
+    def tilt(self) -> float:
+        """The angle of the rigid motion, 0 to 180 degrees."""
+        return float(np.degrees(Rotation.from_matrix(self.rigid[:3, :3]).magnitude()))
+
+    @property
+    def size(self) -> float:
+        """The head's volume as a fraction of the template's."""
+        return float(np.linalg.det(self.affine[:3, :3]))
 
 
 def load_template(head: str | os.PathLike, brain: str | os.PathLike) -> Template:
@@ -134,12 +161,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float((a * b).sum()) / scale if scale else 0.0
 
 
-def tilt_degrees(transform: np.ndarray) -> float:
-    """The angle of a rigid motion, 0 to 180 degrees."""
-    return float(np.degrees(Rotation.from_matrix(transform[:3, :3]).magnitude()))
-
-
-def register(scan: Scan, template: Template, seed: int, enough: float) -> tuple[np.ndarray, float]:
+def register(scan: Scan, template: Template, seed: int, enough: float) -> Registration:
     """Find the rigid motion that lays a head on the template.
 
     A coarse search over rotations and shifts about the centre of the head gives the start. ANTs refines it to an
@@ -155,19 +177,18 @@ def register(scan: Scan, template: Template, seed: int, enough: float) -> tuple[
         seed: of the points at which ANTs samples the metric, above 0.
         enough: similarity that needs no second search.
 
-    Returns:
-        The 4 x 4 matrix from template world to scan world (RAS+, mm), and the similarity: the correlation of
-        head and template inside the template's brain at 2 mm, under the affine map.
     """
     scan = _thinned(_without_highlights(scan), FINE_MM)
     template = template.thinned
     search = _CoarseSearch(scan, template)
-    best = _refined(scan, template, seed, search.best(_tilts()))
-    if best[1] < enough:
+    affine, similarity = _refined(scan, template, seed, search.best(_tilts()))
+    if similarity < enough:
         turn = _rotation(search.best(Rotation.create_group("O")))
         around = search.best([turn * tilt for tilt in _tilts()])
-        best = max(best, _refined(scan, template, seed, around), key=lambda found: found[1])
-    return _rigid_part(best[0], _centroid(template.in_brain, template.head.affine)), best[1]
+        again = _refined(scan, template, seed, around)
+        affine, similarity = again if again[1] > similarity else (affine, similarity)
+    rigid = _rigid_part(affine, _centroid(template.in_brain, template.head.affine))
+    return Registration(rigid, affine, similarity)
 
 
 def _refined(scan: Scan, template: Template, seed: int, start: np.ndarray) -> tuple[np.ndarray, float]:
@@ -255,19 +276,33 @@ def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
     return points @ matrix[:3, :3].T + matrix[:3, 3]
 
 
-def _ants_affine(scan: Scan, template: Template, seed: int, start: np.ndarray) -> np.ndarray:
-    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"
+def deterministic_ants(seed: int) -> ModuleType:
+    """The ants package, set to one thread and a fixed seed: the same input gives the same output."""
     import ants
 
     ants.config.set_ants_deterministic(True, seed)
+    return ants
+
+
+def as_ants_image(scan: Scan) -> Any:
+    """The scan as an `ants.ANTsImage`, whose world is LPS."""
+    import ants
+
+    affine = LPS @ scan.affine
+    left, _, right = np.linalg.svd(affine[:3, :3] / scan.spacing)
+    return ants.from_numpy(scan.data, list(affine[:3, 3]), list(scan.spacing), left @ right)
+
+
+def _ants_affine(scan: Scan, template: Template, seed: int, start: np.ndarray) -> np.ndarray:
+    ants = deterministic_ants(seed)
     with tempfile.TemporaryDirectory() as folder:
         found = ants.registration(
-            fixed=_ants_image(template.head),
-            moving=_ants_image(scan),
+            fixed=as_ants_image(template.head),
+            moving=as_ants_image(scan),
             type_of_transform="Affine",
             initial_transform=[_ants_start(start, Path(folder) / "start.mat")],
             outprefix=os.path.join(folder, "affine"),
-            mask=_ants_image(Scan(template.near_brain.astype(np.float32), template.head.affine)),
+            mask=as_ants_image(Scan(template.near_brain.astype(np.float32), template.head.affine)),
             mask_all_stages=True,
             aff_iterations=(500, 200),
             aff_shrink_factors=(2, 1),
@@ -275,14 +310,6 @@ def _ants_affine(scan: Scan, template: Template, seed: int, start: np.ndarray) -
             aff_random_sampling_rate=0.5,
         )
         return _ants_matrix([ants.read_transform(path) for path in found["fwdtransforms"]])
-
-
-def _ants_image(scan: Scan):  # type: ignore[no-untyped-def]
-    import ants
-
-    affine = LPS @ scan.affine
-    left, _, right = np.linalg.svd(affine[:3, :3] / scan.spacing)
-    return ants.from_numpy(scan.data, list(affine[:3, 3]), list(scan.spacing), left @ right)
 
 
 def _ants_start(start: np.ndarray, path: Path) -> str:
