@@ -25,6 +25,8 @@ from ignite.handlers import Checkpoint as IgniteCheckpoint
 from monai.handlers import CheckpointSaver
 from monai.utils import set_determinism
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from scripts.atomic import make_folder
 from scripts.checkpoints import load_network, read_checkpoint
@@ -197,6 +199,28 @@ def start(
     if pretrained is not None:
         load_network(network, read_checkpoint(pretrained, name), load_old)
     return network.to(device).train()
+
+
+def lr_schedule(optimizer: Optimizer, decay: str, max_epochs: int) -> LRScheduler:
+    """How the learning rate changes from epoch to epoch.
+
+    Args:
+        optimizer: its rate is the first epoch's.
+        decay: `constant`, or `cosine` for a fall to 0 at the end.
+        max_epochs: length of the training.
+
+    Raises:
+        BundleError: for another `decay`.
+    """
+    if decay == "constant":
+        return LambdaLR(optimizer, _unchanged)
+    if decay == "cosine":
+        return CosineAnnealingLR(optimizer, max_epochs)
+    raise BundleError(f"--lr_decay must be constant or cosine, got '{decay}'")
+
+
+def _unchanged(epoch: int) -> float:
+    return 1.0
 
 
 def set_seed(seed: Any = None) -> None:
