@@ -110,10 +110,16 @@ class LatentDiffusionSampler(Inferer):
         """The clean latent at the end of the trajectory, (B, C, x, y, z), scaled as in training."""
         latent = noise
         for timestep in tqdm(self.sampler.timesteps, "denoising", unit="step", leave=False, disable=None):
-            timesteps = torch.full((len(latent),), timestep, device=latent.device)
-            output = self.hybrid.denoise(network, latent, timesteps, condition)
+            output = self._denoise(network, latent, timestep, condition)
             latent = self.sampler.step(output, timestep, latent, generators)
         return latent
+
+    def _denoise(self, network: nn.Module, latent: Tensor, timestep: int, condition: Tensor) -> Tensor:
+        # On a CPU one at a time, where it costs little: PyTorch adds in an order that depends on the batch size.
+        size = 1 if latent.device.type == "cpu" else len(latent)
+        timesteps = torch.full((len(latent),), timestep, device=latent.device)
+        parts = zip(latent.split(size), timesteps.split(size), condition.split(size), strict=True)
+        return torch.cat([self.hybrid.denoise(network, *part) for part in parts])
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from scripts.conditions import Conditions
+from scripts.devices import process_rank
 from scripts.errors import BundleError
 from scripts.options import whole_number
 from scripts.tables import read_table
@@ -45,7 +46,8 @@ class SampleRequests(Dataset):
             of the flags.
 
     Raises:
-        BundleError: for a bad flag or table, a table together with flags, or `num_samples` with a table.
+        BundleError: for a bad flag or table, a table together with flags, `num_samples` with a table, or
+            several processes without a seed.
     """
 
     def __init__(
@@ -58,13 +60,15 @@ class SampleRequests(Dataset):
     ) -> None:
         self.latent_shape = tuple(latent_shape)
         self.fixed_seed = None if seed is None else whole_number(seed, "seed")
+        if self.fixed_seed is None and process_rank()[1] > 1:
+            raise BundleError("several processes sample one run: give --seed, so that they share it")
         config = current_config()
         flags = {flag: config[flag] for flag in conditions.flags() if config.get(flag) is not None}
         if table is None:
             vector = conditions.from_request(flags)
             self.vectors = [vector] * whole_number(1 if num_samples is None else num_samples, "num_samples", least=1)
         else:
-            self.vectors = _from_table(conditions, table, [*flags, *(["num_samples"] if num_samples else [])])
+            self.vectors = _from_table(conditions, table, [*flags, *([] if num_samples is None else ["num_samples"])])
         self.start()
 
     def start(self) -> None:

@@ -89,8 +89,8 @@ class SampleSaver:
         Raises:
             BundleError: if another one has its name: it would be lost.
         """
-        sidecar = Path(f"{self._stem(seed, index)}.json")
-        if not sidecar.exists():
+        volume, sidecar = (Path(f"{self._stem(seed, index)}.{ending}") for ending in ("nii.gz", "json"))
+        if not (volume.exists() and sidecar.exists()):
             return False
         if _same_sample(sidecar, self._sidecar(seed, index, vector)):
             return True
@@ -144,7 +144,8 @@ def sample_all(evaluator: Engine, requests: SampleRequests, saver: SampleSaver) 
     if done:
         logger.info(f"{len(done)} of {len(requests)} samples are in {saver.folder} already and are kept")
     rank, processes = process_rank()
-    requests.rows = [i for i in requests.rows if i not in set(done)][rank::processes]
+    # Shared out before what is done is left out: processes that look at the folder at other times still agree.
+    requests.rows = [i for i in requests.rows[rank::processes] if i not in set(done)]
     if requests.rows:
         evaluator.state.epoch_length = len(evaluator.data_loader)
         evaluator.run()

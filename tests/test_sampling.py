@@ -1,0 +1,398 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Conditioned sampling from end to end, with tiny weights of the released format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import BASE, TINY, BundleRun, RunBundle, RunHere
+from PIL import Image
+from released import configuration
+
+from scripts.errors import find_bundle_error
+
+CARD = {"gender": 1.0, "age": 0.7, "ventricular_vol": 0.7, "brain_vol": 0.5}
+CONFIGS = [BASE, TINY]
+SHAPE = (32, 48, 32)
+
+Sample = Callable[..., Any]
+
+
+@pytest.fixture
+def sample(run_here: RunHere, bundle_copy: Path, output_dir: Path) -> Sample:
+    """`sample(**flags)` samples in this process, in two steps unless told otherwise, to `output_dir`."""
+
+    def run(**flags: Any) -> Any:
+        defaults = {"bundle_root": str(bundle_copy), "output_dir": str(output_dir), "num_inference_steps": 2}
+        return run_here(CONFIGS, **{**defaults, **flags})
+
+    return run
+
+
+def flags_of(given: dict[str, Any]) -> list[str]:
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def voxels(folder: Path) -> dict[str, np.ndarray]:
+    """The stored integers of each volume in a folder."""
+    images: dict[str, Any] = {path.name: nib.load(path) for path in sorted(folder.glob("*.nii.gz"))}
+    return {name: np.asarray(image.dataobj.get_unscaled()) for name, image in images.items()}
+
+
+def sidecars(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def write_table(folder: Path, text: str) -> str:
+    (folder / "conditions.tsv").write_text(text)
+    return str(folder / "conditions.tsv")
+
+
+# The command line.
+
+
+def test_model_cards_command(run_bundle: RunBundle, bundle_copy: Path, output_dir: Path) -> None:
+    done = run_bundle(CONFIGS, *flags_of({**CARD, "seed": 7, "output_dir": output_dir}), cwd=bundle_copy)
+    assert done.returncode == 0, done.stderr
+    stem = "sample_seed-7_000000"
+    assert names(output_dir) == [f"{stem}.json", f"{stem}.nii.gz", f"{stem}.png"]
+    image: Any = nib.load(output_dir / f"{stem}.nii.gz")
+    assert image.shape == SHAPE and image.get_data_dtype() == np.uint8
+    assert int(image.header["sform_code"]) == int(image.header["qform_code"]) == 4
+    assert np.allclose(image.affine, configuration().get_parsed_content("grid").affine, atol=1e-4)
+    data = image.get_fdata()
+    assert 0.0 <= data.min() < data.max() <= 1.0
+    assert Image.open(output_dir / f"{stem}.png").size[1] == 256
+    (stated,) = sidecars(output_dir)
+    assert {name: stated["conditions"][name] for name in CARD} == CARD
+    assert (stated["sampler"], stated["num_inference_steps"]) == ("ddim", 50)
+
+
+def test_from_another_folder(run_bundle: RunBundle, bundle_copy: Path, output_dir: Path, tmp_path: Path) -> None:
+    flags = {"bundle_root": bundle_copy, "output_dir": output_dir, "num_inference_steps": 2, "seed": 3}
+    done = run_bundle(CONFIGS, *flags_of(flags), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(voxels(output_dir)) == 1
+
+
+def is_one_line(done: BundleRun) -> bool:
+    """Whether a command ended as a user should see an error: one line of it, no traceback, exit code not 0."""
+    lines = (done.stdout + done.stderr).splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    return done.returncode != 0 and len(errors) == 1 and not any("Traceback" in line for line in lines)
+
+
+def test_unknown_flag_ends_in_one_line(run_bundle: RunBundle, bundle_copy: Path, output_dir: Path) -> None:
+    done = run_bundle(CONFIGS, "--gendr", 1, "--output_dir", output_dir, cwd=bundle_copy)
+    assert is_one_line(done), done.stderr
+    assert "unknown flag --gendr: did you mean --gender" in done.stderr
+    assert names(output_dir) == []
+
+
+# What is refused, in this process: a subprocess for each would take most of the suite's time.
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"age": "old"}, "--age must be a finite number, got 'old'"),
+    ({"age": "nan"}, "--age must be a finite number"),
+    ({"age_years": "inf"}, "--age_years must be a finite number"),
+    ({"sex": "mle"}, "--sex must be one of female, male, got 'mle'"),
+    ({"age": 0.5, "age_years": 63}, "--age and --age_years state the same condition"),
+    ({"device": "tpu"}, "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+    ({"device": "mps"}, "--device must be auto, cpu, cuda or cuda:N, got 'mps'"),
+    ({"sampler": "x"}, "--sampler must be one of ddim, ddpm, got 'x'"),
+    ({"num_samples": 0}, "--num_samples must be at least 1"),
+    ({"num_samples": "many"}, "--num_samples must be a whole number"),
+    ({"batch_size": "x"}, "--batch_size must be a whole number"),
+    ({"batch_size": 0}, "--batch_size must be at least 1"),
+    ({"seed": -1}, "--seed must be at least 0"),
+    ({"seed": 1.5}, "--seed must be a whole number"),
+    ({"seed": 2**64}, "--seed must be at most"),
+    ({"num_inference_steps": 1001}, "--num_inference_steps 1001 is more than the 1000"),
+    ({"amp": "maybe"}, "--amp must be 1 or 0"),
+    ({"load_old": "maybe"}, "--load_old must be 1 or 0"),
+    ({"output_dtype": "float64"}, "--output_dtype must be one of uint8"),
+    ({"load_old": 0}, "use --load_old 1"),
+]
+
+
+def refused(sample: Sample, folder: Path, /, **flags: Any) -> str:
+    """The one line that a run ends in; it leaves no file."""
+    with pytest.raises(Exception) as caught:
+        sample(**flags)
+    error = find_bundle_error(caught.value)
+    assert error is not None, caught.value
+    assert "\n" not in str(error)
+    assert names(folder) == []
+    return str(error)
+
+
+@pytest.mark.parametrize(("flags", "told"), REFUSED, ids=[" ".join(map(str, f.items())) for f, _ in REFUSED])
+def test_bad_flags(flags: dict[str, Any], told: str, sample: Sample, output_dir: Path) -> None:
+    assert told in refused(sample, output_dir, **flags)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_gpu_that_is_not_there(device: str, sample: Sample, output_dir: Path) -> None:
+    assert "use --device cpu" in refused(sample, output_dir, device=device)
+
+
+def test_output_folder_that_cannot_be_written(sample: Sample, output_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    told = refused(sample, output_dir, output_dir=str(tmp_path / "file" / "below"))
+    assert "cannot write to the folder" in told
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_missing_weights_name_both_ways_out(sample: Sample, output_dir: Path, tmp_path: Path) -> None:
+    told = refused(sample, output_dir, bundle_root=str(tmp_path), **CARD)
+    assert "download_large_files" in told and "demo.yaml" in told
+
+
+def test_weights_of_the_other_network(sample: Sample, bundle_copy: Path, output_dir: Path) -> None:
+    autoencoder, diffusion = (str(bundle_copy / "models" / f"tiny_{name}.pt") for name in ("autoencoder", "diffusion"))
+    assert "is of another model" in refused(sample, output_dir, diffusion_path=autoencoder)
+    assert "is of another model" in refused(sample, output_dir, autoencoder_path=diffusion)
+
+
+def test_weights_that_were_cut_short(sample: Sample, bundle_copy: Path, output_dir: Path, tmp_path: Path) -> None:
+    content = (bundle_copy / "models" / "tiny_diffusion.pt").read_bytes()
+    (tmp_path / "model.pt").write_bytes(content[: len(content) // 2])
+    assert "cut short" in refused(sample, output_dir, diffusion_path=str(tmp_path / "model.pt"))
+
+
+HEADER = "sex\tage_years\tventricular_vol\tbrain_vol_mm3\n"
+ROWS = "male\t70\t0.2\t1500000\nf\t50\t0.9\t1200000\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            HEADER.replace("age_years", "age_year") + ROWS,
+            "no column 'age_years' or 'age' (did you mean its column 'age_year'?)",
+        ),
+        (HEADER + ROWS.replace("\t50\t", "\told\t"), "--age_years of row 2 of"),
+        (HEADER + ROWS.replace("70", "n/a"), "row 1 of"),
+        (HEADER + ROWS.replace("\t50", ""), "row 2 of"),
+        (HEADER, "has no rows"),
+        ("", "has no rows"),
+    ],
+    ids=["column", "cell", "missing cell", "ragged", "header alone", "empty"],
+)
+def test_bad_tables(text: str, told: str, sample: Sample, output_dir: Path, tmp_path: Path) -> None:
+    assert told in refused(sample, output_dir, conditions_table=write_table(tmp_path, text))
+
+
+@pytest.mark.parametrize("flag", [{"age": 0.5}, {"sex": "male"}, {"num_samples": 2}, {"num_samples": 0}])
+def test_table_together_with_flags(flag: dict[str, Any], sample: Sample, output_dir: Path, tmp_path: Path) -> None:
+    table = write_table(tmp_path, HEADER + ROWS)
+    told = refused(sample, output_dir, conditions_table=table, **flag)
+    assert f"leave out --{next(iter(flag))}" in told
+
+
+def test_table_that_is_not_there(sample: Sample, output_dir: Path) -> None:
+    assert "No such file" in refused(sample, output_dir, conditions_table="missing.tsv")
+
+
+# What is sampled.
+
+
+def test_raw_units_are_the_normalised_ones(sample: Sample, tmp_path: Path) -> None:
+    raw = {"sex": "male", "age_years": 63, "ventricular_vol_mm3": 89185.34, "brain_vol_mm3": 1144240}
+    sample(seed=1, output_dir=str(tmp_path / "raw"), **raw)
+    normalised = {"gender": 1, "age": 0.5, "ventricular_vol": 0.5, "brain_vol": 0.0}
+    sample(seed=1, output_dir=str(tmp_path / "normalised"), **normalised)
+    assert equal(voxels(tmp_path / "raw"), voxels(tmp_path / "normalised"))
+    (stated,) = sidecars(tmp_path / "raw")
+    assert stated["conditions"] == pytest.approx({**raw, "sex": 1, **normalised}, rel=1e-6)
+
+
+def test_conditions_matter(sample: Sample, tmp_path: Path) -> None:
+    for age in (0, 1):
+        sample(seed=1, output_dir=str(tmp_path / str(age)), gender=1, age=age, ventricular_vol=0, brain_vol=1)
+    assert not equal(voxels(tmp_path / "0"), voxels(tmp_path / "1"))
+
+
+def test_extrapolation_warns_and_samples(sample: Sample, output_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sample(seed=1, ventricular_vol=1.9, brain_vol=-0.5)
+    warnings = [record.message for record in caplog.records if record.name == "scripts.conditions"]
+    assert ["--ventricular_vol 1.9" in warnings[0], "6995.68 to 171375 mm3" in warnings[0]] == [True, True]
+    assert "--brain_vol -0.5" in warnings[1]
+    assert len(voxels(output_dir)) == 1
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_sample_does_not_depend_on_the_batch_size(sampler: str, sample: Sample, tmp_path: Path) -> None:
+    folders = [tmp_path / str(size) for size in (1, 2, 3)]
+    for size, folder in enumerate(folders, start=1):
+        sample(seed=5, num_samples=3, batch_size=size, sampler=sampler, num_inference_steps=3, output_dir=str(folder))
+    one, two, three = map(voxels, folders)
+    assert equal(one, two) and equal(one, three)
+    volumes = list(one.values())
+    assert len(volumes) == 3 and not np.array_equal(volumes[0], volumes[1])
+
+
+def test_samplers_and_steps_differ(sample: Sample, tmp_path: Path) -> None:
+    ways = [("ddim", 2), ("ddpm", 2), ("ddim", 4)]
+    for sampler, steps in ways:
+        folder = str(tmp_path / f"{sampler}{steps}")
+        sample(seed=5, sampler=sampler, num_inference_steps=steps, output_dir=folder)
+    first, second, third = (voxels(tmp_path / f"{sampler}{steps}") for sampler, steps in ways)
+    assert not equal(first, second) and not equal(first, third)
+    (stated,) = sidecars(tmp_path / "ddpm2")
+    assert (stated["sampler"], stated["num_inference_steps"]) == ("ddpm", 2)
+
+
+def test_the_first_samples_of_a_seed_are_the_same_in_a_longer_run(sample: Sample, tmp_path: Path) -> None:
+    sample(seed=5, num_samples=2, output_dir=str(tmp_path / "short"))
+    sample(seed=5, num_samples=3, output_dir=str(tmp_path / "long"))
+    short, long = voxels(tmp_path / "short"), voxels(tmp_path / "long")
+    assert len(short) == 2 and equal(short, {name: long[name] for name in short})
+
+
+def test_without_a_seed_every_run_is_new(sample: Sample, output_dir: Path) -> None:
+    workflow = sample()
+    workflow.run()
+    sample()
+    volumes = list(voxels(output_dir).values())
+    assert len(volumes) == 3
+    assert not any(np.array_equal(a, b) for a, b in zip(volumes, [*volumes[1:], volumes[0]]))
+
+
+def test_table_samples_one_volume_a_row(sample: Sample, output_dir: Path, tmp_path: Path) -> None:
+    sample(seed=2, conditions_table=write_table(tmp_path, HEADER + ROWS))
+    first, second = (stated["conditions"] for stated in sidecars(output_dir))
+    assert (first["sex"], first["age_years"], first["ventricular_vol"]) == (1, 70, 0.2)
+    assert (second["sex"], second["age_years"], second["brain_vol_mm3"]) == (0, 50, 1200000)
+    assert len(voxels(output_dir)) == 2
+
+
+def test_row_of_a_table_is_the_sample_of_its_flags(sample: Sample, output_dir: Path, tmp_path: Path) -> None:
+    sample(seed=2, conditions_table=write_table(tmp_path, HEADER + ROWS))
+    flags = {"sex": "male", "age_years": 70, "ventricular_vol": 0.2, "brain_vol_mm3": 1500000}
+    sample(seed=2, output_dir=str(tmp_path / "flags"), **flags)
+    alone, (first, *_) = voxels(tmp_path / "flags"), voxels(output_dir).items()
+    assert equal(alone, dict([first]))
+
+
+def test_sidecar_says_how_the_sample_was_made(sample: Sample, bundle_copy: Path, output_dir: Path) -> None:
+    sample(seed=9, num_samples=2, **CARD)
+    first, second = sidecars(output_dir)
+    assert (first["seed"], first["index"], second["index"]) == (9, 0, 1)
+    assert first["conditions"]["age_years"] == pytest.approx(70.6) and first["conditions"]["sex"] == 1
+    assert (first["sampler"], first["num_inference_steps"], first["amp"]) == ("ddim", 2, False)
+    assert first["latent_scale"] == 1.0 and first["dtype"] == "uint8"
+    assert first["weights"]["diffusion"]["file"] == "tiny_diffusion.pt"
+    assert len(first["weights"]["autoencoder"]["sha256"]) == 64
+    assert (
+        first["versions"]["torch"] == torch.__version__.split("+")[0] or first["versions"]["torch"] == torch.__version__
+    )
+    assert str(bundle_copy) not in json.dumps(first)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
+def test_other_types_of_voxels(dtype: str, sample: Sample, output_dir: Path, tmp_path: Path) -> None:
+    sample(seed=1, output_dtype=dtype)
+    sample(seed=1, output_dir=str(tmp_path / "uint8"))
+    image: Any = nib.load(output_dir / "sample_seed-1_000000.nii.gz")
+    assert image.get_data_dtype() == dtype
+    (coarse,) = voxels(tmp_path / "uint8").values()
+    assert np.abs(np.clip(image.get_fdata(), 0, 1) - coarse / 255).max() < 0.0021
+
+
+def test_mixed_precision_is_close(sample: Sample, output_dir: Path, tmp_path: Path) -> None:
+    sample(seed=1, amp=1)
+    sample(seed=1, output_dir=str(tmp_path / "float32"))
+    (rough,), (exact,) = voxels(output_dir).values(), voxels(tmp_path / "float32").values()
+    assert not np.array_equal(rough, exact)
+    assert np.corrcoef(rough.ravel(), exact.ravel())[0, 1] > 0.99
+    assert sidecars(output_dir)[0]["amp"] is True
+
+
+# Running again.
+
+
+def test_the_same_command_keeps_what_is_there(
+    sample: Sample, output_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sample(seed=4, num_samples=2)
+    before = {path: path.stat().st_mtime_ns for path in output_dir.iterdir()}
+    with caplog.at_level("INFO"):
+        sample(seed=4, num_samples=2)
+    assert {path: path.stat().st_mtime_ns for path in output_dir.iterdir()} == before
+    assert any("2 of 2 samples" in record.message and "already" in record.message for record in caplog.records)
+
+
+def test_an_interrupted_run_is_completed(sample: Sample, output_dir: Path, tmp_path: Path) -> None:
+    sample(seed=4, num_samples=3)
+    whole = voxels(output_dir)
+    (output_dir / "sample_seed-4_000001.json").unlink()
+    (output_dir / "sample_seed-4_000002.nii.gz").unlink()
+    sample(seed=4, num_samples=3)
+    assert equal(voxels(output_dir), whole)
+    assert len(names(output_dir)) == 9
+
+
+@pytest.mark.parametrize(
+    "other", [{"age": 0.9}, {"num_inference_steps": 3}, {"sampler": "ddpm"}, {"output_dtype": "int16"}]
+)
+def test_a_sample_of_other_settings_is_not_overwritten(
+    other: dict[str, Any], sample: Sample, output_dir: Path, tmp_path: Path
+) -> None:
+    sample(seed=4)
+    kept = tmp_path / "kept"
+    shutil.copytree(output_dir, kept)
+    with pytest.raises(Exception) as caught:
+        sample(**{"seed": 4, **other})
+    assert "other settings: choose another --output_dir or --seed" in str(find_bundle_error(caught.value))
+    assert names(output_dir) == names(kept)
+    assert equal(voxels(output_dir), voxels(kept))
+
+
+# Several processes.
+
+
+def test_processes_share_the_samples_of_one_run(
+    sample: Sample, output_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample(seed=6, num_samples=3, output_dir=str(tmp_path / "alone"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        before = set(voxels(output_dir))
+        sample(seed=6, num_samples=3)
+        shares.append(len(set(voxels(output_dir)) - before))
+    assert sum(shares) == 3 and min(shares) >= 1
+    assert equal(voxels(output_dir), voxels(tmp_path / "alone"))
+
+
+def test_processes_need_a_common_seed(sample: Sample, output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "give --seed" in refused(sample, output_dir, num_samples=3)
