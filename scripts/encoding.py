@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scripts.atomic import make_folder, replacing, write_json
-from scripts.checkpoints import Checkpoint
+from scripts.checkpoints import Checkpoint, file_sha256
 from scripts.datasets import TABLE
 from scripts.options import whole_number
 from scripts.precision import autocast
@@ -68,7 +68,7 @@ class LatentEncoder:
         self.device, self.amp = torch.device(device), amp
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Encode the rows of `scripts.datasets.participants`; what is there already from the same weights is kept.
+        """Encode the rows of `scripts.datasets.participants`; what is there from the same weights and scan is kept.
 
         Raises:
             BundleError: if a volume cannot be read, or the folder not written.
@@ -91,7 +91,7 @@ class LatentEncoder:
 
     def _encode(self, row: Mapping[str, Any], name: str, number: int, version: int, origin: Mapping[str, Any]) -> None:
         path = self.folder / name
-        metadata = {key: str(value) for key, value in origin.items()}
+        metadata = {**{key: str(value) for key, value in origin.items()}, "volume_sha256": file_sha256(row["image"])}
         if _is_encoded(path, metadata):
             return
         sample = self.load(row)

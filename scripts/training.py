@@ -12,10 +12,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from monai.handlers import CheckpointSaver
 from monai.utils import set_determinism
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from scripts.atomic import make_folder
 from scripts.checkpoints import load_network, read_checkpoint
@@ -57,7 +59,7 @@ class Facts:
             BundleError: naming the fact that differs.
         """
         for name, value in self.facts.items():
-            if state.get(name) != value:
+            if json.dumps(state.get(name)) != json.dumps(value):  # which also compares the order of conditions
                 raise BundleError(
                     f"the checkpoint to resume was trained with {name} {state.get(name)}, now it is {value}: "
                     "use another --run_dir for a new training"
@@ -125,6 +127,10 @@ class SaveCheckpoints(CheckpointSaver):
         super().attach(engine)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._remove_old)
         engine.add_event_handler(Events.COMPLETED, self._say_where)
+
+    def exception_raised(self, engine: Engine, e: Exception) -> None:
+        """Save nothing: MONAI's handler would put the weights of a training that failed in the place of the result."""
+        raise e
 
     def _remove_old(self) -> None:
         for path in checkpoints_in(self.folder)[: -self.keep]:
@@ -212,14 +218,17 @@ def lr_schedule(optimizer: Optimizer, decay: str, max_epochs: int) -> LRSchedule
     Raises:
         BundleError: for another `decay`.
     """
-    if decay == "constant":
-        return LambdaLR(optimizer, _unchanged)
-    if decay == "cosine":
-        return CosineAnnealingLR(optimizer, max_epochs)
-    raise BundleError(f"--lr_decay must be constant or cosine, got '{decay}'")
+    if decay not in ("constant", "cosine"):
+        raise BundleError(f"--lr_decay must be constant or cosine, got '{decay}'")
+    # Of PyTorch's schedules, this one keeps no length in its state: a resumed training may be made longer.
+    return LambdaLR(optimizer, partial(_cosine, max_epochs) if decay == "cosine" else _constant)
 
 
-def _unchanged(epoch: int) -> float:
+def _cosine(max_epochs: int, epoch: int) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, epoch / max_epochs)))
+
+
+def _constant(epoch: int) -> float:
     return 1.0
 
 

@@ -1,0 +1,107 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The inferer that training and sampling share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from released import configuration, generative_network
+from torch import Tensor, nn
+
+from scripts.checkpoints import Checkpoint, load_network
+from scripts.hybrid import HybridInferer, LatentDiffusionSampler
+
+SHAPE = (3, 4, 8, 4)
+
+
+class Recorder(nn.Module):
+    """In the place of the denoiser: keeps what it is given and returns the noisy channels."""
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        self.given = x, timesteps, context
+        return x[:, :3]
+
+
+def inferer(**overrides: Any) -> HybridInferer:
+    """The base's."""
+    return configuration(**overrides).get_parsed_content("hybrid_inferer")
+
+
+def batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    inputs, noise = torch.randn(2, 2, *SHAPE, generator=generator)
+    return {
+        "inputs": inputs,
+        "noise": noise,
+        "timesteps": torch.tensor([3, 900]),
+        "condition": torch.rand(2, 4, generator=generator),
+    }
+
+
+def test_training_adds_the_noise_of_the_schedule_and_conditions_both_ways() -> None:
+    given, network = batch(), Recorder()
+    inferer()(network=network, **given)
+    x, timesteps, context = network.given
+    betas = torch.linspace(0.0015**0.5, 0.0205**0.5, 1000, dtype=torch.float64) ** 2
+    alphas = torch.cumprod(1 - betas, 0)[given["timesteps"]].float()[:, None, None, None, None]
+    noisy = alphas.sqrt() * given["inputs"] + (1 - alphas).sqrt() * given["noise"]
+    assert torch.allclose(x[:, :3], noisy, atol=1e-5)
+    assert torch.equal(x[:, 3:], given["condition"][:, :, None, None, None].expand(2, 4, *SHAPE[1:]))
+    assert torch.equal(context, given["condition"][:, None])
+    assert torch.equal(timesteps, given["timesteps"])
+
+
+def test_mixed_precision_computes_in_bfloat16_and_returns_float32() -> None:
+    given, layer = batch(), nn.Conv3d(7, 3, 1)
+    seen = []
+
+    def network(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        seen.append(layer(x))
+        return seen[-1]
+
+    for amp, dtype in ((False, torch.float32), (1, torch.bfloat16), ("true", torch.bfloat16)):
+        output = inferer(amp=amp)(network=network, **given)  # type: ignore[arg-type]
+        assert seen[-1].dtype == dtype and output.dtype == torch.float32
+
+
+def test_sampling_calls_the_network_as_training_does() -> None:
+    config = configuration()
+    weights = Checkpoint("x", generative_network(config, "network_def").state_dict())  # type: ignore[arg-type]
+    network, given = load_network(config.get_parsed_content("network_def"), weights, 1), batch()
+    hybrid = config.get_parsed_content("hybrid_inferer")
+    noisy = config.get_parsed_content("schedule").add_noise(given["inputs"], given["noise"], given["timesteps"])
+    with torch.no_grad():
+        trained = hybrid(network=network, **given)
+        sampled = [
+            hybrid.denoise(network, noisy[i : i + 1], given["timesteps"][i : i + 1], given["condition"][i : i + 1])
+            for i in (0, 1)
+        ]
+    assert torch.allclose(trained, torch.cat(sampled), rtol=1e-4, atol=1e-5)
+
+
+class Decoder(nn.Module):
+    """In the place of the autoencoder."""
+
+    def decode_stage_2_outputs(self, latent: Tensor) -> Tensor:
+        return 2.0 * latent[:, :1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_latents_are_divided_by_their_scale_before_decoding(scale: float) -> None:
+    config = configuration(num_inference_steps=2)
+    sampler = LatentDiffusionSampler(inferer(), config.get_parsed_content("chosen_sampler"), Decoder(), scale)
+    given = batch()
+    latent = sampler.sample_latent(given["noise"], Recorder(), given["condition"], [])
+    volumes = sampler(given["noise"], Recorder(), given["condition"], [])
+    assert torch.allclose(volumes, 2.0 * latent[:, :1] / scale)
