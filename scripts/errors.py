@@ -24,7 +24,7 @@ class BundleError(Exception):
     """Something that the user can put right: says what is wrong, where, and what to do, in one line."""
 
     def __str__(self) -> str:
-        return re.sub(r"\s*\n\s*", " ", super().__str__())
+        return re.sub(r"\s*\n\s*", " ", super().__str__().strip())
 
 
 def find_bundle_error(error: BaseException | None) -> BundleError | None:

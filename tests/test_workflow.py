@@ -61,6 +61,7 @@ def test_flag_like_no_other(run_here: RunHere) -> None:
     assert refused(run_here, xyzzy=1).startswith("unknown flag --xyzzy")
 
 
+@pytest.mark.filterwarnings("ignore:Can't merge entry")
 def test_mistyped_extension(run_here: RunHere) -> None:
     assert "--sampler" in refused(run_here, **{"+smplers": {}})
 
