@@ -130,13 +130,14 @@ class Conditions(Sequence[Condition]):
         """The map as plain data, for checkpoints and sidecars."""
         return {c.name: {"raw": c.raw, "unit": c.unit, "minimum": c.minimum, "maximum": c.maximum} for c in self}
 
-    def from_request(self, request: Mapping[str, Any], where: str = "") -> torch.Tensor:
+    def from_request(self, request: Mapping[str, Any], where: str = "", warn: bool = True) -> torch.Tensor:
         """The network's vector for one sample, defaults filling what the request leaves out.
 
         Args:
             request: values by flag or column name, each condition in at most one of its two forms;
                 other keys are ignored, as are values that are None or `n/a`.
             where: words for messages, such as ` in row 3 of x.tsv`.
+            warn: whether to warn of values outside the training range.
 
         Returns:
             Float32 tensor of shape (conditions,), nominally 0..1.
@@ -144,29 +145,32 @@ class Conditions(Sequence[Condition]):
         Raises:
             BundleError: for both forms of one condition, or a value that `Condition.parse` refuses.
         """
-        return torch.tensor([self._requested(c, request, where) for c in self], dtype=torch.float32)
+        return torch.tensor([self._requested(c, request, where, warn) for c in self], dtype=torch.float32)
 
-    def _requested(self, condition: Condition, request: Mapping[str, Any], where: str) -> float:
+    def _requested(self, condition: Condition, request: Mapping[str, Any], where: str, warn: bool) -> float:
         given = [flag for flag in (condition.name, condition.raw) if not _absent(request.get(flag))]
         if len(given) > 1:
             raise BundleError(f"--{given[0]} and --{given[1]} state the same condition{where}: give one of them")
         if not given:
             return condition.default
         value = condition.parse(given[0], request[given[0]], where)
-        if not 0.0 <= value <= 1.0:
+        if warn and not 0.0 <= value <= 1.0:
             logger.warning(
                 f"--{given[0]} {request[given[0]]}{where} is outside the training range "
                 f"({condition.in_words()}, 0 to 1 normalised): the model extrapolates"
             )
         return value
 
-    def from_row(self, row: Mapping[str, Any], where: str, missing: str = "error") -> torch.Tensor:
+    def from_row(self, row: Mapping[str, Any], where: str, missing: str = "error", warn: bool = True) -> torch.Tensor:
         """The network's vector for one training scan from its row in raw units or normalised.
 
         Args:
             row: a row of a participants table.
             where: words for messages, such as `participant 7 of x.tsv`.
-            missing: `error`, or `default` to train with the default where a value is `n/a`.
+            missing: what to do where a value is `n/a`: `error`; `default` to train with the default; or
+                `random`, for which the vector holds NaN and training draws a new value each time, so that the
+                network learns that the condition says nothing of this scan.
+            warn: whether to warn of values outside the training range.
 
         Returns:
             Float32 tensor of shape (conditions,).
@@ -174,15 +178,19 @@ class Conditions(Sequence[Condition]):
         Raises:
             BundleError: as `from_request`, for a missing value with `error`, or for another `missing`.
         """
-        if missing not in ("error", "default"):
-            raise BundleError(f"missing conditions can be 'error' or 'default', got '{missing}'")
-        for c in self:
-            if missing == "error" and _absent(row.get(c.name)) and _absent(row.get(c.raw)):
+        if missing not in ("error", "default", "random"):
+            raise BundleError(f"--missing_conditions must be error, default or random, got '{missing}'")
+        vector = self.from_request(row, f" of {where}", warn)
+        for i, c in enumerate(self):
+            absent = _absent(row.get(c.name)) and _absent(row.get(c.raw))
+            if absent and missing == "random":
+                vector[i] = float("nan")
+            if absent and missing == "error":
                 raise BundleError(
                     f"{where} has no value of '{c.raw}' (or '{c.name}'): complete the table; in training, "
                     f"--missing_conditions default takes {c.denormalise(c.default):g} {c.unit}".rstrip()
                 )
-        return self.from_request(row, f" of {where}")
+        return vector
 
     def columns_in(self, header: Sequence[str], table: str) -> None:
         """Check that a table of requests has, for every condition, a column of either form.

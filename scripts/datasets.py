@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from scripts.grid import Grid
 from scripts.tables import read_table
 from scripts.volumes import read_volume
 
+logger = logging.getLogger(__name__)
+
 TABLE = "participants.tsv"
 
 
@@ -39,7 +42,7 @@ def participants(folder: str, conditions: Conditions, missing: str = "error") ->
     Args:
         folder: holds `participants.tsv`, whose column `path` is relative to the folder.
         conditions: which columns to read.
-        missing: what to do where a condition is `n/a`: `error` or `default`.
+        missing: what to do where a condition is `n/a`; see `Conditions.from_row`.
 
     Returns:
         One dictionary a row: `image` is the file's path, `condition` a float32 tensor of shape
@@ -52,7 +55,19 @@ def participants(folder: str, conditions: Conditions, missing: str = "error") ->
     if not table.is_file():
         raise BundleError(f"there is no {table}: prepare a dataset first (configs/prepare.yaml), or give its folder")
     rows = read_table(table, required=("participant_id", "path"))
-    return [_participant(Path(folder), row, conditions, missing) for row in rows]
+    found = [_participant(Path(folder), row, conditions, missing) for row in rows]
+    _warn_outside(found, conditions, table)
+    return found
+
+
+def _warn_outside(found: Sequence[Mapping[str, Any]], conditions: Conditions, table: Path) -> None:
+    vectors = torch.stack([row["condition"] for row in found])
+    for condition, outside in zip(conditions, ((vectors < 0.0) | (vectors > 1.0)).sum(dim=0).tolist(), strict=True):
+        if outside:
+            logger.warning(
+                f"{outside} of {len(found)} rows of {table} lie outside the range of {condition.raw}, "
+                f"{condition.in_words()}, which becomes 0 to 1: to train on them, widen the range in `conditions`"
+            )
 
 
 def _participant(folder: Path, row: dict[str, str], conditions: Conditions, missing: str) -> dict[str, Any]:
@@ -60,7 +75,7 @@ def _participant(folder: Path, row: dict[str, str], conditions: Conditions, miss
     where = f"participant {row['participant_id']} in {folder / TABLE}"
     if not path.is_file():
         raise BundleError(f"{where} has the path {row['path']}, but there is no such file")
-    return {"image": str(path), "condition": conditions.from_row(row, where, missing), "row": row}
+    return {"image": str(path), "condition": conditions.from_row(row, where, missing, warn=False), "row": row}
 
 
 class LoadVolumed(MapTransform):
@@ -120,6 +135,17 @@ class SamplePosteriord(MapTransform):
             mean, std = read_posterior(loaded[key])
             loaded[key] = (mean + std * torch.randn_like(mean)) * self.scale
         return loaded
+
+
+class RandFillMissingd(MapTransform):
+    """Dictionary transform that puts a uniform random value from 0 to 1 in place of each NaN."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """The dictionary with its tensors filled; drawn with torch's random state."""
+        filled = dict(data)
+        for key in self.key_iterator(filled):
+            filled[key] = torch.where(filled[key].isnan(), torch.rand_like(filled[key]), filled[key])
+        return filled
 
 
 def read_posterior(path: str) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,9 @@ class LatentEncoder:
         logger.info(f"encoded {len(rows)} scans, {self.versions} latents each, in {self.folder}")
 
     def _name(self, row: Mapping[str, Any], version: int) -> str:
-        stem = row["row"]["path"].removesuffix(".gz").removesuffix(".nii")
+        path = Path(row["row"]["path"])
+        inside = path if not path.is_absolute() else Path(row["row"]["participant_id"]) / path.name
+        stem = str(inside).removesuffix(".gz").removesuffix(".nii")
         return f"{stem}_version-{version}.safetensors"
 
     def _encode(self, row: Mapping[str, Any], name: str, number: int, version: int, origin: Mapping[str, Any]) -> None:

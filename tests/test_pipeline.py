@@ -34,7 +34,7 @@ def write_raw_heads(folder: Path) -> None:
     template = nib.load(TEMPLATE)
     data = 1000.0 * np.asarray(template.dataobj)[::2, ::2, ::2]
     spread = template.affine @ np.diag([2.0, 2.0, 2.0, 1.0])
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, angles, dtype in (("sub-01", (8, -4, 6), np.float32), ("sub-02", (-6, 3, -9), np.int16)):
         pose = np.eye(4)
         pose[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
