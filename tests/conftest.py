@@ -44,7 +44,7 @@ class RunBundle(Protocol):
     """The type of the fixture `run_bundle`."""
 
     def __call__(
-        self, configs: Sequence[str | Path], *flags: object, cwd: str | Path | None = None, timeout: float = 300
+        self, configs: Sequence[str | Path], *flags: object, cwd: str | Path | None = None, timeout: float = 900
     ) -> BundleRun: ...
 
 
@@ -57,19 +57,19 @@ class RunHere(Protocol):
 class RunTiny(Protocol):
     """The type of the fixture `tiny`."""
 
-    def __call__(self, overlays: Sequence[str | Path], *flags: object, timeout: float = 300) -> BundleRun: ...
+    def __call__(self, overlays: Sequence[str | Path], *flags: object, timeout: float = 900) -> BundleRun: ...
 
 
 @pytest.fixture(scope="session")
 def run_bundle() -> RunBundle:
-    """`run_bundle(configs, *flags, cwd=None, timeout=300)` runs `python -m monai.bundle run` in a process of its own.
+    """`run_bundle(configs, *flags, cwd=None, timeout=900)` runs `python -m monai.bundle run` in a process of its own.
 
     `configs` are merged in their order; relative paths are taken from the repository's root, which is also
     the working directory unless `cwd` is given. Flags go to the command line one by one: `"--seed", 3`.
     """
 
     def run(
-        configs: Sequence[str | Path], *flags: object, cwd: str | Path | None = None, timeout: float = 300
+        configs: Sequence[str | Path], *flags: object, cwd: str | Path | None = None, timeout: float = 900
     ) -> BundleRun:
         files = [str(config) if cwd is None else str(ROOT / config) for config in configs]
         command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files), *map(str, flags)]
@@ -123,7 +123,7 @@ def output_dir(tmp_path: Path) -> Path:
 def tiny(run_bundle: RunBundle, output_dir: Path) -> RunTiny:
     """`tiny(overlays, *flags)` runs the base with the overlays and, last, `tiny.yaml`; it writes to `output_dir`."""
 
-    def run(overlays: Sequence[str | Path], *flags: object, timeout: float = 300) -> BundleRun:
+    def run(overlays: Sequence[str | Path], *flags: object, timeout: float = 900) -> BundleRun:
         return run_bundle([BASE, *overlays, TINY], "--output_dir", output_dir, *flags, timeout=timeout)
 
     return run
