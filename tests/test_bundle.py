@@ -176,6 +176,14 @@ def test_json_is_pretty_printed() -> None:
         assert file.read_text() == json.dumps(json.loads(file.read_text()), indent=4) + "\n", file
 
 
+def test_documents_that_are_referred_to_exist() -> None:
+    for file in tracked("scripts/*.py", "configs/*.yaml", "README.md", "docs/*.md"):
+        text = file.read_text()
+        named = {ROOT / name for name in re.findall(r"\bdocs/\w+\.(?:md|tsv|txt)", text)}
+        linked = {file.parent / name for name in re.findall(r"\]\(([\w./]+)\)", text) if file.suffix == ".md"}
+        assert [path for path in named | linked if not path.exists()] == [], file
+
+
 def test_no_paths_of_a_machine() -> None:
     files = tracked("scripts/*.py", "configs/*", "docs/*", "README.md", "Makefile")
     homes = re.compile(r"(?<![\w.])/(home|root|Users)/")
