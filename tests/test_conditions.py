@@ -127,7 +127,9 @@ def test_training_row_without_a_value(conditions: Conditions) -> None:
         conditions.from_row(row, "participant 7")
     assert "--missing_conditions default takes 63 years" in str(caught.value)
     assert conditions.from_row(row, "participant 7", missing="default")[1] == 0.5
-    with pytest.raises(BundleError, match="'error' or 'default', got 'skip'"):
+    unknown = conditions.from_row(row, "participant 7", missing="random")
+    assert unknown.isnan().tolist() == [False, True, False, False]
+    with pytest.raises(BundleError, match="error, default or random, got 'skip'"):
         conditions.from_row(row, "participant 7", missing="skip")
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from scripts.autoencoder_training import AutoencoderStep, autoencoder_to_train, kl_to_standard_normal
 from scripts.checkpoints import load_network, read_checkpoint
 from scripts.conditions import Conditions
-from scripts.datasets import LoadVolumed, SamplePosteriord, latent_scale, participants, read_posterior
+from scripts.datasets import LoadVolumed, RandFillMissingd, SamplePosteriord, latent_scale, participants, read_posterior
 from scripts.errors import BundleError, find_bundle_error
 from scripts.grid import Grid
 from scripts.tables import read_table, write_table
@@ -512,6 +512,14 @@ def test_missing_condition_stops_unless_told_otherwise(work: Pipeline, condition
     rows = participants(str(work.latents), conditions, "default")
     assert rows[1]["condition"][1] == 0.5
     assert not (work.folder / "other").exists()
+
+
+def test_unknown_condition_is_drawn_anew_each_time() -> None:
+    row: Any = {"condition": torch.tensor([0.3, float("nan"), 1.7])}
+    drawn = torch.stack([RandFillMissingd("condition")(row)["condition"] for _ in range(200)])
+    assert (drawn[:, 0] == 0.3).all() and (drawn[:, 2] == 1.7).all()
+    assert drawn[:, 1].min() >= 0.0 and drawn[:, 1].max() <= 1.0 and len(drawn[:, 1].unique()) > 100
+    assert row["condition"][1].isnan()
 
 
 def test_scan_that_is_missing(work: Pipeline) -> None:
