@@ -370,6 +370,17 @@ def test_sampling_with_other_conditions_than_in_training(done: Pipeline, run_her
     assert list(tmp_path.iterdir()) == []
 
 
+def test_options_of_both_trainings(work: Pipeline) -> None:
+    """Mixed precision, crops, a cache, given weights, a falling rate, a narrow posterior."""
+    pretrained, options = str(work.autoencoder / "autoencoder.pt"), {"amp": 1, "max_epochs": 1, "lr_decay": "cosine"}
+    crops = {"patch_shape": [16, 16, 16], "cache_rate": 1.0, "initial_log_variance": -8.0, "warm_up_epochs": 0}
+    work.train_autoencoder(run_dir=str(work.folder / "other"), pretrained=pretrained, **crops, **options)
+    assert content(work.folder / "other" / "autoencoder.pt")["trainer"] == {"epoch": 1, "iteration": 2}
+    pretrained = str(work.diffusion / "diffusion.pt")
+    work.train_diffusion(run_dir=str(work.folder / "another"), pretrained=pretrained, epoch_length=1, **options)
+    assert content(work.folder / "another" / "diffusion.pt")["trainer"] == {"epoch": 1, "iteration": 1}
+
+
 # Stopping and going on.
 
 
