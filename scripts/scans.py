@@ -21,6 +21,7 @@ import nibabel as nib
 import numpy as np
 
 from scripts.errors import BundleError
+from scripts.volumes import UNREADABLE
 
 SPACING_RANGE = (0.2, 8.0)
 EXTENT_RANGE = (80.0, 600.0)
@@ -73,7 +74,7 @@ def _open(path: Path) -> nib.Nifti1Image:
         raise BundleError(f"{path}: no such file")
     try:
         image = nib.load(path)
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+    except UNREADABLE as error:
         raise BundleError(f"{path}: cannot be read as NIfTI: {_first_line(error)}") from error
     if not isinstance(image, nib.Nifti1Image):
         raise BundleError(f"{path}: not a NIfTI file but {type(image).__name__}: convert it to NIfTI")

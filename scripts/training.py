@@ -25,6 +25,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint as IgniteCheckpoint
 from monai.handlers import CheckpointSaver
+from monai.networks.schedulers import Scheduler
 from monai.utils import set_determinism
 from torch import nn
 from torch.optim import Optimizer
@@ -230,6 +231,19 @@ def _cosine(max_epochs: int, epoch: int) -> float:
 
 def _constant(epoch: int) -> float:
     return 1.0
+
+
+def check_target(schedule: Scheduler) -> None:
+    """Refuse a schedule whose model would not predict the noise, which is what the training's target is.
+
+    Raises:
+        BundleError: for another prediction type than `epsilon`.
+    """
+    if schedule.prediction_type != "epsilon":
+        raise BundleError(
+            f"the training's target is the noise: schedule::prediction_type {schedule.prediction_type} "
+            "can be sampled from, but not trained yet"
+        )
 
 
 def set_seed(seed: Any = None) -> None:

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import logging
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import torch
-from nibabel.filebasedimages import ImageFileError
 
 from scripts.errors import BundleError
 from scripts.tables import read_table
-from scripts.volumes import read_volume
+from scripts.volumes import UNREADABLE, read_volume
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +130,7 @@ def _common_shape(paths: Sequence[Path]) -> tuple[int, ...]:
 def _shape(path: Path) -> tuple[int, ...]:
     try:
         image: Any = nib.load(path)
-    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+    except UNREADABLE as error:
         raise BundleError(f"cannot read the volume {path}: it is damaged, cut short or no image ({error})") from error
     if len(image.shape) != 3:
         raise BundleError(f"the volume {path} has shape {image.shape}, not 3D")
