@@ -183,6 +183,7 @@ class Preparation:
             if {key: known.get(key) for key in provenance} == provenance:
                 logger.info(f"{source.name} is already prepared")
                 return known["measured"]
+        sidecar.unlink(missing_ok=True)  # until the volume that it describes is written
         measured, found = self._prepare(source, volume)
         maps = {"rigid": found.rigid.tolist(), "affine": found.affine.tolist()}
         write_json(sidecar, {**provenance, "measured": measured, "template_to_scan_mm": maps})

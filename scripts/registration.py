@@ -36,7 +36,8 @@ FINE_MM = 2.0
 SCALE = 0.93
 LIKELY_STARTS = 8
 _SIMPLEX = np.vstack([np.zeros(7), np.diag([0.15, 0.15, 0.15, 8.0, 8.0, 8.0, 0.05])])
-BRAIN_MARGIN_MM = 10.0
+SKULL_MARGIN_MM = 10.0
+SCALP_MARGIN_MM = 20.0
 HEAD_HEIGHT_MM = 180.0
 
 
@@ -62,10 +63,9 @@ class Template:
         """The brain as a boolean array on the head's own grid."""
         return self.brain_on(self.head.data.shape, self.head.affine)
 
-    @cached_property
-    def near_brain(self) -> np.ndarray:
-        """The brain and what lies within 10 mm of it, on the head's own grid."""
-        return ndimage.distance_transform_edt(~self.in_brain, sampling=self.head.spacing) <= BRAIN_MARGIN_MM
+    def near_brain(self, margin: float) -> np.ndarray:
+        """The brain and what lies within `margin` mm of it, on the head's own grid."""
+        return ndimage.distance_transform_edt(~self.in_brain, sampling=self.head.spacing) <= margin
 
     def brain_on(self, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
         """The brain as a boolean array on another grid in MNI152 millimetres."""
@@ -220,8 +220,9 @@ class _CoarseSearch:
 
     def __init__(self, scan: Scan, template: Template) -> None:
         coarse = Template(_thinned(template.head, COARSE_MM), template.brain)
-        self.points = _apply(coarse.head.affine, np.argwhere(coarse.near_brain))
-        self.wanted = coarse.head.data[coarse.near_brain]
+        near = coarse.near_brain(SKULL_MARGIN_MM)
+        self.points = _apply(coarse.head.affine, np.argwhere(near))
+        self.wanted = coarse.head.data[near]
         self.scan = _thinned(scan, COARSE_MM)
         self.pivot = _head_centre(template.head)
         self.centres = [_head_centre(scan) + [0.0, y, z] for y in (-20.0, 0.0, 20.0) for z in (-25.0, 0.0, 25.0)]
@@ -295,6 +296,7 @@ def as_ants_image(scan: Scan) -> Any:
 
 def _ants_affine(scan: Scan, template: Template, seed: int, start: np.ndarray) -> np.ndarray:
     ants = deterministic_ants(seed)
+    near = template.near_brain(SCALP_MARGIN_MM)
     with tempfile.TemporaryDirectory() as folder:
         found = ants.registration(
             fixed=as_ants_image(template.head),
@@ -302,7 +304,7 @@ def _ants_affine(scan: Scan, template: Template, seed: int, start: np.ndarray) -
             type_of_transform="Affine",
             initial_transform=[_ants_start(start, Path(folder) / "start.mat")],
             outprefix=os.path.join(folder, "affine"),
-            mask=as_ants_image(Scan(template.near_brain.astype(np.float32), template.head.affine)),
+            mask=as_ants_image(Scan(near.astype(np.float32), template.head.affine)),
             mask_all_stages=True,
             aff_iterations=(500, 200),
             aff_shrink_factors=(2, 1),
