@@ -29,7 +29,7 @@ def make_folder(path: str | os.PathLike) -> Path:
     Raises:
         BundleError: if the folder cannot be made or is not writable.
     """
-    folder = Path(path)
+    folder = Path(str(path))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -65,7 +65,10 @@ class Checkpoint:
     @property
     def latent_scale(self) -> float:
         """Factor between the autoencoder's latents and those that the diffusion model saw; 1 if none was stored."""
-        return float(self.facts.get("latent_scale", 1.0))
+        scale = self.facts.get("latent_scale", 1.0)
+        if not isinstance(scale, (int, float)) or not 0.0 < scale < float("inf"):
+            raise BundleError(f"{self.path} holds a latent scale of {scale}, not a number above 0: it is damaged")
+        return float(scale)
 
 
 def read_checkpoint(path: str | os.PathLike, network: str) -> Checkpoint:
@@ -78,7 +81,7 @@ def read_checkpoint(path: str | os.PathLike, network: str) -> Checkpoint:
     Raises:
         BundleError: if the file is missing, truncated, holds code or is no checkpoint of that network.
     """
-    path = Path(path)
+    path = Path(str(path))
     if not path.is_file():
         raise BundleError(f"no weights of the {network} at {path}: {WAYS_OUT}")
     content, facts = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)

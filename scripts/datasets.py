@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,25 @@ def participants(folder: str, conditions: Conditions, missing: str = "error") ->
     Raises:
         BundleError: if the table or a file is not there, or a condition missing or malformed.
     """
+    folder = str(folder)
     table = Path(folder) / TABLE
     if not table.is_file():
         raise BundleError(f"there is no {table}: prepare a dataset first (configs/prepare.yaml), or give its folder")
     rows = read_table(table, required=("participant_id", "path"))
+    _check_rows(rows, conditions, table)
     found = [_participant(Path(folder), row, conditions, missing) for row in rows]
     _warn_outside(found, conditions, table)
     return found
+
+
+def _check_rows(rows: Sequence[Mapping[str, str]], conditions: Conditions, table: Path) -> None:
+    path, count = Counter(row["path"] for row in rows).most_common(1)[0]
+    if count > 1:
+        raise BundleError(f"{table} has the path {path} in {count} rows: keep one of them")
+    try:
+        conditions.columns_in(list(rows[0]), str(table))
+    except BundleError as error:
+        logger.warning(f"{error}: it is unknown for everybody")
 
 
 def _warn_outside(found: Sequence[Mapping[str, Any]], conditions: Conditions, table: Path) -> None:

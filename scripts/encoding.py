@@ -87,7 +87,11 @@ class LatentEncoder:
 
     def _name(self, row: Mapping[str, Any], version: int) -> str:
         path = Path(row["row"]["path"])
-        inside = path if not path.is_absolute() else Path(row["row"]["participant_id"]) / path.name
+        inside = (
+            path
+            if not path.is_absolute() and ".." not in path.parts
+            else Path(row["row"]["participant_id"]) / path.name
+        )
         stem = str(inside).removesuffix(".gz").removesuffix(".nii")
         return f"{stem}_version-{version}.safetensors"
 

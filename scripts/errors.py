@@ -42,8 +42,21 @@ def find_bundle_error(error: BaseException | None) -> BundleError | None:
     return None
 
 
+def _failed_component(error: BaseException | None) -> str | None:
+    """What to say where MONAI could not build a component from the values that it was given."""
+    while error is not None:
+        if str(error).startswith("Failed to instantiate component") and error.__cause__ is not None:
+            name = str(error).split("'")[1].rsplit(".", 1)[-1]
+            reason = str(error.__cause__).strip().splitlines() or [type(error.__cause__).__name__]
+            return f"cannot build {name} with these options: {reason[0]}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    known = find_bundle_error(error)
+    known = find_bundle_error(error) or _failed_component(error)
+    if issubclass(kind, KeyboardInterrupt):
+        known = "interrupted: what was finished is kept, and the same command goes on from there"
     if known is None:
         sys.__excepthook__(kind, error, traceback)
     else:

@@ -64,6 +64,9 @@ class SampleRequests(Dataset):
             raise BundleError("several processes sample one run: give --seed, so that they share it")
         config = current_config()
         flags = {flag: config[flag] for flag in conditions.flags() if config.get(flag) is not None}
+        for flag, value in flags.items():
+            if str(value).strip() == "":
+                raise BundleError(f"--{flag} is empty: give a value, or leave it out for the default")
         if table is None:
             vector = conditions.from_request(flags)
             self.vectors = [vector] * whole_number(1 if num_samples is None else num_samples, "num_samples", least=1)

@@ -31,6 +31,7 @@ from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.options import whole_number
 from scripts.requests import SampleRequests
+from scripts.samplers import DDIMSampler
 from scripts.volumes import DTYPES, mid_planes, write_picture, write_volume
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class SampleSaver:
         self.folder = make_folder(output_dir)
         self.grid = grid
         self.conditions = conditions
-        self.facts = {**facts, "dtype": dtype}
+        self.facts = {**facts, "grid": {"shape": list(grid.shape), "affine": grid.affine.tolist()}, "dtype": dtype}
 
     def attach(self, engine: Engine) -> None:
         """Save after every batch of a MONAI evaluator."""
@@ -118,13 +119,30 @@ def _same_sample(sidecar: Path, wanted: Mapping[str, Any]) -> bool:
 
 
 def sampling_facts(
-    sampler: str, num_inference_steps: int, amp: Any, autoencoder: Checkpoint, diffusion: Checkpoint
+    name: str, sampler: DDIMSampler, amp: Any, autoencoder: Checkpoint, diffusion: Checkpoint
 ) -> dict[str, Any]:
-    """What a sidecar says of how all samples of a run were made."""
+    """What a sidecar says of how all samples of a run were made.
+
+    Raises:
+        BundleError: if the diffusion model was trained to predict something else than the schedule says.
+    """
+    schedule = sampler.schedule
+    trained = diffusion.facts.get("prediction_type", schedule.prediction_type)
+    if trained != schedule.prediction_type:
+        raise BundleError(
+            f"{diffusion.path} predicts {trained}, but schedule::prediction_type is {schedule.prediction_type}"
+        )
     weights = {"autoencoder": autoencoder, "diffusion": diffusion}
     return {
-        "sampler": sampler,
-        "num_inference_steps": num_inference_steps,
+        "sampler": name,
+        "eta": sampler.eta,
+        "num_inference_steps": len(sampler.timesteps),
+        "schedule": {
+            "num_train_timesteps": schedule.num_train_timesteps,
+            "beta_first": float(f"{schedule.betas[0].item():.6g}"),
+            "beta_last": float(f"{schedule.betas[-1].item():.6g}"),
+            "prediction_type": schedule.prediction_type,
+        },
         "amp": amp,
         "latent_scale": diffusion.latent_scale,
         "weights": {name: {"file": c.path.name, "sha256": c.sha256} for name, c in weights.items()},

@@ -37,7 +37,7 @@ def read_table(path: str | os.PathLike, required: Iterable[str] = ()) -> list[di
     Raises:
         BundleError: if the table is missing, unreadable, empty or ragged, or lacks a required column.
     """
-    path = Path(path)
+    path = Path(str(path))
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file, **(_COMMAS if path.suffix.lower() == ".csv" else _TABS)))

@@ -181,7 +181,11 @@ class Resume:
         except BundleError:
             raise
         except Exception as error:
-            raise BundleError(f"cannot resume from {path} ({error}): remove it to start from the one before") from error
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise BundleError(
+                f"cannot resume from {path}: {reason}. If the configuration changed, use another --run_dir; "
+                "if the file is damaged, remove it to go on from the checkpoint before"
+            ) from error
 
 
 def start(
