@@ -185,8 +185,7 @@ class Preparation:
                 return known["measured"]
         sidecar.unlink(missing_ok=True)  # until the volume that it describes is written
         measured, found = self._prepare(source, volume)
-        maps = {"rigid": found.rigid.tolist(), "affine": found.affine.tolist()}
-        write_json(sidecar, {**provenance, "measured": measured, "template_to_scan_mm": maps})
+        write_json(sidecar, {**provenance, "measured": measured, "template_to_scan_mm": found.rigid.tolist()})
         return measured
 
     def _prepare(self, source: Source, path: Path) -> tuple[dict[str, Any], Registration]:
@@ -210,7 +209,7 @@ class Preparation:
         flag = "cut" if seen < settings.min_seen else "whole"
         measured = {
             "similarity": round(found.similarity, 4),
-            "head_size": round(found.size, 4),
+            "head_scale": round(found.scale, 4),
             "brain_seen": round(seen, 4),
             "field_of_view": flag,
         }

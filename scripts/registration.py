@@ -56,7 +56,7 @@ class Template:
     @cached_property
     def thinned(self) -> Template:
         """The same template on a grid of 2 mm."""
-        return Template(_thinned(self.head, FINE_MM), self.brain)
+        return Template(thinned(self.head, FINE_MM), self.brain)
 
     @cached_property
     def in_brain(self) -> np.ndarray:
@@ -78,23 +78,19 @@ class Registration:
 
     Attributes:
         rigid: 4 x 4 matrix from template world to scan world (RAS+, mm), without any change of size.
-        affine: the same with scales and shears, which `rigid` is the rigid part of.
-        similarity: correlation of head and template inside the template's brain at 2 mm, under `affine`.
+        scale: length in the head over length in the template.
+        similarity: correlation of head and template inside the template's brain at 2 mm, the head brought to
+            the template's size.
     """
 
     rigid: np.ndarray
-    affine: np.ndarray
+    scale: float
     similarity: float
 
     @property
     def tilt(self) -> float:
         """The angle of the rigid motion, 0 to 180 degrees."""
-        return float(np.degrees(Rotation.from_matrix(self.rigid[:3, :3]).magnitude()))
-
-    @property
-    def size(self) -> float:
-        """The head's volume as a fraction of the template's."""
-        return float(np.linalg.det(self.affine[:3, :3]))
+        return float(np.degrees(_rotation(self.rigid).magnitude()))
 
 
 def load_template(head: str | os.PathLike, brain: str | os.PathLike) -> Template:
@@ -140,7 +136,7 @@ def blurred(scan: Scan, spacing: float) -> Scan:
     return Scan(ndimage.gaussian_filter(scan.data, np.sqrt(variance) / scan.spacing), scan.affine)
 
 
-def _thinned(scan: Scan, spacing: float) -> Scan:
+def thinned(scan: Scan, spacing: float) -> Scan:
     """Every n-th voxel of the blurred scan, n such that no step exceeds `spacing` mm unless it did before."""
     step = np.maximum(1, np.floor(spacing / scan.spacing + 1e-3)).astype(int)
     data = blurred(scan, spacing).data[:: step[0], :: step[1], :: step[2]]
@@ -164,12 +160,12 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 def register(scan: Scan, template: Template, seed: int, enough: float) -> Registration:
     """Find the rigid motion that lays a head on the template.
 
-    A coarse search over rotations and shifts about the centre of the head gives the start. ANTs refines it to an
-    affine map: the mutual information of Mattes et al. (2003) near the template's brain, at 4 and then 2 mm. Its
-    rigid part is returned: heads differ in size, and a rigid fit of a small brain to a large template has no clear
-    optimum, where the affine fit has one. If the similarity stays below `enough`, this is done again from every
-    quarter turn, for files whose header names the axes wrongly. One thread and a fixed seed make the result the
-    same each time.
+    A coarse search over rotations and shifts about the centre of the head gives the start. ANTs refines rotation,
+    shift and one scale (Avants et al. 2011): the mutual information of Mattes et al. (2003) in the template's brain
+    and up to its scalp, at 4 and then 2 mm. The scale is left out of the result: without it a small brain would have
+    no clear place in the large template, and with a scale for each axis the brain is pulled over its own rim. If the
+    similarity stays below `enough`, this is done again from every quarter turn, for files whose header names the axes
+    wrongly. One thread and a fixed seed make the result the same each time.
 
     Args:
         scan: the head.
@@ -178,35 +174,35 @@ def register(scan: Scan, template: Template, seed: int, enough: float) -> Regist
         enough: similarity that needs no second search.
 
     """
-    scan = _thinned(_without_highlights(scan), FINE_MM)
+    scan = thinned(without_highlights(scan), FINE_MM)
     template = template.thinned
     search = _CoarseSearch(scan, template)
-    affine, similarity = _refined(scan, template, seed, search.best(_tilts()))
+    fitted, similarity = _refined(scan, template, seed, search.best(_tilts()))
     if similarity < enough:
         turn = _rotation(search.best(Rotation.create_group("O")))
         around = search.best([turn * tilt for tilt in _tilts()])
         again = _refined(scan, template, seed, around)
-        affine, similarity = again if again[1] > similarity else (affine, similarity)
-    rigid = _rigid_part(affine, _centroid(template.in_brain, template.head.affine))
-    return Registration(rigid, affine, similarity)
+        fitted, similarity = again if again[1] > similarity else (fitted, similarity)
+    rigid = _rigid_part(fitted, centroid(template.in_brain, template.head.affine))
+    return Registration(rigid, float(np.cbrt(np.linalg.det(fitted[:3, :3]))), similarity)
 
 
 def _refined(scan: Scan, template: Template, seed: int, start: np.ndarray) -> tuple[np.ndarray, float]:
-    affine = _ants_affine(scan, template, seed, start)
-    moved = resample(scan, affine, template.head.data.shape, template.head.affine, order=1)
-    return affine, correlation(moved[template.in_brain], template.head.data[template.in_brain])
+    fitted = _ants_similarity(scan, template, seed, start)
+    moved = resample(scan, fitted, template.head.data.shape, template.head.affine, order=1)
+    return fitted, correlation(moved[template.in_brain], template.head.data[template.in_brain])
 
 
-def _rotation(affine: np.ndarray) -> Rotation:
-    left, _, right = np.linalg.svd(affine[:3, :3])
+def _rotation(matrix: np.ndarray) -> Rotation:
+    left, _, right = np.linalg.svd(matrix[:3, :3])
     return Rotation.from_matrix(left @ right)
 
 
-def _rigid_part(affine: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """The rotation nearest to an affine map (its polar factor), with the translation that keeps the centre's image."""
+def _rigid_part(fitted: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """The map without its scale: the same rotation, and the same image of the brain's centre."""
     rigid = np.eye(4)
-    rigid[:3, :3] = _rotation(affine).as_matrix()
-    rigid[:3, 3] = _apply(affine, centre) - rigid[:3, :3] @ centre
+    rigid[:3, :3] = _rotation(fitted).as_matrix()
+    rigid[:3, 3] = _apply(fitted, centre) - rigid[:3, :3] @ centre
     return rigid
 
 
@@ -219,11 +215,11 @@ class _CoarseSearch:
     """Compares head and template at 6 mm, at the points of the template's brain and near it, for many starts."""
 
     def __init__(self, scan: Scan, template: Template) -> None:
-        coarse = Template(_thinned(template.head, COARSE_MM), template.brain)
+        coarse = Template(thinned(template.head, COARSE_MM), template.brain)
         near = coarse.near_brain(SKULL_MARGIN_MM)
         self.points = _apply(coarse.head.affine, np.argwhere(near))
         self.wanted = coarse.head.data[near]
-        self.scan = _thinned(scan, COARSE_MM)
+        self.scan = thinned(scan, COARSE_MM)
         self.pivot = _head_centre(template.head)
         self.centres = [_head_centre(scan) + [0.0, y, z] for y in (-20.0, 0.0, 20.0) for z in (-25.0, 0.0, 25.0)]
 
@@ -255,7 +251,7 @@ def _foreground(data: np.ndarray) -> np.ndarray:
     return data > threshold_otsu(np.minimum(data, np.percentile(data, 99.5))[::2, ::2, ::2])
 
 
-def _without_highlights(scan: Scan) -> Scan:
+def without_highlights(scan: Scan) -> Scan:
     """The scan cut a little above white matter: fat and vessels would take up most of the metric's range."""
     white = np.percentile(scan.data[_foreground(scan.data)], 75)
     return Scan(np.clip(scan.data, 0.0, 1.15 * white), scan.affine)
@@ -269,7 +265,8 @@ def _head_centre(scan: Scan) -> np.ndarray:
     return points[points[:, 2] > top - HEAD_HEIGHT_MM].mean(axis=0)
 
 
-def _centroid(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
+def centroid(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Mean position, in mm, of the voxels of a mask."""
     return _apply(affine, np.argwhere(mask)).mean(axis=0)
 
 
@@ -294,27 +291,28 @@ def as_ants_image(scan: Scan) -> Any:
     return ants.from_numpy(scan.data, list(affine[:3, 3]), list(scan.spacing), left @ right)
 
 
-def _ants_affine(scan: Scan, template: Template, seed: int, start: np.ndarray) -> np.ndarray:
+def _ants_similarity(scan: Scan, template: Template, seed: int, start: np.ndarray) -> np.ndarray:
     ants = deterministic_ants(seed)
     near = template.near_brain(SCALP_MARGIN_MM)
     with tempfile.TemporaryDirectory() as folder:
         found = ants.registration(
             fixed=as_ants_image(template.head),
             moving=as_ants_image(scan),
-            type_of_transform="Affine",
-            initial_transform=[_ants_start(start, Path(folder) / "start.mat")],
-            outprefix=os.path.join(folder, "affine"),
+            type_of_transform="Similarity",
+            initial_transform=[write_ants_map(start, Path(folder) / "start.mat")],
+            outprefix=os.path.join(folder, "fitted"),
             mask=as_ants_image(Scan(near.astype(np.float32), template.head.affine)),
             mask_all_stages=True,
-            aff_iterations=(500, 200),
+            aff_iterations=(500, 100),
             aff_shrink_factors=(2, 1),
             aff_smoothing_sigmas=(1, 0),
-            aff_random_sampling_rate=0.5,
+            aff_random_sampling_rate=0.25,
         )
         return _ants_matrix([ants.read_transform(path) for path in found["fwdtransforms"]])
 
 
-def _ants_start(start: np.ndarray, path: Path) -> str:
+def write_ants_map(start: np.ndarray, path: Path) -> str:
+    """Write a 4 x 4 matrix (RAS+, mm) as a transform file of ANTs; the path as text."""
     import ants
 
     matrix = LPS @ start @ LPS

