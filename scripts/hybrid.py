@@ -21,9 +21,10 @@ from monai.networks.schedulers import Scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from scripts.guidance import null_conditions
 from scripts.options import yes_or_no
 from scripts.precision import autocast
-from scripts.samplers import DDIMSampler
+from scripts.samplers import Sampler
 
 
 class HybridInferer(Inferer):
@@ -51,7 +52,7 @@ class HybridInferer(Inferer):
             inputs: scaled latents, (B, C, x, y, z).
             network: the denoiser.
             noise: standard normal, of the same shape.
-            timesteps: (B,), integers from 0 to the schedule's length - 1.
+            timesteps: (B,), as the schedule has them.
             condition: (B, conditions), nominally 0..1.
 
         Returns:
@@ -77,15 +78,23 @@ class LatentDiffusionSampler(Inferer):
         sampler: steps along the trajectory.
         autoencoder: MONAI's `AutoencoderKL`; it decodes.
         latent_scale: factor that training put on the latents; they are divided by it before decoding.
+        guidance: factor w of classifier-free guidance, which calls the network with and without conditions; None
+            calls it with them alone. See `scripts.guidance`.
     """
 
     def __init__(
-        self, hybrid: HybridInferer, sampler: DDIMSampler, autoencoder: nn.Module, latent_scale: float = 1.0
+        self,
+        hybrid: HybridInferer,
+        sampler: Sampler,
+        autoencoder: nn.Module,
+        latent_scale: float = 1.0,
+        guidance: float | None = None,
     ) -> None:
         self.hybrid = hybrid
         self.sampler = sampler
         self.autoencoder = autoencoder
         self.latent_scale = latent_scale
+        self.guidance = guidance
 
     def __call__(
         self, inputs: Tensor, network: nn.Module, condition: Tensor, generators: Sequence[torch.Generator]
@@ -110,11 +119,18 @@ class LatentDiffusionSampler(Inferer):
         """The clean latent at the end of the trajectory, (B, C, x, y, z), scaled as in training."""
         latent = noise
         for timestep in tqdm(self.sampler.timesteps, "denoising", unit="step", leave=False, disable=None):
-            output = self._denoise(network, latent, timestep, condition)
+            output = self._guided(network, latent, timestep, condition)
             latent = self.sampler.step(output, timestep, latent, generators)
         return latent
 
-    def _denoise(self, network: nn.Module, latent: Tensor, timestep: int, condition: Tensor) -> Tensor:
+    def _guided(self, network: nn.Module, latent: Tensor, timestep: float, condition: Tensor) -> Tensor:
+        if self.guidance is None:
+            return self._denoise(network, latent, timestep, condition)
+        conditions = torch.cat([null_conditions(condition), condition])
+        null, conditional = self._denoise(network, torch.cat([latent, latent]), timestep, conditions).chunk(2)
+        return torch.lerp(null, conditional, self.guidance)  # null + w (conditional - null), exact at 0 and 1
+
+    def _denoise(self, network: nn.Module, latent: Tensor, timestep: float, condition: Tensor) -> Tensor:
         # On a CPU one at a time, where it costs little: PyTorch adds in an order that depends on the batch size.
         size = 1 if latent.device.type == "cpu" else len(latent)
         timesteps = torch.full((len(latent),), timestep, device=latent.device)

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from scripts.errors import BundleError
@@ -19,6 +20,7 @@ from scripts.errors import BundleError
 MOST = 2**63 - 1
 YES = {"true", "yes", "on", "1", "1.0"}
 NO = {"false", "no", "off", "0", "0.0", "none", "null"}
+ABSENT = {"none", "null", ""}
 
 
 def yes_or_no(value: Any, flag: str) -> bool:
@@ -48,3 +50,27 @@ def whole_number(value: Any, flag: str, least: int = 0) -> int:
     if number > MOST:
         raise BundleError(f"--{flag} must be at most {MOST}, got {number}")
     return number
+
+
+def number(value: Any, flag: str, least: float = -math.inf, most: float = math.inf) -> float:
+    """A finite number from `least` to `most`.
+
+    Raises:
+        BundleError: for anything else, naming the flag.
+    """
+    try:
+        found = math.nan if isinstance(value, bool) else float(str(value))
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise BundleError(f"--{flag} must be a finite number, got '{value}'")
+    if found < least:
+        raise BundleError(f"--{flag} must be at least {least:g}, got {found:g}")
+    if found > most:
+        raise BundleError(f"--{flag} must be at most {most:g}, got {found:g}")
+    return found
+
+
+def is_absent(value: Any) -> bool:
+    """Whether an option is left out: None, or the `null` that the command line hands over as text."""
+    return str(value).strip().lower() in ABSENT

@@ -31,7 +31,8 @@ from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.options import whole_number
 from scripts.requests import SampleRequests
-from scripts.samplers import DDIMSampler
+from scripts.samplers import Sampler
+from scripts.schedules import check_facts, schedule_facts, target_of
 from scripts.volumes import DTYPES, mid_planes, write_picture, write_volume
 
 logger = logging.getLogger(__name__)
@@ -119,30 +120,27 @@ def _same_sample(sidecar: Path, wanted: Mapping[str, Any]) -> bool:
 
 
 def sampling_facts(
-    name: str, sampler: DDIMSampler, amp: Any, autoencoder: Checkpoint, diffusion: Checkpoint
+    name: str,
+    sampler: Sampler,
+    amp: Any,
+    autoencoder: Checkpoint,
+    diffusion: Checkpoint,
+    guidance: float | None = None,
 ) -> dict[str, Any]:
     """What a sidecar says of how all samples of a run were made.
 
     Raises:
-        BundleError: if the diffusion model was trained to predict something else than the schedule says.
+        BundleError: if the diffusion model was trained for another target or on another schedule.
     """
-    schedule = sampler.schedule
-    trained = diffusion.facts.get("prediction_type", schedule.prediction_type)
-    if trained != schedule.prediction_type:
-        raise BundleError(
-            f"{diffusion.path} predicts {trained}, but schedule::prediction_type is {schedule.prediction_type}"
-        )
+    check_facts(diffusion, sampler.schedule)
     weights = {"autoencoder": autoencoder, "diffusion": diffusion}
     return {
         "sampler": name,
         "eta": sampler.eta,
         "num_inference_steps": len(sampler.timesteps),
-        "schedule": {
-            "num_train_timesteps": schedule.num_train_timesteps,
-            "beta_first": float(f"{schedule.betas[0].item():.6g}"),
-            "beta_last": float(f"{schedule.betas[-1].item():.6g}"),
-            "prediction_type": schedule.prediction_type,
-        },
+        "guidance": guidance,
+        "target": target_of(sampler.schedule),
+        "schedule": schedule_facts(sampler.schedule),
         "amp": amp,
         "latent_scale": diffusion.latent_scale,
         "weights": {name: {"file": c.path.name, "sha256": c.sha256} for name, c in weights.items()},

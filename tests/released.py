@@ -59,7 +59,7 @@ def generative_network(config: ConfigParser, key: str, seed: int = 0) -> nn.Modu
 
 def generative_scheduler(config: ConfigParser, name: str) -> Any:
     """The configured noise schedule as monai-generative's scheduler of that name."""
-    return getattr(schedulers, name)(**arguments(config, "schedule"))
+    return getattr(schedulers, name)(**arguments(config, "schedules::ddim"))
 
 
 def write_weights(folder: Path, config: ConfigParser) -> None:

@@ -158,7 +158,7 @@ def sampling(files: dict[str, Path], device: torch.device, **overrides: Any) -> 
 def test_ddpm_is_the_originals_with_the_same_draws(
     originals: dict[str, nn.Module], files: dict[str, Path], device: torch.device
 ) -> None:
-    overrides: dict[str, Any] = {**DIFFERENT_SIZES, "schedule::num_train_timesteps": 50, "sampler": "ddpm"}
+    overrides: dict[str, Any] = {**DIFFERENT_SIZES, "schedules::ddim::num_train_timesteps": 50, "sampler": "ddpm"}
     config = configuration(**overrides)
     noise, condition = noise_and_conditions(config, 1, device)
     draws = torch.Generator().manual_seed(5)

@@ -124,7 +124,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"age": 0.5, "age_years": 63}, "--age and --age_years state the same condition"),
     ({"device": "tpu"}, "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     ({"device": "mps"}, "--device must be auto, cpu, cuda or cuda:N, got 'mps'"),
-    ({"sampler": "x"}, "--sampler must be one of ddim, ddpm, got 'x'"),
+    ({"sampler": "x"}, "--sampler must be one of ddim, ddpm, flow, got 'x'"),
     ({"num_samples": 0}, "--num_samples must be at least 1"),
     ({"num_samples": "many"}, "--num_samples must be a whole number"),
     ({"batch_size": "x"}, "--batch_size must be a whole number"),

@@ -1,0 +1,107 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The training target, the schedule that follows from it, and whether weights were trained with both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from monai.networks.schedulers import RFlowScheduler, Scheduler
+
+from scripts.checkpoints import Checkpoint
+from scripts.errors import BundleError
+
+FLOW = "flow"
+# Target -> MONAI's name of it on the schedules of diffusion; the rectified flow has one target, which MONAI also
+# calls v_prediction.
+PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "sample", "velocity": "v_prediction"}
+TARGETS = (*PREDICTION_TYPES, FLOW)
+# Fact of a schedule -> the argument that sets it.
+ARGUMENTS = {
+    "num_train_timesteps": "num_train_timesteps",
+    "beta_first": "beta_start",
+    "beta_last": "beta_end",
+    "beta_middle": "schedule",
+}
+
+
+def check_target(target: str) -> str:
+    """The target, if it is one of `TARGETS`.
+
+    Raises:
+        BundleError: for another one.
+    """
+    if target not in TARGETS:
+        raise BundleError(f"--target must be one of {', '.join(TARGETS)}, got '{target}'")
+    return target
+
+
+def schedule_name(target: str) -> str:
+    """Which entry of the map of schedules a target stands on: `flow`, or `ddim` for the other three."""
+    return FLOW if check_target(target) == FLOW else "ddim"
+
+
+def choose_schedule(schedules: Mapping[str, Callable[..., Scheduler]], target: str) -> Scheduler:
+    """The schedule that a target is trained and sampled on.
+
+    Args:
+        schedules: what builds them, by the names of `schedule_name`.
+        target: what the network estimates.
+
+    Raises:
+        BundleError: for an unknown target.
+    """
+    build = schedules[schedule_name(target)]
+    return build() if target == FLOW else build(prediction_type=PREDICTION_TYPES[target])
+
+
+def target_of(schedule: Scheduler) -> str:
+    """The target of a schedule that `choose_schedule` made: its inverse."""
+    return FLOW if isinstance(schedule, RFlowScheduler) else _named(schedule.prediction_type)
+
+
+def _named(prediction_type: str) -> str:
+    return next((target for target, name in PREDICTION_TYPES.items() if name == prediction_type), prediction_type)
+
+
+def schedule_facts(schedule: Scheduler) -> dict[str, Any]:
+    """The noise levels of a schedule as plain data: its length and, for diffusion, three of its betas."""
+    facts: dict[str, Any] = {"num_train_timesteps": schedule.num_train_timesteps}
+    if target_of(schedule) != FLOW:
+        places = {"beta_first": 0, "beta_middle": len(schedule.betas) // 2, "beta_last": -1}
+        facts |= {name: float(f"{schedule.betas[place].item():.6g}") for name, place in places.items()}
+    return facts
+
+
+def check_facts(checkpoint: Checkpoint, schedule: Scheduler) -> None:
+    """Refuse weights whose facts say that they were trained for another target or on another schedule.
+
+    The facts are `target` and `schedule` (see `schedule_facts`). Older checkpoints have MONAI's
+    `prediction_type` alone, and the released weights have none: what is not stated is not checked.
+
+    Raises:
+        BundleError: naming the flag to give.
+    """
+    facts, target = checkpoint.facts, target_of(schedule)
+    trained = facts.get("target", _named(facts["prediction_type"]) if "prediction_type" in facts else target)
+    if trained != target:
+        raise BundleError(
+            f"{checkpoint.path} was trained for the target {trained}, not {target}: give --target {trained}"
+        )
+    now, then = schedule_facts(schedule), facts.get("schedule", {})
+    for name, argument in ARGUMENTS.items():
+        if name in then and then[name] != now[name]:
+            flag = f"--schedules::{schedule_name(target)}::{argument}"
+            raise BundleError(
+                f"{checkpoint.path} was trained on a schedule with {name} {then[name]}, not {now[name]}: "
+                f"give {flag} as in its training"
+            )
