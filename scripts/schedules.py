@@ -99,9 +99,9 @@ def check_facts(checkpoint: Checkpoint, schedule: Scheduler) -> None:
         )
     now, then = schedule_facts(schedule), facts.get("schedule", {})
     for name, argument in ARGUMENTS.items():
-        if name in then and then[name] != now[name]:
+        if name in then and then[name] != now.get(name):
             flag = f"--schedules::{schedule_name(target)}::{argument}"
             raise BundleError(
-                f"{checkpoint.path} was trained on a schedule with {name} {then[name]}, not {now[name]}: "
+                f"{checkpoint.path} was trained on a schedule with {name} {then[name]}, not {now.get(name)}: "
                 f"give {flag} as in its training"
             )

@@ -20,6 +20,7 @@ from released import configuration, generative_network
 from torch import Tensor, nn
 
 from scripts.checkpoints import Checkpoint, load_network
+from scripts.guidance import NULL_CONDITION
 from scripts.hybrid import HybridInferer, LatentDiffusionSampler
 
 SHAPE = (3, 4, 8, 4)
@@ -105,3 +106,50 @@ def test_latents_are_divided_by_their_scale_before_decoding(scale: float) -> Non
     latent = sampler.sample_latent(given["noise"], Recorder(), given["condition"], [])
     volumes = sampler(given["noise"], Recorder(), given["condition"], [])
     assert torch.allclose(volumes, 2.0 * latent[:, :1] / scale)
+
+
+# Classifier-free guidance.
+
+
+class Linear(Recorder):
+    """In the place of the denoiser: an output that depends on conditions and latent; counts its calls."""
+
+    calls = 0
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        self.calls += 1
+        return 0.1 * x[:, :3] * context.mean(dim=(1, 2))[:, None, None, None, None] + 0.01 * x[:, 3:6]
+
+
+def guided(guidance: float | None, condition: Tensor, target: str = "epsilon", steps: int = 3) -> tuple[Tensor, int]:
+    """Sampled latents, and how often the network was called."""
+    config = configuration(num_inference_steps=steps, target=target)
+    sampler = LatentDiffusionSampler(
+        config.get_parsed_content("hybrid_inferer"),
+        config.get_parsed_content("chosen_sampler"),
+        Decoder(),
+        guidance=guidance,
+    )
+    network = Linear()
+    return sampler.sample_latent(batch()["noise"], network, condition, []), network.calls
+
+
+@pytest.mark.parametrize("target", ["epsilon", "flow"])
+def test_guidance_of_one_is_none_and_of_zero_leaves_the_conditions_out(target: str) -> None:
+    condition = batch()["condition"]
+    null = torch.full_like(condition, NULL_CONDITION)
+    (plain, few), (one, many) = guided(None, condition, target), guided(1.0, condition, target)
+    assert torch.equal(plain, one)
+    assert many == 2 * few
+    assert torch.equal(guided(0.0, condition, target)[0], guided(None, null, target)[0])
+    assert not torch.equal(plain, guided(None, null, target)[0])
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0, 7.5])
+def test_guidance_extrapolates_from_the_null_vector(scale: float) -> None:
+    """One step of flow moves by the output itself."""
+    condition, noise = batch()["condition"], batch()["noise"]
+    null = guided(None, torch.full_like(condition, NULL_CONDITION), "flow", 1)[0] - noise
+    conditional = guided(None, condition, "flow", 1)[0] - noise
+    moved = guided(scale, condition, "flow", 1)[0] - noise
+    assert torch.allclose(moved, null + scale * (conditional - null), atol=1e-5)

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from monai.networks.schedulers import DDIMScheduler
+from monai.networks.schedulers import DDIMScheduler, RFlowScheduler
 from released import configuration, generative_scheduler
 from torch import Tensor
 
-from scripts.errors import BundleError
-from scripts.samplers import DDIMSampler, LeadingDDIMScheduler, choose_sampler
+from scripts.errors import BundleError, find_bundle_error
+from scripts.samplers import DDIMSampler, FlowSampler, LeadingDDIMScheduler, choose_sampler
 
 SHAPE = (3, 4, 6, 8)
 
@@ -134,3 +134,54 @@ def test_ancestral_steps_keep_the_marginal_distribution() -> None:
         latent = torch.randn(1, 1, 40, 40, 40, generator=torch.Generator().manual_seed(4)) * (1 - a[900]).sqrt()
         moved = sampler.step(latent / (1 - a[900]).sqrt(), 900, latent, generators(6))
         assert moved.var().item() == pytest.approx(1 - a[800].item(), rel=0.03)
+
+
+# Rectified flow.
+
+
+@pytest.mark.parametrize("steps", [1, 7, 30, 999, 1000])
+def test_flow_timesteps_are_monais_and_end_at_the_data(steps: int) -> None:
+    monais = RFlowScheduler(num_train_timesteps=1000)
+    monais.set_timesteps(steps)
+    sampler = FlowSampler(RFlowScheduler(num_train_timesteps=1000), steps)
+    assert sampler.timesteps == monais.timesteps.tolist()
+    start, velocity = torch.randn(2, 1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    latent = start
+    for timestep in sampler.timesteps:
+        latent = sampler.step(velocity, timestep, latent, [])
+    assert torch.allclose(latent, start + velocity, atol=1e-4)  # the whole way in the time of one
+
+
+def test_flow_step_is_eulers() -> None:
+    sampler = FlowSampler(RFlowScheduler(num_train_timesteps=1000), 30)
+    latent, velocity = torch.randn(2, 1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    assert sampler.timesteps[:3] == [1000, 967, 933]
+    assert torch.allclose(sampler.step(velocity, 967, latent, []), latent + 0.034 * velocity, atol=1e-6)
+    assert torch.allclose(sampler.step(velocity, 33, latent, []), latent + 0.033 * velocity, atol=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "told"), [(0, "at least 1"), (1001, "more than the 1000"), ("x", "whole number")])
+def test_impossible_numbers_of_flow_steps(steps: object, told: str) -> None:
+    with pytest.raises(BundleError, match=f"--num_inference_steps .*{told}"):
+        FlowSampler(RFlowScheduler(num_train_timesteps=1000), steps)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", [{"use_discrete_timesteps": False}, {"use_timestep_transform": True}])
+def test_flow_timesteps_that_monais_step_would_round(option: dict[str, bool]) -> None:
+    with pytest.raises(BundleError, match="use_discrete_timesteps and without use_timestep_transform"):
+        FlowSampler(RFlowScheduler(num_train_timesteps=1000, **option), 30)
+
+
+@pytest.mark.parametrize(
+    ("target", "sampler", "told"),
+    [
+        ("flow", "ddim", "give --sampler flow"),
+        ("flow", "ddpm", "give --sampler flow"),
+        ("epsilon", "flow", "give --sampler ddim, or --target flow"),
+        ("velocity", "flow", "give --sampler ddim, or --target flow"),
+    ],
+)
+def test_sampler_of_another_schedule(target: str, sampler: str, told: str) -> None:
+    with pytest.raises(Exception) as caught:
+        configuration([], target=target, sampler=sampler).get_parsed_content("chosen_sampler")
+    assert told in str(find_bundle_error(caught.value))

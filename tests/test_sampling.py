@@ -27,6 +27,7 @@ from PIL import Image
 from released import configuration
 
 from scripts.errors import find_bundle_error
+from scripts.schedules import TARGETS
 
 CARD = {"gender": 1.0, "age": 0.7, "ventricular_vol": 0.7, "brain_vol": 0.5}
 CONFIGS = [BASE, TINY]
@@ -125,6 +126,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"device": "tpu"}, "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     ({"device": "mps"}, "--device must be auto, cpu, cuda or cuda:N, got 'mps'"),
     ({"sampler": "x"}, "--sampler must be one of ddim, ddpm, flow, got 'x'"),
+    ({"target": "noise"}, "--target must be one of epsilon, sample, velocity, flow, got 'noise'"),
+    ({"target": "flow", "sampler": "ddim"}, "give --sampler flow"),
+    ({"sampler": "flow"}, "give --sampler ddim, or --target flow"),
+    ({"guidance": 2}, "leave out --guidance"),
     ({"num_samples": 0}, "--num_samples must be at least 1"),
     ({"num_samples": "many"}, "--num_samples must be a whole number"),
     ({"batch_size": "x"}, "--batch_size must be a whole number"),
@@ -247,11 +252,25 @@ def test_extrapolation_warns_and_samples(sample: Sample, output_dir: Path, caplo
     assert len(voxels(output_dir)) == 1
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_a_sample_does_not_depend_on_the_batch_size(sampler: str, sample: Sample, tmp_path: Path) -> None:
+def with_facts(bundle: Path, folder: Path, **facts: Any) -> str:
+    """The tiny diffusion weights as a training checkpoint that states these facts."""
+    state = torch.load(bundle / "models" / "tiny_diffusion.pt", weights_only=True)
+    torch.save({"diffusion": state, "facts": facts}, folder / "diffusion.pt")
+    return str(folder / "diffusion.pt")
+
+
+WAYS: list[dict[str, Any]] = [{"sampler": "ddim"}, {"sampler": "ddpm"}, {"target": "flow", "guidance": 2.5}]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["ddim", "ddpm", "flow with guidance"])
+def test_a_sample_does_not_depend_on_the_batch_size(
+    way: dict[str, Any], sample: Sample, bundle_copy: Path, tmp_path: Path
+) -> None:
+    weights = with_facts(bundle_copy, tmp_path, condition_dropout=0.1)
     folders = [tmp_path / str(size) for size in (1, 2, 3)]
+    flags = {**way, "seed": 5, "num_samples": 3, "num_inference_steps": 3, "diffusion_path": weights}
     for size, folder in enumerate(folders, start=1):
-        sample(seed=5, num_samples=3, batch_size=size, sampler=sampler, num_inference_steps=3, output_dir=str(folder))
+        sample(batch_size=size, output_dir=str(folder), **flags)
     one, two, three = map(voxels, folders)
     assert equal(one, two) and equal(one, three)
     volumes = list(one.values())
@@ -267,6 +286,36 @@ def test_samplers_and_steps_differ(sample: Sample, tmp_path: Path) -> None:
     assert not equal(first, second) and not equal(first, third)
     (stated,) = sidecars(tmp_path / "ddpm2")
     assert (stated["sampler"], stated["num_inference_steps"]) == ("ddpm", 2)
+
+
+def test_targets_differ_and_are_stated(sample: Sample, tmp_path: Path) -> None:
+    for target in TARGETS:
+        sample(seed=5, target=target, output_dir=str(tmp_path / target))
+    volumes = [voxels(tmp_path / target) for target in TARGETS]
+    assert not any(equal(a, b) for i, a in enumerate(volumes) for b in volumes[:i])
+    stated = [sidecars(tmp_path / target)[0] for target in TARGETS]
+    assert [s["target"] for s in stated] == list(TARGETS)
+    assert [s["sampler"] for s in stated] == ["ddim", "ddim", "ddim", "flow"]
+
+
+def test_weights_of_another_target(sample: Sample, bundle_copy: Path, output_dir: Path, tmp_path: Path) -> None:
+    weights = with_facts(bundle_copy, tmp_path, target="flow", schedule={"num_train_timesteps": 1000})
+    assert "give --target flow" in refused(sample, output_dir, diffusion_path=weights)
+    told = refused(
+        sample, output_dir, diffusion_path=weights, target="flow", **{"schedules::flow::num_train_timesteps": 500}
+    )
+    assert "give --schedules::flow::num_train_timesteps as in its training" in told
+    sample(diffusion_path=weights, target="flow")
+    assert len(voxels(output_dir)) == 1
+
+
+def test_guidance_changes_a_sample_and_is_stated(sample: Sample, bundle_copy: Path, tmp_path: Path) -> None:
+    flags = {"seed": 5, "age": 0.9, "diffusion_path": with_facts(bundle_copy, tmp_path, condition_dropout=0.1)}
+    for guidance in (None, 1, 3.0):
+        sample(guidance=guidance, output_dir=str(tmp_path / str(guidance)), **flags)
+    plain, one, three = (voxels(tmp_path / str(guidance)) for guidance in (None, 1, 3.0))
+    assert equal(plain, one) and not equal(plain, three)
+    assert [sidecars(tmp_path / str(g))[0]["guidance"] for g in (None, 1, 3.0)] == [None, 1.0, 3.0]
 
 
 def test_the_first_samples_of_a_seed_are_the_same_in_a_longer_run(sample: Sample, tmp_path: Path) -> None:
