@@ -43,7 +43,7 @@ def make_folder(path: str | os.PathLike) -> Path:
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name beside `path`, with the same suffixes, which becomes `path` if the block succeeds.
 
-    The file is flushed to disk before it is renamed. If the block raises, the temporary file is removed
+    The file is flushed to disk before it is renamed, and its folder after. If the block raises, the temporary file is removed
     and whatever stood at `path` before is still there.
 
     Raises:
@@ -56,11 +56,21 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
+        _flush_folder(target.parent)
     except OSError as error:
         raise BundleError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

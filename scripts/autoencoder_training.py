@@ -12,16 +12,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from monai.engines import AdversarialTrainer
 from monai.losses import PatchAdversarialLoss
+from monai.transforms import MapTransform
 from torch import Tensor, nn
 
+from scripts.distributed import all_means, bare
 from scripts.errors import BundleError
-from scripts.options import yes_or_no
+from scripts.optimisation import Batch, Optimisation
+from scripts.options import whole_number
 from scripts.perceptual import SlicePerceptualLoss
 from scripts.precision import autocast
 
@@ -37,6 +41,48 @@ def kl_to_standard_normal(mean: Tensor, std: Tensor) -> Tensor:
     return per_voxel.flatten(1).sum(dim=1).mean()
 
 
+class PosteriorAutoencoder(nn.Module):
+    """An `AutoencoderKL` as the first stage trains it: the noise of its posterior is given, not drawn inside.
+
+    Args:
+        autoencoder: MONAI's network.
+    """
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstructions of images (B, 1, X, Y, Z) from mean + std * noise; also mean and std, (B, C, x, y, z)."""
+        mean, std = self.autoencoder.encode(images)  # type: ignore[operator]
+        return self.autoencoder.decode(mean + std * noise), mean, std  # type: ignore[operator]
+
+
+class DrawPosteriorNoised(MapTransform):
+    """Dictionary transform that adds the standard normal `noise` of a volume's latent, from torch's random state.
+
+    Args:
+        keys: the entry with the volume, (1, X, Y, Z).
+        channels: of the latent.
+        factor: voxels of the volume along each side of a voxel of the latent.
+    """
+
+    def __init__(self, keys: str, channels: int, factor: int) -> None:
+        super().__init__(keys)
+        self.channels, self.factor = channels, factor
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """The dictionary with `noise`, (channels, x, y, z).
+
+        Raises:
+            BundleError: if a side of the volume is no multiple of the factor.
+        """
+        shape = data[self.first_key(data)].shape[1:]
+        if any(side % self.factor for side in shape):
+            raise BundleError(f"each side of {tuple(shape)} must be a multiple of {self.factor}: see --patch_shape")
+        return {**data, "noise": torch.randn(self.channels, *(side // self.factor for side in shape))}
+
+
 class AutoencoderStep:
     """One iteration of generator and discriminator: the `iteration_update` of MONAI's `AdversarialTrainer`.
 
@@ -48,84 +94,94 @@ class AutoencoderStep:
     hands its losses the reconstruction alone, without the posterior that the KL term needs.
 
     Args:
+        generator: minimises with a `PosteriorAutoencoder`.
+        discriminator: minimises with the patch discriminator.
         perceptual: the perceptual loss, or None to go without.
         perceptual_weight, kl_weight, adversarial_weight: factors of the terms.
         warm_up_epochs: epochs before the adversarial term comes in.
-        clip_gradients: largest norm of the gradients of either network; 0 leaves them alone.
-        amp: whether to compute in bfloat16; the KL and perceptual terms stay in float32.
+        amp: precision of the networks; the KL and perceptual terms stay in float32.
+
+    Raises:
+        BundleError: for a weight that is negative or no number.
     """
 
     def __init__(
         self,
+        generator: Optimisation,
+        discriminator: Optimisation,
         perceptual: nn.Module | None,
         perceptual_weight: float,
         kl_weight: float,
         adversarial_weight: float,
         warm_up_epochs: int,
-        clip_gradients: float = 1.0,
         amp: Any = False,
     ) -> None:
-        self.perceptual = perceptual
-        self.weights = {"l1": 1.0, "perceptual": perceptual_weight, "kl": kl_weight, "adversarial": adversarial_weight}
-        self.warm_up_epochs = warm_up_epochs
-        self.clip_gradients = clip_gradients
-        self.amp = yes_or_no(amp, "amp")
+        self.generator, self.discriminator, self.perceptual = generator, discriminator, perceptual
+        weights = {"perceptual": perceptual_weight, "kl": kl_weight, "adversarial": adversarial_weight}
+        self.weights = {"l1": 1.0, **{name: _weight(name, weight) for name, weight in weights.items()}}
+        self.warm_up_epochs = whole_number(warm_up_epochs, "warm_up_epochs")
+        self.amp = amp
         self.adversarial = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True)
 
     def __call__(self, engine: AdversarialTrainer, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Train on one batch whose `image` is (B, 1, X, Y, Z) with intensities 0..1.
+        """Train on one batch: `image` (B, 1, X, Y, Z) with intensities 0..1, `noise` (B, C, x, y, z).
 
         Returns:
-            `image`, `pred` (the reconstruction) and `losses`, the unweighted terms as numbers.
+            `image`, `pred` (the reconstruction), `loss` and `losses`, the unweighted terms as numbers: means over
+            the batch and over all processes.
         """
-        images = batch["image"].to(engine.state.device, non_blocking=engine.non_blocking)
-        adversarial = engine.state.epoch > self.warm_up_epochs and self.weights["adversarial"] > 0.0
-        reconstruction, losses = self._train_generator(engine, images, adversarial)
-        if adversarial:
-            losses["discriminator"] = self._train_discriminator(engine, images, reconstruction)
-        numbers = {name: loss.item() for name, loss in losses.items()}
-        return {"image": images, "pred": reconstruction, "losses": numbers}
+        on_device = partial(Tensor.to, device=engine.state.device, non_blocking=True)
+        inputs = {name: on_device(batch[name]) for name in ("image", "noise")}
+        joined = engine.state.epoch > self.warm_up_epochs and self.weights["adversarial"] > 0.0
+        reconstructions: list[Tensor] = []
+        losses = self._train_generator(inputs, joined, reconstructions)
+        images, pred = inputs["image"], torch.cat(reconstructions)
+        if joined:
+            losses |= self._train_discriminator(images, pred)
+        numbers = all_means(losses)
+        return {"image": images, "pred": pred, "loss": numbers["loss"], "losses": numbers}
 
-    def _train_generator(
-        self, engine: AdversarialTrainer, images: Tensor, adversarial: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        network, optimizer = engine.state.g_network.train(), engine.state.g_optimizer
-        optimizer.zero_grad(set_to_none=True)
-        with autocast(images.device, self.amp):
-            reconstruction, mean, std = network(images)
-        reconstruction = reconstruction.float()
-        losses = {"l1": (reconstruction - images).abs().mean(), "kl": kl_to_standard_normal(mean, std)}
-        if self.perceptual is not None:
-            losses["perceptual"] = self.perceptual(reconstruction, images)
-        if adversarial:
-            losses["adversarial"] = self._fooling(engine, reconstruction)
-        total = torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
-        total.backward()
-        self._step(network, optimizer)
-        return reconstruction.detach(), {"loss": total.detach(), **{n: loss.detach() for n, loss in losses.items()}}
+    def _train_generator(self, inputs: Batch, joined: bool, reconstructions: list[Tensor]) -> dict[str, Tensor]:
+        self.generator.network.train()
+        opponent = bare(self.discriminator.network).train().requires_grad_(False)
 
-    def _fooling(self, engine: AdversarialTrainer, reconstruction: Tensor) -> Tensor:
-        with autocast(reconstruction.device, self.amp):
-            logits = engine.state.d_network(reconstruction)[-1]
-        return self.adversarial(logits.float(), target_is_real=True, for_discriminator=False)
+        def losses_of(part: Batch) -> dict[str, Tensor]:
+            with autocast(part["image"].device, self.amp):
+                reconstruction, mean, std = self.generator.network(part["image"], part["noise"])
+            reconstruction = reconstruction.float()
+            reconstructions.append(reconstruction.detach())
+            terms = {"l1": (reconstruction - part["image"]).abs().mean(), "kl": kl_to_standard_normal(mean, std)}
+            if self.perceptual is not None:
+                terms["perceptual"] = self.perceptual(reconstruction, part["image"])
+            if joined:
+                terms["adversarial"] = self._judged(opponent, reconstruction, real=True, for_discriminator=False)
+            total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+            return {"loss": total, **terms}
 
-    def _train_discriminator(self, engine: AdversarialTrainer, images: Tensor, reconstruction: Tensor) -> Tensor:
-        network, optimizer = engine.state.d_network.train(), engine.state.d_optimizer
-        optimizer.zero_grad(set_to_none=True)
-        with autocast(images.device, self.amp):
-            real, fake = network(images)[-1], network(reconstruction)[-1]
-        loss = 0.5 * (
-            self.adversarial(real.float(), target_is_real=True, for_discriminator=True)
-            + self.adversarial(fake.float(), target_is_real=False, for_discriminator=True)
-        )
-        loss.backward()
-        self._step(network, optimizer)
-        return loss.detach()
+        return self.generator(inputs, losses_of)
 
-    def _step(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if self.clip_gradients > 0.0:
-            nn.utils.clip_grad_norm_(network.parameters(), self.clip_gradients)
-        optimizer.step()
+    def _train_discriminator(self, images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
+        network = self.discriminator.network.train()
+        bare(network).requires_grad_(True)
+
+        def losses_of(part: Batch) -> dict[str, Tensor]:
+            real = self._judged(network, part["image"], real=True, for_discriminator=True)
+            fake = self._judged(network, part["pred"], real=False, for_discriminator=True)
+            return {"loss": 0.5 * (real + fake)}
+
+        losses = self.discriminator({"image": images, "pred": reconstructions}, losses_of)
+        return {"discriminator": losses["loss"], "discriminator_gradient_norm": losses["gradient_norm"]}
+
+    def _judged(self, network: nn.Module, volumes: Tensor, real: bool, for_discriminator: bool) -> Tensor:
+        with autocast(volumes.device, self.amp):
+            logits = network(volumes)[-1]
+        return self.adversarial(logits.float(), target_is_real=real, for_discriminator=for_discriminator)
+
+
+def _weight(name: str, value: Any) -> float:
+    if isinstance(value, (str, bool)) or not value >= 0.0:
+        raise BundleError(f"--{name}_weight must be a number of at least 0, such as 1.0e-3, got '{value}'")
+    return float(value)
 
 
 def perceptual_loss(path: str, weight: float, fake_3d_ratio: float, device: torch.device) -> nn.Module | None:
@@ -134,9 +190,7 @@ def perceptual_loss(path: str, weight: float, fake_3d_ratio: float, device: torc
     Raises:
         BundleError: if the weight is negative, or its network's file is not there.
     """
-    if weight < 0.0:
-        raise BundleError(f"--perceptual_weight must not be negative, got {weight}")
-    return None if weight == 0.0 else SlicePerceptualLoss(path, fake_3d_ratio).to(device)
+    return None if _weight("perceptual", weight) == 0.0 else SlicePerceptualLoss(path, fake_3d_ratio).to(device)
 
 
 def autoencoder_to_train(network: nn.Module, initial_log_variance: float | None = None) -> nn.Module:

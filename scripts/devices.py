@@ -39,7 +39,8 @@ def compute_device(device: str | torch.device) -> torch.device:
     """
     if str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        logger.info(f"computing on {device}")
+        if process_rank()[0] == 0:
+            logger.info(f"computing on {device}")
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError) as error:

@@ -8,35 +8,34 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What both trainings need around their iterations: finite losses, facts for the checkpoint, resuming."""
+"""What both trainings need around their iterations: finite losses, facts for the checkpoint, stopping in good order."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
+import signal
 from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint as IgniteCheckpoint
-from monai.handlers import CheckpointSaver
-from monai.networks.schedulers import Scheduler
-from monai.utils import set_determinism
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from scripts.atomic import make_folder
+from scripts import distributed
+from scripts.checkpointing import Checkpoints, SaveCheckpoints
 from scripts.checkpoints import load_network, read_checkpoint
 from scripts.errors import BundleError
-from scripts.options import whole_number
+from scripts.options import yes_or_no
+from scripts.precision import recompute_activations
 
 logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+BLOCKS = ("AEKLResBlock", "AEKLDownsample", "DiffusionUNetResnetBlock", "SpatialTransformer")
+FILES_TO_NAME = 8
 
 
 class Facts:
@@ -50,7 +49,7 @@ class Facts:
         self.facts = facts
 
     def state_dict(self) -> dict[str, Any]:
-        """The data, as MONAI's `CheckpointSaver` asks for it."""
+        """The data."""
         return dict(self.facts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -68,124 +67,96 @@ class Facts:
 
 
 class FiniteLosses:
-    """Handler that stops a training at the first loss that is NaN or infinite."""
+    """Handler that stops a training at the first loss, or norm of gradients, that is NaN or infinite.
+
+    Args:
+        checkpoints: of the run folder, to name the one to go back to.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
 
     def attach(self, engine: Engine) -> None:
         """Watch a MONAI trainer whose output holds `losses`."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Check the iteration that has just ended.
+        """Check the iteration that has just ended; all processes see the same means, and so stop together.
 
         Raises:
-            BundleError: naming the loss and the iteration.
+            BundleError: naming the loss, the iteration, the batch's scans and the checkpoint before.
         """
-        for name, value in losses_of(engine.state.output).items():
-            if not math.isfinite(value):
-                raise BundleError(
-                    f"the loss '{name}' is {value} at iteration {engine.state.iteration}: the last checkpoint is "
-                    "from before; lower the learning rate, or check the batch's scans"
-                )
+        bad = {name: value for name, value in losses_of(engine.state.output).items() if not math.isfinite(value)}
+        if bad:
+            name, value = next(iter(bad.items()))
+            raise BundleError(
+                f"'{name}' is {value} at iteration {engine.state.iteration}, on {_scans(engine)}. "
+                f"{self._way_back()}: look at those scans, lower --lr, or use --amp bf16 in place of fp16"
+            )
+
+    def _way_back(self) -> str:
+        paths = self.checkpoints.paths()
+        return f"The last good checkpoint is {paths[-1]}" if paths else "There is no checkpoint yet"
 
 
-class EngineState:
-    """The epoch and iteration of a trainer, as plain data for a checkpoint.
-
-    MONAI's `AdversarialTrainer` would put whole networks as pickled objects into its own state.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def state_dict(self) -> dict[str, int]:
-        """How far the training has come."""
-        return {"epoch": self.engine.state.epoch, "iteration": self.engine.state.iteration}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Let the engine go on from there."""
-        self.engine.state.epoch, self.engine.state.iteration = state["epoch"], state["iteration"]
+def _scans(engine: Engine) -> str:
+    own = [str(name) for name in engine.state.batch.get("participant_id", [])]
+    names = distributed.all_lists(own)
+    more = f" and {len(names) - FILES_TO_NAME} more" if len(names) > FILES_TO_NAME else ""
+    return f"{', '.join(names[:FILES_TO_NAME])}{more}" if names else "an unnamed batch"
 
 
-class SaveCheckpoints(CheckpointSaver):
-    """MONAI's `CheckpointSaver` with the trainer's epoch and iteration in each checkpoint.
+class StopOnSignal:
+    """Handler that saves a checkpoint and stops when the machine is taken away: SIGTERM, SIGUSR1 or Ctrl-C.
+
+    All processes agree on the iteration at which they stop. A second signal stops at once.
 
     Args:
-        folder: where to write `checkpoint_epoch=N.pt` and, at the end, the final file.
-        objects: what to save, by name; each has a `state_dict`.
-        final_name: the final file.
-        interval: epochs between checkpoints.
-        keep: how many of them to keep.
+        saver: writes the checkpoint.
     """
 
-    def __init__(self, folder: str, objects: Mapping[str, Any], final_name: str, interval: int = 1, keep: int = 2):
-        make_folder(folder)
-        super().__init__(folder, dict(objects), save_final=True, final_filename=final_name, save_interval=interval)
-        self.folder, self.final_name, self.keep = Path(folder), final_name, keep
+    def __init__(self, saver: SaveCheckpoints) -> None:
+        self.saver = saver
+        self.caught = 0
+        self.before: dict[int, Any] = {}
 
     def attach(self, engine: Engine) -> None:
-        """Save while a MONAI trainer runs."""
-        self.save_dict["trainer"] = EngineState(engine)
-        super().attach(engine)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._remove_old)
-        engine.add_event_handler(Events.COMPLETED, self._say_where)
+        """Listen while a MONAI trainer runs."""
+        engine.add_event_handler(Events.STARTED, self.listen)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self.stop_listening)
 
-    def exception_raised(self, engine: Engine, e: Exception) -> None:
-        """Save nothing: MONAI's handler would put the weights of a training that failed in the place of the result."""
-        raise e
+    def listen(self) -> None:
+        """Take the signals over; only a program's main thread can."""
+        try:
+            self.before = {number: signal.signal(number, self._catch) for number in SIGNALS}
+        except ValueError:
+            logger.info("not in the main thread: a signal will stop this training without a checkpoint")
 
-    def _remove_old(self) -> None:
-        for path in checkpoints_in(self.folder)[: -self.keep]:
-            path.unlink()
+    def stop_listening(self) -> None:
+        """Give the signals back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
 
-    def _say_where(self) -> None:
-        logger.info(f"training is done: {self.folder / self.final_name}")
-
-
-def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
-    """The numbered checkpoints of a run folder, oldest first."""
-    return sorted(Path(folder).glob("checkpoint_epoch=*.pt"), key=lambda path: int(path.stem.split("=")[1]))
-
-
-class Resume:
-    """Handler that continues from the newest checkpoint of the run folder, if there is one.
-
-    Args:
-        folder: where `SaveCheckpoints` writes.
-        objects: what to restore, by the names in the checkpoint.
-    """
-
-    def __init__(self, folder: str, objects: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
-        self.objects = dict(objects)
-
-    def attach(self, engine: Engine) -> None:
-        """Restore before a MONAI trainer starts."""
-        self.objects["trainer"] = EngineState(engine)
-        engine.add_event_handler(Events.STARTED, self)
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.caught = number
+        self.stop_listening()
 
     def __call__(self, engine: Engine) -> None:
-        """Restore networks, optimisers and the engine's epoch, if there is a checkpoint.
+        """After each iteration: go on, or save and stop.
 
         Raises:
-            BundleError: if the checkpoint is unreadable or of another model.
+            BundleError: after the checkpoint was saved.
         """
-        found = checkpoints_in(self.folder)
-        if found:
-            self._restore(found[-1])
-            logger.info(f"resumed {found[-1]}: {engine.state.epoch} of {engine.state.max_epochs} epochs are done")
-
-    def _restore(self, path: Path) -> None:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            IgniteCheckpoint.load_objects(to_load=self.objects, checkpoint=content)
-        except BundleError:
-            raise
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        caught = int(distributed.all_max(self.caught))
+        if caught:
+            self.stop_listening()
+            self.saver.save(engine)
             raise BundleError(
-                f"cannot resume from {path}: {reason}. If the configuration changed, use another --run_dir; "
-                "if the file is damaged, remove it to go on from the checkpoint before"
-            ) from error
+                f"stopped by {signal.Signals(caught).name} after iteration {engine.state.iteration}, which is saved in "
+                f"{self.saver.checkpoints.folder}: the same command goes on from there"
+            )
 
 
 def start(
@@ -194,6 +165,8 @@ def start(
     name: str = "",
     load_old: Any = 0,
     device: torch.device | str = "cpu",
+    checkpointing: Any = False,
+    channels_last: Any = False,
 ) -> nn.Module:
     """A network to train, on its device: as initialised, or with the weights of a file.
 
@@ -203,61 +176,31 @@ def start(
         name: which network of a training checkpoint to take; see `scripts.checkpoints.read_checkpoint`.
         load_old: whether the file has the monai-generative package's names.
         device: where to move the network.
+        checkpointing: whether to compute activations again in the backward pass instead of keeping them.
+        channels_last: whether weights lie in memory with their channels last.
 
     Raises:
         BundleError: if the file is not there or of another model.
     """
     if pretrained is not None:
         load_network(network, read_checkpoint(pretrained, name), load_old)
+    if yes_or_no(checkpointing, "gradient_checkpointing"):
+        recompute_activations(network, BLOCKS)
+    if yes_or_no(channels_last, "channels_last"):
+        network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     return network.to(device).train()
 
 
-def lr_schedule(optimizer: Optimizer, decay: str, max_epochs: int) -> LRScheduler:
-    """How the learning rate changes from epoch to epoch.
+def seed_networks(seed: int, deterministic: Any = False) -> None:
+    """Set the random state from which networks are initialised, alike in all processes.
 
     Args:
-        optimizer: its rate is the first epoch's.
-        decay: `constant`, or `cosine` for a fall to 0 at the end.
-        max_epochs: length of the training.
-
-    Raises:
-        BundleError: for another `decay`.
+        seed: of the training.
+        deterministic: whether cuDNN may only use algorithms that give the same bits each time.
     """
-    if decay not in ("constant", "cosine"):
-        raise BundleError(f"--lr_decay must be constant or cosine, got '{decay}'")
-    # Of PyTorch's schedules, this one keeps no length in its state: a resumed training may be made longer.
-    return LambdaLR(optimizer, partial(_cosine, max_epochs) if decay == "cosine" else _constant)
-
-
-def _cosine(max_epochs: int, epoch: int) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, epoch / max_epochs)))
-
-
-def _constant(epoch: int) -> float:
-    return 1.0
-
-
-def check_target(schedule: Scheduler) -> None:
-    """Refuse a schedule whose model would not predict the noise, which is what the training's target is.
-
-    Raises:
-        BundleError: for another prediction type than `epsilon`.
-    """
-    if schedule.prediction_type != "epsilon":
-        raise BundleError(
-            f"the training's target is the noise: schedule::prediction_type {schedule.prediction_type} "
-            "can be sampled from, but not trained yet"
-        )
-
-
-def set_seed(seed: Any = None) -> None:
-    """Seed Python's, NumPy's, PyTorch's and MONAI's random numbers; None leaves them random.
-
-    Raises:
-        BundleError: unless the seed is a whole number.
-    """
-    if seed is not None:
-        set_determinism(whole_number(seed, "seed"))
+    torch.manual_seed(seed)
+    exact = yes_or_no(deterministic, "deterministic")
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
 
 
 def losses_of(output: Mapping[str, Any]) -> dict[str, float]:

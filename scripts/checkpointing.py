@@ -1,0 +1,310 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The checkpoints of a training: writing them safely, and going on from the newest one that is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+
+from scripts import distributed
+from scripts.atomic import make_folder, replacing
+from scripts.errors import BundleError
+from scripts.options import whole_number
+from scripts.workflow import current_config
+
+logger = logging.getLogger(__name__)
+
+PATTERN = "checkpoint_iteration={}.pt"
+BEST = "best.pt"
+SOURCES = Path(__file__).resolve().parent
+
+
+class Checkpoints:
+    """The numbered checkpoints in the folder of a training.
+
+    Args:
+        folder: made by rank 0 with the first checkpoint; several nodes must share it.
+        keep: how many of the newest ones to keep.
+
+    Raises:
+        BundleError: unless at least one is kept.
+    """
+
+    def __init__(self, folder: str | os.PathLike, keep: Any = 2) -> None:
+        self.folder = Path(str(folder))
+        self.keep = whole_number(keep, "keep_checkpoints", least=1)
+
+    def paths(self) -> list[Path]:
+        """All of them, oldest first."""
+        found = self.folder.glob(PATTERN.format("*"))
+        return sorted(found, key=lambda path: int(path.stem.split("=")[1]))
+
+    @cached_property
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Path and content of the newest checkpoint that is whole, the same in all processes; None if there is none."""
+        path = distributed.from_main(self._newest_whole() if distributed.is_main() else None)
+        return None if path is None else (path, _read(path))
+
+    def _newest_whole(self) -> Path | None:
+        for path in reversed(self.paths()):
+            reason = why_damaged(path)
+            if reason is None:
+                return path
+            logger.warning(f"{path} is damaged ({reason}): going back to the checkpoint before it")
+        return None
+
+    def write(self, content: Mapping[str, Any], iteration: int) -> Path:
+        """Write one, flush it to the disk, give it its name, and only then remove the oldest.
+
+        Raises:
+            BundleError: if there is no room; the checkpoints before are kept.
+        """
+        path = make_folder(self.folder) / PATTERN.format(iteration)
+        save(content, path)
+        for old in [p for p in self.paths() if p != path][: -self.keep + 1 or None]:
+            old.unlink()
+        return path
+
+
+def why_damaged(path: Path) -> str | None:
+    """What is wrong with a file of `torch.save`, by its checksums; None for nothing."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()
+        return None if bad is None else f"wrong checksum of {bad}"
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        return str(error)
+
+
+def save(content: Mapping[str, Any], path: Path) -> None:
+    """`torch.save` to a temporary name, flushed and renamed.
+
+    Raises:
+        BundleError: if the file cannot be written.
+    """
+    try:
+        with replacing(path) as temporary:
+            torch.save(dict(content), temporary)
+    except RuntimeError as error:  # what PyTorch's writer makes of a full disk
+        raise BundleError(f"cannot write {path}: is the disk full? What was written before is kept") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # bytes that are no checkpoint can fail anywhere in PyTorch's reader
+        raise BundleError(f"{path} is no checkpoint of a training: remove it, or use another --run_dir") from error
+
+
+def training_seed(seed: Any, checkpoints: Checkpoints) -> int:
+    """The seed of a training: the given one, else that of the checkpoint to resume, else a new one.
+
+    Raises:
+        BundleError: unless the seed is a whole number, or if a resumed training had another.
+    """
+    given = None if seed is None else whole_number(seed, "seed")
+    resumed = checkpoints.newest[1].get("trainer", {}).get("seed") if checkpoints.newest else None
+    if given is not None and resumed is not None and given != resumed:
+        raise BundleError(
+            f"{checkpoints.folder} holds a training of seed {resumed}: leave --seed out to go on with it, or give "
+            f"another --run_dir to start one of seed {given}"
+        )
+    if given is None and resumed is None:
+        given = distributed.from_main(int.from_bytes(os.urandom(4), "big"))
+        logger.info(f"seed {given}")
+    return given if resumed is None else resumed
+
+
+class Progress:
+    """How far a trainer is, as plain data for a checkpoint."""
+
+    def __init__(self, engine: Engine, seed: int) -> None:
+        self.engine, self.seed = engine, seed
+
+    def state_dict(self) -> dict[str, int]:
+        """Epochs and iterations that are done, and the seed that all random numbers follow from."""
+        state = self.engine.state
+        return {"epoch": state.iteration // state.epoch_length, "iteration": state.iteration, "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Let the engine go on from there, in the middle of an epoch if need be."""
+        self.engine.state.iteration = state["iteration"]
+        self.engine.state.epoch = state["iteration"] // self.engine.state.epoch_length
+
+
+class Resume:
+    """Handler that continues from the newest whole checkpoint, if there is one.
+
+    Args:
+        checkpoints: of the run folder.
+        objects: what to restore, by the names in the checkpoint; each has a `load_state_dict`.
+        seed: of the training.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, objects: Mapping[str, Any], seed: int) -> None:
+        self.checkpoints, self.objects, self.seed = checkpoints, objects, seed
+
+    def attach(self, engine: Engine) -> None:
+        """Restore before a MONAI trainer starts."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Restore everything, if there is a checkpoint.
+
+        Raises:
+            BundleError: if the checkpoint is of another model or of another kind of training.
+        """
+        if self.checkpoints.newest is None:
+            return
+        path, content = self.checkpoints.newest
+        for name, thing in {**self.objects, "trainer": Progress(engine, self.seed)}.items():
+            _restore(thing, name, content, path)
+        del self.checkpoints.newest  # and with it the copy in memory
+        done = f"{engine.state.iteration} of {engine.state.max_epochs * engine.state.epoch_length} iterations"
+        logger.info(f"resumed {path}: {done} are done")
+        _say_what_changed(content.get("config", "{}"))
+
+
+def _restore(thing: Any, name: str, content: Mapping[str, Any], path: Path) -> None:
+    if name not in content:
+        raise BundleError(f"cannot resume {path}: it holds no {name}. If the configuration changed, use another --run_dir")
+    try:
+        thing.load_state_dict(content[name])
+    except BundleError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+        reason = lines[1] if len(lines) > 1 else lines[0]  # PyTorch's first line names the class alone
+        raise BundleError(
+            f"cannot resume {path}: its {name} does not fit: {reason[:200].rstrip('.: ')}. If the configuration "
+            "changed on purpose, use another --run_dir"
+        ) from error
+
+
+def _say_what_changed(saved: str) -> None:
+    before, now = json.loads(saved), json.loads(config_text())
+    for name in sorted(before.keys() & now.keys()):
+        if before[name] != now[name] and not isinstance(now[name], (dict, list)):
+            logger.warning(f"going on with --{name} {now[name]}, which was {before[name]}")
+
+
+def config_text() -> str:
+    """The configuration that is running, overrides included, as JSON; `{}` outside of one."""
+    try:
+        return json.dumps(current_config(), default=str)
+    except RuntimeError:
+        return "{}"
+
+
+def code_version() -> dict[str, str]:
+    """Versions of what a training runs on, and a hash of this bundle's own code."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return {"scripts_sha256": digest.hexdigest(), **{name: version(name) for name in ("torch", "monai", "numpy")}}
+
+
+class SaveCheckpoints:
+    """Handler that writes numbered checkpoints, the best weights and, at the end, the final ones.
+
+    A numbered checkpoint holds every object's state, how far the training is, the seed, the configuration as it was
+    resolved, and versions. The best and the final file hold networks and facts alone, for sampling.
+
+    Args:
+        checkpoints: of the run folder.
+        objects: what to save, by name; each has a `state_dict`.
+        seed: of the training.
+        result: name of the final file.
+        shipped: which of the objects the best and final files hold.
+        every: iterations between two checkpoints; None for one at the end of each epoch.
+        metric: name in `engine.state.metrics` of what tells the best; a leading `-` if less is better.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        objects: Mapping[str, Any],
+        seed: int,
+        result: str,
+        shipped: Sequence[str],
+        every: Any = None,
+        metric: str | None = None,
+    ) -> None:
+        self.checkpoints, self.objects, self.seed = checkpoints, objects, seed
+        self.result, self.shipped = checkpoints.folder / result, list(shipped)
+        self.every = None if every is None else whole_number(every, "checkpoint_every", least=1)
+        self.metric = metric
+        self.version = code_version()
+        self.config = config_text()
+
+    def attach(self, engine: Engine) -> None:
+        """Save while a MONAI trainer runs."""
+        engine.add_event_handler(Events.STARTED, self._begin)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._save_if_due)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save_if_best)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+
+    def _begin(self, engine: Engine) -> None:
+        if distributed.is_main():
+            make_folder(self.checkpoints.folder)
+        self.best = self._best_so_far()
+
+    def _best_so_far(self) -> float:
+        path = self.checkpoints.folder / BEST
+        if self.metric is None or not path.is_file() or why_damaged(path):
+            return -math.inf
+        return float(_read(path).get("facts", {}).get("best", -math.inf))
+
+    def _save_if_due(self, engine: Engine) -> None:
+        if engine.state.iteration % (self.every or engine.state.epoch_length) == 0 or _is_last(engine):
+            self.save(engine)
+
+    def save(self, engine: Engine) -> None:
+        """Write a numbered checkpoint now; only rank 0 does."""
+        if not distributed.is_main():
+            return
+        content = {name: thing.state_dict() for name, thing in self.objects.items()}
+        content |= {"trainer": Progress(engine, self.seed).state_dict(), "config": self.config, "code": self.version}
+        self.checkpoints.write(content, engine.state.iteration)
+
+    def _save_if_best(self, engine: Engine) -> None:
+        if self.metric is None or self.metric.lstrip("-") not in engine.state.metrics:
+            return
+        value = engine.state.metrics[self.metric.lstrip("-")] * (-1.0 if self.metric.startswith("-") else 1.0)
+        if value > self.best:
+            self.best = value
+            self._ship(self.checkpoints.folder / BEST, {"best": value, "iteration": engine.state.iteration})
+
+    def _finish(self, engine: Engine) -> None:
+        self._ship(self.result, {"iteration": engine.state.iteration})
+        logger.info(f"training is done: {self.result}")
+
+    def _ship(self, path: Path, more: Mapping[str, Any]) -> None:
+        if distributed.is_main():
+            content = {name: self.objects[name].state_dict() for name in self.shipped}
+            save({**content, "facts": {**self.objects["facts"].state_dict(), **more}}, path)
+
+
+def _is_last(engine: Engine) -> bool:
+    return engine.state.iteration == engine.state.max_epochs * engine.state.epoch_length

@@ -1,0 +1,228 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checkpoints of a training: written whole, skipped when damaged, refused when of something else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from scripts.checkpointing import Checkpoints, Resume, SaveCheckpoints, save, training_seed, why_damaged
+from scripts.errors import BundleError
+from scripts.training import Facts, FiniteLosses, StopOnSignal
+
+
+class Run:
+    """A training of one number by one in each iteration, with all that belongs to its checkpoints."""
+
+    def __init__(self, folder: Path, metric: str | None = None, **options: Any) -> None:
+        self.network = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.network.weight)
+        self.checkpoints = Checkpoints(folder, keep=options.pop("keep", 2))
+        self.seed = training_seed(options.pop("seed", None), self.checkpoints)
+        objects = {"network": self.network, "facts": Facts(size=options.pop("size", 1))}
+        self.saver = SaveCheckpoints(
+            self.checkpoints, objects, self.seed, "final.pt", ["network"], metric=metric, **options
+        )
+        self.engine = Engine(self._step)
+        for handler in (Resume(self.checkpoints, objects, self.seed), FiniteLosses(self.checkpoints)):
+            handler.attach(self.engine)
+
+    def _step(self, engine: Engine, batch: Any) -> dict[str, Any]:
+        with torch.no_grad():
+            self.network.weight += 1.0
+        return {"losses": {"loss": 0.0}}
+
+    def __call__(self, epochs: int = 3, length: int = 4) -> None:
+        self.saver.attach(self.engine)
+        self.engine.run(range(1000), max_epochs=epochs, epoch_length=length)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def weight(path: Path) -> float:
+    return torch.load(path, weights_only=True)["network"]["weight"].item()
+
+
+def stop_at(run: Run, iteration: int) -> None:
+    @run.engine.on(Events.ITERATION_STARTED(once=iteration))
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+
+def test_last_ones_are_kept(tmp_path: Path) -> None:
+    Run(tmp_path, every=3, keep=3)()
+    assert names(tmp_path) == [*(f"checkpoint_iteration={n}.pt" for n in (12, 6, 9)), "final.pt"]
+    assert [weight(path) for path in Checkpoints(tmp_path).paths()] == [6.0, 9.0, 12.0]
+
+
+def test_one_an_epoch_unless_told_otherwise(tmp_path: Path) -> None:
+    Run(tmp_path, keep=9)(epochs=3, length=4)
+    assert [path.stem.split("=")[1] for path in Checkpoints(tmp_path).paths()] == ["4", "8", "12"]
+
+
+@pytest.mark.parametrize("stopped", [5, 6, 9, 12])
+def test_stopped_run_goes_on_in_the_middle_of_an_epoch(stopped: int, tmp_path: Path) -> None:
+    run = Run(tmp_path, every=2)
+    stop_at(run, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    again = Run(tmp_path, every=2)
+    seen: list[tuple[int, int]] = []
+    again.engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: seen.append((e.state.epoch, e.state.iteration)))
+    again()
+    assert seen == [(1 + (n - 1) // 4, n) for n in range((stopped - 1) // 2 * 2 + 1, 13)]
+    assert weight(tmp_path / "final.pt") == 12.0
+
+
+def test_checkpoint_says_how_it_came_about(tmp_path: Path) -> None:
+    Run(tmp_path, seed=7)()
+    content = torch.load(tmp_path / "checkpoint_iteration=12.pt", weights_only=True)
+    assert content["trainer"] == {"epoch": 3, "iteration": 12, "seed": 7}
+    assert content["code"]["torch"] == torch.__version__.split("+")[0] or content["code"]["torch"] == torch.__version__
+    assert len(content["code"]["scripts_sha256"]) == 64
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "empty", "text"])
+def test_damaged_newest_is_skipped_with_a_warning(
+    harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Run(tmp_path)()
+    newest = tmp_path / "checkpoint_iteration=12.pt"
+    content = bytearray(newest.read_bytes())
+    at = content.index(torch.tensor(12.0).numpy().tobytes())  # the weight itself, which no parser would miss
+    content[at + 2] ^= 1
+    harmed = {"cut": content[: len(content) // 2], "flipped": content, "empty": b"", "text": b"no checkpoint"}
+    newest.write_bytes(harmed[harm])
+    with caplog.at_level(logging.WARNING):
+        Run(tmp_path)(epochs=4)
+    assert f"{newest} is damaged" in caplog.text and "going back" in caplog.text
+    assert weight(tmp_path / "final.pt") == 16.0
+
+
+def test_without_any_whole_checkpoint_the_training_starts_anew(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint_iteration=8.pt").write_bytes(b"cut")
+    Run(tmp_path)()
+    assert weight(tmp_path / "final.pt") == 12.0
+
+
+def test_whole_files_pass(tmp_path: Path) -> None:
+    save({"a": torch.ones(3)}, tmp_path / "x.pt")
+    assert why_damaged(tmp_path / "x.pt") is None
+    assert why_damaged(tmp_path / "missing.pt") is not None
+
+
+@pytest.fixture
+def little_room() -> Iterator[None]:
+    """No file can grow beyond 500 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_room_is_one_error_and_loses_nothing(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    Run(tmp_path)()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    request.getfixturevalue("little_room")
+    with pytest.raises(BundleError, match="cannot write .*checkpoint_iteration=16.pt"):
+        Run(tmp_path)(epochs=4)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_best_is_the_one_of_the_best_metric(tmp_path: Path) -> None:
+    values = iter([3.0, 1.0, 2.0, 1.0, 0.5])
+
+    def measure(engine: Engine) -> None:
+        engine.state.metrics["val_loss"] = next(values)
+
+    run = Run(tmp_path, metric="-val_loss")
+    run.engine.add_event_handler(Events.EPOCH_COMPLETED, measure)
+    run(epochs=3)
+    assert weight(tmp_path / "best.pt") == 8.0
+    again = Run(tmp_path, metric="-val_loss")
+    again.engine.add_event_handler(Events.EPOCH_COMPLETED, measure)
+    again(epochs=4)
+    assert weight(tmp_path / "best.pt") == 8.0, "a later one that is as good does not replace it"
+    again = Run(tmp_path, metric="-val_loss")
+    again.engine.add_event_handler(Events.EPOCH_COMPLETED, measure)
+    again(epochs=5)
+    assert weight(tmp_path / "best.pt") == 20.0
+
+
+def test_facts_that_differ_are_named(tmp_path: Path) -> None:
+    Run(tmp_path, size=1)()
+    with pytest.raises(BundleError, match="trained with size 1, now it is 2"):
+        Run(tmp_path, size=2)(epochs=4)
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    Run(tmp_path)()
+    run = Run(tmp_path)
+    resume = Resume(run.checkpoints, {"network": nn.Linear(2, 1, bias=False)}, run.seed)
+    run.engine.state.epoch_length = 4
+    with pytest.raises(BundleError, match="its network does not fit: size mismatch"):
+        resume(run.engine)
+    with pytest.raises(BundleError, match="it holds no other"):
+        Resume(Checkpoints(tmp_path), {"other": nn.Linear(1, 1)}, run.seed)(run.engine)
+
+
+def test_seed_goes_with_the_training(tmp_path: Path) -> None:
+    first = Run(tmp_path)
+    first()
+    assert Run(tmp_path).seed == first.seed
+    assert Run(tmp_path, seed=first.seed).seed == first.seed
+    with pytest.raises(BundleError, match=f"holds a training of seed {first.seed}"):
+        Run(tmp_path, seed=first.seed + 1)
+    for wrong in ("x", 1.5, -1):
+        with pytest.raises(BundleError, match="--seed"):
+            Run(tmp_path / "new", seed=wrong)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signal_saves_and_stops(number: signal.Signals, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    StopOnSignal(run.saver).attach(run.engine)
+    run.engine.add_event_handler(Events.ITERATION_STARTED(once=6), lambda: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    with pytest.raises(BundleError, match=f"stopped by {number.name} after iteration 6"):
+        run()
+    assert signal.getsignal(number) == before
+    assert [path.stem for path in Checkpoints(tmp_path).paths()] == ["checkpoint_iteration=4", "checkpoint_iteration=6"]
+    Run(tmp_path)()
+    assert weight(tmp_path / "final.pt") == 12.0
+
+
+def test_loss_that_is_not_finite_names_all_there_is_to_know(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+
+    @run.engine.on(Events.ITERATION_STARTED(once=6))
+    def spoil(engine: Engine) -> None:
+        run.engine._process_function = lambda e, b: {"losses": {"l1": 0.5, "kl": float("nan")}}
+        engine.state.batch = {"participant_id": ["sub-1", "sub-2"]}
+
+    with pytest.raises(BundleError) as caught:
+        run()
+    told = str(caught.value)
+    assert "'kl' is nan at iteration 6, on sub-1, sub-2" in told
+    assert f"The last good checkpoint is {tmp_path / 'checkpoint_iteration=4.pt'}" in told
