@@ -38,6 +38,8 @@ from scripts.options import yes_or_no
 logger = logging.getLogger(__name__)
 
 FACTS = "facts"
+NESTS = ("state_dict", "model")  # where other trainers put the weights: PyTorch Lightning, timm and the like
+PREFIX = "module."  # which torch.nn.parallel.DistributedDataParallel puts before each name
 WAYS_OUT = (
     "download the released weights with `python -m monai.bundle download_large_files --bundle_path .`, "
     "or use the small model that ships with the bundle: "
@@ -75,7 +77,9 @@ def read_checkpoint(path: str | os.PathLike, network: str) -> Checkpoint:
     """Read a state dict from a `.pt`, `.pth` or `.safetensors` file without running any code in it.
 
     Args:
-        path: a bare state dict, or a training checkpoint of this bundle.
+        path: a bare state dict, one under `state_dict` or `model`, or a training checkpoint of this bundle.
+            Where that has averaged weights, `autoencoder_ema` or `diffusion_ema`, they are taken. A prefix
+            `module.` of all names is removed.
         network: which network of a training checkpoint to take: `autoencoder` or `diffusion`.
 
     Raises:
@@ -86,11 +90,32 @@ def read_checkpoint(path: str | os.PathLike, network: str) -> Checkpoint:
         raise BundleError(f"no weights of the {network} at {path}: {WAYS_OUT}")
     content, facts = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     facts = content.get(FACTS, facts)
-    state = content.get(network, content)
+    state = _without_prefix(_find_state(content, network, path), path)
     if not _is_state_dict(state) or not isinstance(facts, Mapping):
         parts = ", ".join(map(str, list(content)[:6])) or "nothing"
         raise BundleError(f"{path} holds no weights of the {network}: it holds {parts}")
     return Checkpoint(path, dict(state), dict(facts), file_sha256(path))
+
+
+def _find_state(content: Mapping[str, Any], network: str, path: Path) -> Any:
+    average = content.get(f"{network}_ema")
+    if isinstance(average, Mapping) and "weights" in average:
+        logger.info(f"{path}: took the average of the weights over the training")
+        return average["weights"]
+    if network in content:
+        return content[network]
+    nest = next((name for name in NESTS if isinstance(content.get(name), Mapping)), None)
+    if nest is None:
+        return content
+    logger.info(f"{path}: took the weights under '{nest}'")
+    return content[nest]
+
+
+def _without_prefix(state: Any, path: Path) -> Any:
+    if not _is_state_dict(state) or not all(name.startswith(PREFIX) for name in state):
+        return state
+    logger.info(f"{path}: left out the prefix '{PREFIX}' of the weights' names")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
 
 
 def _is_state_dict(state: Any) -> bool:

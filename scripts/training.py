@@ -26,7 +26,6 @@ from torch import nn
 
 from scripts import distributed
 from scripts.checkpointing import Checkpoints, SaveCheckpoints
-from scripts.checkpoints import load_network, read_checkpoint
 from scripts.errors import BundleError
 from scripts.options import yes_or_no
 from scripts.precision import recompute_activations
@@ -159,31 +158,17 @@ class StopOnSignal:
             )
 
 
-def start(
-    network: nn.Module,
-    pretrained: str | None = None,
-    name: str = "",
-    load_old: Any = 0,
-    device: torch.device | str = "cpu",
-    checkpointing: Any = False,
-    channels_last: Any = False,
+def arranged(
+    network: nn.Module, device: torch.device | str | None = None, checkpointing: Any = False, channels_last: Any = False
 ) -> nn.Module:
-    """A network to train, on its device: as initialised, or with the weights of a file.
+    """A network set up for training: on its device, and with what saves memory or time there.
 
     Args:
-        network: what to train.
-        pretrained: weights to start from; None for none.
-        name: which network of a training checkpoint to take; see `scripts.checkpoints.read_checkpoint`.
-        load_old: whether the file has the monai-generative package's names.
-        device: where to move the network.
+        network: what to train; changed in place.
+        device: where to move it; None leaves it where it is.
         checkpointing: whether to compute activations again in the backward pass instead of keeping them.
         channels_last: whether weights lie in memory with their channels last.
-
-    Raises:
-        BundleError: if the file is not there or of another model.
     """
-    if pretrained is not None:
-        load_network(network, read_checkpoint(pretrained, name), load_old)
     if yes_or_no(checkpointing, "gradient_checkpointing"):
         recompute_activations(network, BLOCKS)
     if yes_or_no(channels_last, "channels_last"):

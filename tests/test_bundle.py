@@ -44,9 +44,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LICENCE = "".join((ROOT / "scripts" / "__init__.py").read_text().splitlines(keepends=True)[:10])
 
 OVERLAYS = sorted(file.name for file in CONFIGS.glob("*.yaml"))
-VERBS = [name for name in OVERLAYS if name not in ("demo.yaml", "tiny.yaml")]
-MODELS = [[], *([name] for name in OVERLAYS if name not in VERBS)]
-COMBINATIONS = [[*verb, *model] for verb in ([], *([name] for name in VERBS)) for model in MODELS]
+MODELS = ["demo.yaml", "tiny.yaml"]
+FINETUNE = "finetune.yaml"  # which comes after a training's overlay
+VERBS = [[], *([name] for name in OVERLAYS if name not in (*MODELS, FINETUNE))]
+COMBINATIONS = [[*verb, *model] for verb in VERBS for model in ([], *([name] for name in MODELS))]
+COMBINATIONS += [[*names, FINETUNE] for names in COMBINATIONS if names and names[0].startswith("train_")]
 
 
 def tracked(*patterns: str) -> list[Path]:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Callable
@@ -258,6 +259,33 @@ def test_training_checkpoint_of_the_other_stage(tmp_path: Path) -> None:
     path = training_checkpoint(tmp_path / "diffusion.pt")
     told = message(read_checkpoint, path, "autoencoder")
     assert "no weights of the autoencoder: it holds diffusion" in told
+
+
+def test_averaged_weights_are_taken_where_there_are_some(tmp_path: Path) -> None:
+    average = {name: value + 1.0 for name, value in tensors().items()}
+    torch.save({"diffusion": tensors(), "diffusion_ema": {"weights": average, "decay": 0.999}}, tmp_path / "a.pt")
+    read = read_checkpoint(tmp_path / "a.pt", "diffusion")
+    assert all(torch.equal(read.state[name], value) for name, value in average.items())
+    assert "no weights of the autoencoder" in message(read_checkpoint, tmp_path / "a.pt", "autoencoder")
+
+
+@pytest.mark.parametrize("nest", ["state_dict", "model", "diffusion"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_of_other_trainers(nest: str, prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    state = {prefix + name: value for name, value in tensors().items()}
+    torch.save({"epoch": 3, nest: state, "optimizer": {"state": {}}}, tmp_path / "a.pt")
+    read = read_checkpoint(tmp_path / "a.pt", "diffusion")
+    assert read.state.keys() == tensors().keys() and read.facts == {}
+    assert all(torch.equal(read.state[name], value) for name, value in tensors().items())
+    assert ("took the weights under" in caplog.text) is (nest != "diffusion")
+    assert ("left out the prefix 'module.'" in caplog.text) is (prefix != "")
+
+
+def test_a_prefix_that_only_some_names_have_stays(tmp_path: Path) -> None:
+    state = {"module.weight": torch.ones(1), "head.weight": torch.ones(1)}
+    save_file(state, tmp_path / "a.safetensors")
+    assert read_checkpoint(tmp_path / "a.safetensors", "diffusion").state.keys() == state.keys()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
