@@ -8,10 +8,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading prepared scans and cached latents for training."""
+"""Reading prepared scans for training, and which of them are held out."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -23,22 +24,22 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample
-from safetensors.torch import load_file
 from torch import Tensor
 
 from scripts.conditions import Conditions
 from scripts.errors import BundleError
 from scripts.grid import Grid
-from scripts.tables import read_table
+from scripts.tables import MISSING, read_table
 from scripts.volumes import read_volume
 
 logger = logging.getLogger(__name__)
 
 TABLE = "participants.tsv"
+SPLITS = ("train", "validation", "test")
 
 
 def participants(folder: str, conditions: Conditions, missing: str = "error") -> list[dict[str, Any]]:
-    """The rows of a prepared dataset or of a folder of cached latents.
+    """The rows of a prepared dataset.
 
     Args:
         folder: holds `participants.tsv`, whose column `path` is relative to the folder.
@@ -47,7 +48,8 @@ def participants(folder: str, conditions: Conditions, missing: str = "error") ->
 
     Returns:
         One dictionary a row: `image` is the file's path, `condition` a float32 tensor of shape
-        (conditions,), `row` the table's row.
+        (conditions,), `participant_id` and `split` (empty where the table has none) are the table's, and
+        `row` is its whole row.
 
     Raises:
         BundleError: if the table or a file is not there, or a condition missing or malformed.
@@ -57,20 +59,47 @@ def participants(folder: str, conditions: Conditions, missing: str = "error") ->
     if not table.is_file():
         raise BundleError(f"there is no {table}: prepare a dataset first (configs/prepare.yaml), or give its folder")
     rows = read_table(table, required=("participant_id", "path"))
-    _check_rows(rows, conditions, table)
-    found = [_participant(Path(folder), row, conditions, missing) for row in rows]
-    _warn_outside(found, conditions, table)
-    return found
-
-
-def _check_rows(rows: Sequence[Mapping[str, str]], conditions: Conditions, table: Path) -> None:
     path, count = Counter(row["path"] for row in rows).most_common(1)[0]
     if count > 1:
         raise BundleError(f"{table} has the path {path} in {count} rows: keep one of them")
+    images = [_volume(table, row) for row in rows]
+    return [{"image": i, **row} for i, row in zip(images, with_conditions(rows, conditions, missing, table))]
+
+
+def _volume(table: Path, row: Mapping[str, str]) -> str:
+    path = table.parent / row["path"]
+    if not path.is_file():
+        where = f"participant {row['participant_id']} in {table}"
+        raise BundleError(f"{where} has the path {row['path']}, but there is no such file")
+    return str(path)
+
+
+def with_conditions(
+    rows: Sequence[dict[str, str]], conditions: Conditions, missing: str, table: Path
+) -> list[dict[str, Any]]:
+    """What `participants` returns of each row but the image.
+
+    Raises:
+        BundleError: if a condition is missing or malformed.
+    """
     try:
         conditions.columns_in(list(rows[0]), str(table))
     except BundleError as error:
         logger.warning(f"{error}: it is unknown for everybody")
+    found = [_with_condition(row, conditions, missing, table) for row in rows]
+    _warn_outside(found, conditions, table)
+    return found
+
+
+def _with_condition(row: dict[str, str], conditions: Conditions, missing: str, table: Path) -> dict[str, Any]:
+    where = f"participant {row['participant_id']} in {table}"
+    condition = conditions.from_row(row, where, missing, warn=False)
+    return {"condition": condition, "participant_id": row["participant_id"], "split": _split(row), "row": row}
+
+
+def _split(row: Mapping[str, str]) -> str:
+    word = row.get("split", MISSING)
+    return "" if word == MISSING else word
 
 
 def _warn_outside(found: Sequence[Mapping[str, Any]], conditions: Conditions, table: Path) -> None:
@@ -83,12 +112,74 @@ def _warn_outside(found: Sequence[Mapping[str, Any]], conditions: Conditions, ta
             )
 
 
-def _participant(folder: Path, row: dict[str, str], conditions: Conditions, missing: str) -> dict[str, Any]:
-    path = folder / row["path"]
-    where = f"participant {row['participant_id']} in {folder / TABLE}"
-    if not path.is_file():
-        raise BundleError(f"{where} has the path {row['path']}, but there is no such file")
-    return {"image": str(path), "condition": conditions.from_row(row, where, missing, warn=False), "row": row}
+def split(
+    rows: Sequence[dict[str, Any]], name: str, validation_fraction: Any = 0.05, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The rows of one split. All scans of a subject, and all latents of a scan, are in the same one.
+
+    Where the table says nothing, a subject's split follows from a hash of its `participant_id` alone (without
+    a session, such as the `_ses-2` of `sub-01_ses-2`), so that more subjects do not move those that are there.
+    The one exception: where the hashes would leave no one for the validation, the subject with the lowest is.
+
+    Args:
+        rows: of `participants` or `scripts.latents.latents`.
+        name: `train`, `validation` or `test`.
+        validation_fraction: share of the subjects, 0 to below 1, where the table has no column `split`.
+        seed: for other subjects in the validation.
+
+    Raises:
+        BundleError: if there are no rows, or none to train on; if the column holds another word, is not complete,
+            or puts one subject in two splits; for another name, or a fraction out of range.
+    """
+    if name not in SPLITS:
+        raise BundleError(f"a split is one of {', '.join(SPLITS)}, not '{name}'")
+    fraction = _fraction(validation_fraction)
+    if not rows:
+        raise BundleError("the table has no rows: there is nothing to train on")
+    of_subject = _stated_splits(rows) if any(row["split"] for row in rows) else _hashed_splits(rows, fraction, seed)
+    if "train" not in of_subject.values():
+        raise BundleError(
+            f"none of the {len(of_subject)} subjects are in the split 'train': there is nothing to train on"
+        )
+    return [row for row in rows if of_subject[_subject(row)] == name]
+
+
+def _subject(row: Mapping[str, Any]) -> str:
+    return str(row["participant_id"]).split("_ses-")[0]
+
+
+def _stated_splits(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    of_subject: dict[str, str] = {}
+    for row in rows:
+        subject, word = _subject(row), row["split"]
+        if word not in SPLITS:
+            raise BundleError(f"participant {subject} has the split '{word or MISSING}': use {', '.join(SPLITS)}")
+        if of_subject.setdefault(subject, word) != word:
+            raise BundleError(f"participant {subject} is in two splits, {of_subject[subject]} and {word}: keep one")
+    return of_subject
+
+
+def _hashed_splits(rows: Sequence[Mapping[str, Any]], fraction: float, seed: int) -> dict[str, str]:
+    places = {subject: _place(subject, seed) for subject in map(_subject, rows)}
+    chosen = {subject for subject, place in places.items() if place < fraction}
+    if not chosen and fraction > 0.0 and len(places) > 1:
+        chosen = {min(places, key=lambda subject: places[subject])}
+    return {subject: "validation" if subject in chosen else "train" for subject in places}
+
+
+def _place(subject: str, seed: int) -> float:
+    digest = hashlib.sha256(f"{seed} {subject}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _fraction(value: Any) -> float:
+    try:
+        fraction = float(value)
+    except (TypeError, ValueError):
+        fraction = -1.0
+    if not 0.0 <= fraction < 1.0:
+        raise BundleError(f"--validation_fraction must be from 0 to below 1, got '{value}'")
+    return fraction
 
 
 class LoadVolumed(MapTransform):
@@ -126,30 +217,6 @@ class LoadVolumed(MapTransform):
         return onto(volume, dst_affine=self.grid.affine, spatial_size=self.grid.shape).as_tensor()
 
 
-class SamplePosteriord(MapTransform):
-    """Dictionary transform from the path of a cached posterior to a scaled sample of it.
-
-    Draws mean + standard deviation * noise with torch's random state and multiplies by the scale, so that
-    the diffusion model sees latents of unit variance, and different ones of one scan in every epoch.
-
-    Args:
-        keys: entries that hold paths of safetensors files with `mean` and `std`, each (C, x, y, z).
-        scale: factor on the latents.
-    """
-
-    def __init__(self, keys: str | Sequence[str], scale: float) -> None:
-        super().__init__(keys)
-        self.scale = float(scale)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """The dictionary with latents (C, x, y, z), float32, in place of their paths."""
-        loaded = dict(data)
-        for key in self.key_iterator(loaded):
-            mean, std = read_posterior(loaded[key])
-            loaded[key] = (mean + std * torch.randn_like(mean)) * self.scale
-        return loaded
-
-
 class RandFillMissingd(MapTransform):
     """Dictionary transform that puts a uniform random value from 0 to 1 in place of each NaN."""
 
@@ -159,34 +226,3 @@ class RandFillMissingd(MapTransform):
         for key in self.key_iterator(filled):
             filled[key] = torch.where(filled[key].isnan(), torch.rand_like(filled[key]), filled[key])
         return filled
-
-
-def read_posterior(path: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, each (C, x, y, z) float32, of a cached latent.
-
-    Raises:
-        BundleError: if the file is damaged or holds something else.
-    """
-    try:
-        tensors = load_file(path)
-        return tensors["mean"].float(), tensors["std"].float()
-    except Exception as error:
-        raise BundleError(f"{path} is no cached latent: run configs/encode_latents.yaml again") from error
-
-
-def latent_scale(rows: Sequence[Mapping[str, Any]]) -> float:
-    """One over the standard deviation of the latents of all rows, pooled over voxels and channels.
-
-    The variance of a sample of the posteriors: E[mean^2 + std^2] - E[mean]^2, in float64.
-
-    Raises:
-        BundleError: if it is not finite or zero.
-    """
-    sums = np.zeros(3)
-    for row in rows:
-        mean, std = (t.double() for t in read_posterior(row["image"]))
-        sums += [mean.numel(), mean.sum().item(), (mean**2 + std**2).sum().item()]
-    variance = sums[2] / sums[0] - (sums[1] / sums[0]) ** 2
-    if not np.isfinite(variance) or variance <= 0.0:
-        raise BundleError(f"the cached latents have variance {variance}: the autoencoder is not usable")
-    return float(variance**-0.5)

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scripts.guidance import null_conditions
-from scripts.options import yes_or_no
-from scripts.precision import autocast
+from scripts.precision import autocast, precision_name
 from scripts.samplers import Sampler
 
 
@@ -36,12 +35,12 @@ class HybridInferer(Inferer):
 
     Args:
         schedule: adds the noise in training.
-        amp: whether the network computes in bfloat16; its output is float32 all the same.
+        amp: precision of the network, see `scripts.precision.half_precision`; its output is float32 all the same.
     """
 
     def __init__(self, schedule: Scheduler, amp: Any = False) -> None:
         self.schedule = schedule
-        self.amp = yes_or_no(amp, "amp")
+        self.amp = precision_name(amp)
 
     def __call__(
         self, inputs: Tensor, network: nn.Module, noise: Tensor, timesteps: Tensor, condition: Tensor

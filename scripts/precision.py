@@ -45,6 +45,16 @@ def half_precision(amp: Any) -> torch.dtype | None:
     return HALVES[text]
 
 
+def precision_name(amp: Any) -> str | bool:
+    """`bf16`, `fp16` or False: one word for each precision, for records.
+
+    Raises:
+        BundleError: as `half_precision`.
+    """
+    dtype = half_precision(amp)
+    return next((name for name, half in HALVES.items() if half is dtype), False)
+
+
 def autocast(device: torch.device, amp: Any) -> AbstractContextManager:
     """Autocast on the device to what `amp` says; see `half_precision`."""
     dtype = half_precision(amp)

@@ -8,13 +8,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Both trainings and the encoding between them, on four made-up heads at tiny size."""
+"""Both trainings, on four made-up heads at tiny size."""
 
 from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,19 +22,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import BASE, TINY, RunHere
+from heads import head, refused, write_dataset
 from monai.bundle import ConfigParser
 from monai.networks.nets import PatchDiscriminator
 from monai.utils import set_determinism
 from released import configuration, generative_network
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scripts.autoencoder_training import AutoencoderStep, autoencoder_to_train, kl_to_standard_normal
-from scripts.checkpoints import load_network, read_checkpoint
+from scripts.checkpoints import load_network
 from scripts.conditions import Conditions
-from scripts.datasets import LoadVolumed, RandFillMissingd, SamplePosteriord, latent_scale, participants, read_posterior
-from scripts.errors import BundleError, find_bundle_error
+from scripts.datasets import LoadVolumed, RandFillMissingd, participants
+from scripts.errors import BundleError
 from scripts.grid import Grid
+from scripts.latents import latents
 from scripts.tables import read_table, write_table
 from scripts.training import Facts, FiniteLosses, lr_schedule, set_seed, start
 from scripts.volumes import write_volume
@@ -42,12 +43,6 @@ from scripts.volumes import write_volume
 AUTOENCODER, ENCODE, DIFFUSION = (
     f"configs/{name}.yaml" for name in ("train_autoencoder", "encode_latents", "train_diffusion")
 )
-ROWS: list[dict[str, object]] = [
-    {"sex": "female", "age_years": 50, "ventricular_vol_mm3": 20000, "brain_vol_mm3": 1400000},
-    {"sex": "male", "age_years": 60, "ventricular_vol_mm3": 30000, "brain_vol_mm3": 1500000},
-    {"sex": "female", "age_years": 70, "ventricular_vol_mm3": 40000, "brain_vol_mm3": 1300000},
-    {"sex": "male", "age_years": 80, "ventricular_vol_mm3": 50000, "brain_vol_mm3": 1600000},
-]
 
 
 @pytest.fixture(scope="module")
@@ -71,26 +66,6 @@ def fewer_surprises() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     set_determinism(None)
-
-
-def head(grid: Grid, seed: int) -> Tensor:
-    """A bright ellipsoid with a dark one inside, (X, Y, Z)."""
-    axes = [torch.linspace(-1, 1, n) for n in grid.shape]
-    radius = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0).sqrt()
-    head = 0.7 * (radius < 0.8) - 0.5 * (radius < 0.2 + 0.05 * seed)
-    return (head + 0.02 * torch.randn(grid.shape, generator=torch.Generator().manual_seed(seed))).clamp(0, 1)
-
-
-def write_dataset(folder: Path, grid: Grid, rows: list[dict[str, object]] = ROWS) -> Path:
-    """A prepared dataset of as many heads as rows."""
-    table = []
-    for number, row in enumerate(rows):
-        path = Path(f"sub-{number}") / "anat" / f"sub-{number}_T1w.nii.gz"
-        (folder / path.parent).mkdir(parents=True)
-        write_volume(folder / path, head(grid, number).numpy(), grid)
-        table.append({"participant_id": f"sub-{number}", "path": path, **row})
-    write_table(folder / "participants.tsv", table)
-    return folder
 
 
 class Pipeline:
@@ -138,15 +113,6 @@ def work(done: Pipeline, tmp_path: Path, run_here: RunHere) -> Pipeline:
     """A copy of the trained pipeline, to go on with."""
     shutil.copytree(done.folder, tmp_path / "work")
     return Pipeline(tmp_path / "work", run_here)
-
-
-def refused(call: Callable[..., Any], *given: Any, **flags: Any) -> str:
-    """The one line that a call ends in."""
-    with pytest.raises(Exception) as caught:
-        call(*given, **flags)
-    error = find_bundle_error(caught.value)
-    assert error is not None, caught.value
-    return str(error)
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -285,71 +251,6 @@ def test_checkpoints_hold_all_that_is_needed(done: Pipeline, conditions: Conditi
     assert saved["facts"]["conditions"] == conditions.as_dict()
     assert saved["facts"]["prediction_type"] == "epsilon"
     assert list(done.diffusion.glob("events.out.tfevents*"))
-
-
-def test_cached_posterior_is_the_networks(done: Pipeline, config: ConfigParser, grid: Grid) -> None:
-    network: Any = config.get_parsed_content("autoencoder_def")
-    load_network(network, read_checkpoint(done.autoencoder / "autoencoder.pt", "autoencoder"))
-    rows = read_table(done.latents / "participants.tsv")
-    assert [row["participant_id"] for row in rows] == ["sub-0", "sub-1", "sub-2", "sub-3"]
-    for row in rows[:2]:
-        name = f"{row['participant_id']}/anat/{row['participant_id']}_T1w"
-        assert row["path"] == f"{name}_version-0.safetensors"
-        volume = LoadVolumed("image", grid)({"image": str(done.dataset / f"{name}.nii.gz")})["image"]
-        assert volume.shape == (1, *grid.shape)
-        with torch.no_grad():
-            mean, std = network.encode(volume[None])
-        cached = load_file(done.latents / row["path"])
-        assert torch.equal(cached["mean"], mean[0]) and torch.equal(cached["std"], std[0])
-
-
-def latents_of(folder: Path) -> dict[str, Tensor]:
-    """Mean and standard deviation of each cached latent, by its path."""
-    paths = sorted(folder.rglob("*.safetensors"))
-    return {str(path.relative_to(folder)): torch.stack(read_posterior(str(path))) for path in paths}
-
-
-def test_encoding_goes_on_where_it_stopped(work: Pipeline) -> None:
-    whole = latents_of(work.latents)
-    paths = sorted(work.latents.rglob("*.safetensors"))
-    paths[1].unlink()
-    paths[2].write_bytes(b"cut")
-    kept = paths[0].stat().st_mtime_ns
-    work.encode()
-    assert same(latents_of(work.latents), whole)
-    assert paths[0].stat().st_mtime_ns == kept
-
-
-def test_a_changed_scan_is_encoded_anew(work: Pipeline, grid: Grid) -> None:
-    before = latents_of(work.latents)
-    write_volume(work.dataset / "sub-1" / "anat" / "sub-1_T1w.nii.gz", head(grid, 9).numpy(), grid)
-    work.encode()
-    after = latents_of(work.latents)
-    changed = [name for name in after if not torch.equal(after[name], before[name])]
-    assert changed == ["sub-1/anat/sub-1_T1w_version-0.safetensors"]
-
-
-def test_augmented_versions_of_a_scan(work: Pipeline) -> None:
-    plain = latents_of(work.latents)
-    work.encode(latent_versions=2)
-    both = latents_of(work.latents)
-    assert same(plain, {name: both[name] for name in plain}) and len(both) == 8
-    rows = read_table(work.latents / "participants.tsv")
-    assert [row["version"] for row in rows[:2]] == ["0", "1"]
-    assert [row["age_years"] for row in rows[:3]] == ["50", "50", "60"]
-    assert not torch.equal(*(both[row["path"]] for row in rows[:2]))
-    work.encode(latent_versions=2, latents_dir=str(work.folder / "again"))
-    assert same(latents_of(work.folder / "again"), both)
-
-
-def test_scale_is_one_over_the_deviation_of_samples(done: Pipeline, conditions: Conditions) -> None:
-    rows: Any = participants(str(done.latents), conditions)
-    scale = latent_scale(rows)
-    assert scale == content(done.diffusion / "diffusion.pt")["facts"]["latent_scale"]
-    draw = SamplePosteriord("image", scale)
-    drawn = torch.stack([draw(row)["image"] for row in rows for _ in range(20)])
-    assert drawn.std().item() == pytest.approx(1.0, abs=0.02)
-    assert not torch.equal(draw(rows[0])["image"], draw(rows[0])["image"])
 
 
 def test_sampling_takes_what_was_trained(done: Pipeline, run_here: RunHere, tmp_path: Path) -> None:
@@ -520,7 +421,7 @@ def test_missing_condition_stops_unless_told_otherwise(work: Pipeline, condition
     edit(work.latents, age_years=None)
     told = refused(work.train_diffusion, run_dir=str(work.folder / "other"))
     assert "participant sub-1 in" in told and "no value of 'age_years'" in told
-    rows = participants(str(work.latents), conditions, "default")
+    rows = latents(str(work.latents), conditions, "default")
     assert rows[1]["condition"][1] == 0.5
     assert not (work.folder / "other").exists()
 
@@ -549,14 +450,6 @@ def test_scan_that_is_damaged_is_named_during_training(workers: int, work: Pipel
     assert list((work.folder / "other").glob("*.pt")) == []
 
 
-def test_scan_that_is_damaged_is_named_in_encoding(work: Pipeline) -> None:
-    path = work.dataset / "sub-1" / "anat" / "sub-1_T1w.nii.gz"
-    path.write_bytes(b"cut")
-    assert f"cannot read the volume {path}" in refused(work.encode, latents_dir=str(work.folder / "other"))
-    assert len(latents_of(work.folder / "other")) == 1
-    assert not (work.folder / "other" / "participants.tsv").exists()
-
-
 def test_scan_on_another_grid(tmp_path: Path, grid: Grid) -> None:
     finer = Grid((40, 56, 40), [s * 0.8 for s in grid.spacing], grid.origin)
     write_volume(tmp_path / "x.nii.gz", head(finer, 0).numpy(), finer)
@@ -577,13 +470,3 @@ def test_folder_that_is_no_dataset(tmp_path: Path, conditions: Conditions) -> No
     assert "prepare a dataset first" in refused(participants, str(tmp_path), conditions)
     write_table(tmp_path / "participants.tsv", [{"participant_id": 1, "file": "x"}])
     assert "no column 'path'" in refused(participants, str(tmp_path), conditions)
-
-
-def test_latents_that_are_damaged_or_useless(tmp_path: Path) -> None:
-    path = str(tmp_path / "x.safetensors")
-    Path(path).write_bytes(b"cut")
-    assert "encode_latents.yaml again" in refused(read_posterior, path)
-    save_file({"mean": torch.zeros(3, 2, 2, 2)}, path)
-    assert "is no cached latent" in refused(read_posterior, path)
-    save_file({"mean": torch.full((3, 2, 2, 2), 5.0), "std": torch.zeros(3, 2, 2, 2)}, path)
-    assert "have variance 0.0" in refused(latent_scale, [{"image": path}])
