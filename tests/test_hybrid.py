@@ -153,3 +153,28 @@ def test_guidance_extrapolates_from_the_null_vector(scale: float) -> None:
     conditional = guided(None, condition, "flow", 1)[0] - noise
     moved = guided(scale, condition, "flow", 1)[0] - noise
     assert torch.allclose(moved, null + scale * (conditional - null), atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_guidance_calls_the_network_once_a_step_on_a_gpu() -> None:
+    config, given = configuration(num_inference_steps=3), batch()
+    hybrid, steps = config.get_parsed_content("hybrid_inferer"), config.get_parsed_content("chosen_sampler")
+    sampler, network = LatentDiffusionSampler(hybrid, steps, Decoder(), guidance=2.0), Linear()
+    latent = sampler.sample_latent(given["noise"].cuda(), network, given["condition"].cuda(), [])
+    assert network.calls == 3
+    assert torch.allclose(latent.cpu(), guided(2.0, given["condition"])[0], rtol=1e-4, atol=1e-4)
+
+
+# Timesteps of rectified flow.
+
+
+def test_timesteps_need_not_be_whole_numbers() -> None:
+    config, given = configuration(), batch()
+    weights = Checkpoint("x", generative_network(config, "network_def").state_dict())  # type: ignore[arg-type]
+    network = load_network(config.get_parsed_content("network_def"), weights, 1)
+    whole, same, between = (
+        inferer().denoise(network, given["noise"], torch.tensor(timesteps), given["condition"])
+        for timesteps in ([3, 900], [3.0, 900.0], [3.5, 900.5])
+    )
+    assert torch.equal(whole, same)
+    assert not torch.allclose(whole, between, rtol=1e-4)

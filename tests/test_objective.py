@@ -284,3 +284,13 @@ def test_the_best_network_for_gaussian_data_samples_gaussian_data(target: str, d
     latent = sample(target, OptimalForGaussian, deviation, noise, num_inference_steps=500)
     ratio = latent / noise
     assert torch.allclose(ratio, torch.tensor(deviation), rtol=0.03)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_loss_on_a_gpu_is_the_cpus(target: str) -> None:
+    made = objective(target, min_snr_gamma=None if target == "flow" else 5)
+    latent, noise, timestep = batch()
+    given = (latent.flip(0), latent, noise, timestep)
+    on_gpu = made.loss(*(tensor.cuda() for tensor in given))
+    assert torch.allclose(on_gpu.cpu(), made.loss(*given), rtol=1e-4)
