@@ -43,8 +43,8 @@ def make_folder(path: str | os.PathLike) -> Path:
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name beside `path`, with the same suffixes, which becomes `path` if the block succeeds.
 
-    The file is flushed to disk before it is renamed, and its folder after. If the block raises, the temporary file is removed
-    and whatever stood at `path` before is still there.
+    The file is flushed to disk before it is renamed, and its folder after. If the block raises, the temporary
+    file is removed and whatever stood at `path` before is still there.
 
     Raises:
         BundleError: if the file cannot be written, for want of room or of permission.

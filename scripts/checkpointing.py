@@ -124,16 +124,21 @@ def training_seed(seed: Any, checkpoints: Checkpoints) -> int:
         BundleError: unless the seed is a whole number, or if a resumed training had another.
     """
     given = None if seed is None else whole_number(seed, "seed")
-    resumed = checkpoints.newest[1].get("trainer", {}).get("seed") if checkpoints.newest else None
+    resumed: int | None = checkpoints.newest[1].get("trainer", {}).get("seed") if checkpoints.newest else None
     if given is not None and resumed is not None and given != resumed:
         raise BundleError(
             f"{checkpoints.folder} holds a training of seed {resumed}: leave --seed out to go on with it, or give "
             f"another --run_dir to start one of seed {given}"
         )
-    if given is None and resumed is None:
-        given = distributed.from_main(int.from_bytes(os.urandom(4), "big"))
-        logger.info(f"seed {given}")
-    return given if resumed is None else resumed
+    if resumed is not None:
+        return resumed
+    return _new_seed() if given is None else given
+
+
+def _new_seed() -> int:
+    seed = distributed.from_main(int.from_bytes(os.urandom(4), "big"))
+    logger.info(f"seed {seed}")
+    return seed
 
 
 class Progress:
@@ -153,6 +158,11 @@ class Progress:
         self.engine.state.epoch = state["iteration"] // self.engine.state.epoch_length
 
 
+def present(objects: Mapping[str, Any]) -> dict[str, Any]:
+    """The objects that there are: a training without an average of the weights has None in its place."""
+    return {name: thing for name, thing in objects.items() if thing is not None}
+
+
 class Resume:
     """Handler that continues from the newest whole checkpoint, if there is one.
 
@@ -163,7 +173,7 @@ class Resume:
     """
 
     def __init__(self, checkpoints: Checkpoints, objects: Mapping[str, Any], seed: int) -> None:
-        self.checkpoints, self.objects, self.seed = checkpoints, objects, seed
+        self.checkpoints, self.objects, self.seed = checkpoints, present(objects), seed
 
     def attach(self, engine: Engine) -> None:
         """Restore before a MONAI trainer starts."""
@@ -188,7 +198,9 @@ class Resume:
 
 def _restore(thing: Any, name: str, content: Mapping[str, Any], path: Path) -> None:
     if name not in content:
-        raise BundleError(f"cannot resume {path}: it holds no {name}. If the configuration changed, use another --run_dir")
+        raise BundleError(
+            f"cannot resume {path}: it holds no {name}. If the configuration changed, use another --run_dir"
+        )
     try:
         thing.load_state_dict(content[name])
     except BundleError:
@@ -251,8 +263,8 @@ class SaveCheckpoints:
         every: Any = None,
         metric: str | None = None,
     ) -> None:
-        self.checkpoints, self.objects, self.seed = checkpoints, objects, seed
-        self.result, self.shipped = checkpoints.folder / result, list(shipped)
+        self.checkpoints, self.objects, self.seed = checkpoints, present(objects), seed
+        self.result, self.shipped = checkpoints.folder / result, [name for name in shipped if name in self.objects]
         self.every = None if every is None else whole_number(every, "checkpoint_every", least=1)
         self.metric = metric
         self.version = code_version()

@@ -20,7 +20,7 @@ from ignite.engine import Engine
 from torch import Tensor
 
 from scripts.distributed import all_means
-from scripts.ema import WeightAverage
+from scripts.ema import ExponentialMovingAverage
 from scripts.hybrid import HybridInferer
 from scripts.objective import DiffusionObjective
 from scripts.optimisation import Batch, Optimisation
@@ -46,7 +46,7 @@ class DiffusionStep:
         optimisation: Optimisation,
         inferer: HybridInferer,
         objective: DiffusionObjective,
-        average: WeightAverage | None = None,
+        average: ExponentialMovingAverage | None = None,
     ) -> None:
         self.optimisation, self.inferer, self.objective, self.average = optimisation, inferer, objective, average
 

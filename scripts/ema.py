@@ -69,3 +69,12 @@ class ExponentialMovingAverage:
         self.network.load_state_dict(state["weights"])
         self.updates = int(state["updates"])
         self._average.n_averaged.fill_(self.updates)
+
+
+def weight_average(network: nn.Module, decay: Any) -> ExponentialMovingAverage | None:
+    """The average of a network's weights, or None where the decay is 0.
+
+    Raises:
+        BundleError: unless `decay` is from 0 to 1.
+    """
+    return ExponentialMovingAverage(network, decay) if number(decay, "ema_decay", 0.0, 1.0) else None

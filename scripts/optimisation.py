@@ -35,8 +35,8 @@ class Optimisation:
     """Minimises a loss of batches with one optimiser.
 
     A batch is taken in `accumulate` parts whose gradients are added up, which gives the step of the whole batch for the
-    memory of a part. In float16 the loss is scaled so that small gradients survive (Micikevicius et al. 2018), and steps
-    with infinite ones are left out.
+    memory of a part. In float16 the loss is scaled so that small gradients survive (Micikevicius et al. 2018), and
+    steps with infinite ones are left out.
 
     Args:
         network: what is optimised, from `scripts.distributed.parallel`.

@@ -89,7 +89,9 @@ def test_stopped_run_goes_on_in_the_middle_of_an_epoch(stopped: int, tmp_path: P
         run()
     again = Run(tmp_path, every=2)
     seen: list[tuple[int, int]] = []
-    again.engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: seen.append((e.state.epoch, e.state.iteration)))
+    again.engine.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda e: seen.append((e.state.epoch, e.state.iteration))
+    )
     again()
     assert seen == [(1 + (n - 1) // 4, n) for n in range((stopped - 1) // 2 * 2 + 1, 13)]
     assert weight(tmp_path / "final.pt") == 12.0
@@ -104,15 +106,18 @@ def test_checkpoint_says_how_it_came_about(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "empty", "text"])
-def test_damaged_newest_is_skipped_with_a_warning(
-    harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_newest_is_skipped_with_a_warning(harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Run(tmp_path)()
     newest = tmp_path / "checkpoint_iteration=12.pt"
     content = bytearray(newest.read_bytes())
     at = content.index(torch.tensor(12.0).numpy().tobytes())  # the weight itself, which no parser would miss
     content[at + 2] ^= 1
-    harmed = {"cut": content[: len(content) // 2], "flipped": content, "empty": b"", "text": b"no checkpoint"}
+    harmed: dict[str, bytes] = {
+        "cut": bytes(content[: len(content) // 2]),
+        "flipped": bytes(content),
+        "empty": b"",
+        "text": b"no checkpoint",
+    }
     newest.write_bytes(harmed[harm])
     with caplog.at_level(logging.WARNING):
         Run(tmp_path)(epochs=4)

@@ -21,11 +21,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import BASE, TINY, RunHere
+from heads import ROWS, write_dataset
 from monai.bundle import ConfigParser
 from monai.networks.nets import DiffusionModelUNet
 from released import arguments, configuration, generative_network
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from trained import AUTOENCODER, DIFFUSION, ENCODE
 
 from benchmarks.full_size import fill_with_random_values
 from scripts.checkpoints import Checkpoint, read_checkpoint
@@ -41,11 +43,8 @@ from scripts.finetuning import (
     trained_with,
 )
 from scripts.hybrid import HybridInferer
-from scripts.tables import write_table
 
-AUTOENCODER, DIFFUSION, FINETUNE, DEMO = (
-    f"configs/{name}.yaml" for name in ("train_autoencoder", "train_diffusion", "finetune", "demo")
-)
+FINETUNE, DEMO = "configs/finetune.yaml", "configs/demo.yaml"
 RANGES = {"gender": (0, 1), "age": (44, 82), "ventricular_vol": (6995.68, 171375.0), "brain_vol": (1144240, 1793910)}
 NEW = {"raw": "education_years", "unit": "years", "minimum": 7, "maximum": 20}
 LATENT = (8, 12, 4)  # three different sizes show a swap of axes
@@ -302,27 +301,14 @@ def test_pretrained_file_that_is_not_there(tmp_path: Path) -> None:
 # Commands.
 
 
-def write_latents(folder: Path, number: int = 2) -> Path:
-    """A folder as `encode_latents` leaves it, of random latents for the tiny grid, with years of education."""
-    rows = []
-    for i in range(number):
-        folder.mkdir(exist_ok=True)
-        generator = torch.Generator().manual_seed(i)
-        mean = 2.0 * torch.randn(3, 8, 12, 8, generator=generator)
-        save_file({"mean": mean, "std": torch.full_like(mean, 0.1)}, folder / f"sub-{i}.safetensors")
-        raw = {"sex": "female", "age_years": 50 + i, "ventricular_vol_mm3": 20000, "brain_vol_mm3": 1400000}
-        rows.append(
-            {"participant_id": f"sub-{i}", "path": f"sub-{i}.safetensors", **raw, "education_years": 10 + 3 * i}
-        )
-    write_table(folder / "participants.tsv", rows)
-    return folder
-
-
-def diffusion_flags(folder: Path, **flags: Any) -> dict[str, Any]:
-    latents = write_latents(folder / "latents")
-    run_dir = str(folder / "run")
-    given = {"latents_dir": str(latents), "run_dir": run_dir, "seed": 1, "max_epochs": 1, "device": "cpu"}
-    return {**given, **flags}
+def diffusion_flags(folder: Path, config: ConfigParser, run_here: RunHere, **flags: Any) -> dict[str, Any]:
+    """Flags of a training on the latents of four heads with years of education, by an autoencoder of random weights."""
+    rows = [{**row, "education_years": 10 + 3 * number} for number, row in enumerate(ROWS)]
+    dataset = write_dataset(folder / "dataset", config.get_parsed_content("grid"), rows)
+    torch.save(generative_network(config, "autoencoder_def").state_dict(), folder / "encoder.pt")
+    given = {"latents_dir": str(folder / "latents"), "autoencoder_path": str(folder / "encoder.pt")}
+    run_here([BASE, ENCODE, TINY], dataset_dir=str(dataset), **given)
+    return {**given, "run_dir": str(folder / "run"), "seed": 1, "max_epochs": 1, **flags}
 
 
 def saved(folder: Path, name: str) -> dict[str, Any]:
@@ -338,7 +324,9 @@ def test_diffusion_is_fine_tuned_with_one_more_condition(
 ) -> None:
     released = generative_network(config, "network_def")
     torch.save({"state_dict": {f"module.{k}": v for k, v in released.state_dict().items()}}, tmp_path / "model.pt")
-    flags = diffusion_flags(tmp_path, diffusion_path=str(tmp_path / "model.pt"), freeze=["up_blocks", "time_embed.*"])
+    flags = diffusion_flags(
+        tmp_path, config, run_here, diffusion_path=str(tmp_path / "model.pt"), freeze=["up_blocks", "time_embed.*"]
+    )
     run_here([BASE, DIFFUSION, TINY, FINETUNE], **{**flags, "conditions::education": NEW})
     result = saved(tmp_path, "diffusion.pt")
     assert result["facts"]["latent_scale"] == 1.0  # the released weights', not that of these latents
@@ -359,8 +347,6 @@ def test_diffusion_is_fine_tuned_with_one_more_condition(
 
 
 def test_autoencoder_is_fine_tuned(config: ConfigParser, run_here: RunHere, tmp_path: Path) -> None:
-    from test_training import write_dataset
-
     released = generative_network(config, "autoencoder_def")
     torch.save(released.state_dict(), tmp_path / "autoencoder.pt")
     dataset = write_dataset(tmp_path / "dataset", config.get_parsed_content("grid"))
@@ -397,7 +383,7 @@ def test_small_model_is_fine_tuned_with_one_more_condition() -> None:
 
 def test_absent_and_other_weights_are_named(config: ConfigParser, run_here: RunHere, tmp_path: Path) -> None:
     torch.save(generative_network(config, "autoencoder_def").state_dict(), tmp_path / "autoencoder.pt")
-    files, flags = [BASE, DIFFUSION, TINY, FINETUNE], diffusion_flags(tmp_path)
+    files, flags = [BASE, DIFFUSION, TINY, FINETUNE], diffusion_flags(tmp_path, config, run_here)
     told = refused(run_here, files, **flags, pretrained=str(tmp_path / "autoencoder.pth"))
     assert "no such file: did you mean" in told and "autoencoder.pt?" in told
     told = refused(run_here, files, **flags, pretrained=str(tmp_path / "autoencoder.pt"))

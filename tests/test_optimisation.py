@@ -163,7 +163,9 @@ def test_rate_of_an_iteration_does_not_depend_on_the_past() -> None:
     assert rates(schedule("constant"), 0, 2) == [0.1] * 10
 
 
-@pytest.mark.parametrize("wrong", [{"decay": "linear"}, {"decay": "constant", "lr": "1e-4"}, {"decay": "cosine", "lr": -1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"decay": "linear"}, {"decay": "constant", "lr": "1e-4"}, {"decay": "cosine", "lr": -1.0}]
+)
 def test_rates_that_are_none(wrong: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match="--lr_decay must be constant or cosine|must be a number above 0"):
         schedule(**wrong)

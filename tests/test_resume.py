@@ -1,0 +1,139 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Trainings that are killed, and trainings in several processes, against one that runs through in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BASE, ROOT, TINY, RunHere
+from trained import AUTOENCODER, DIFFUSION, Pipeline, content, difference, trained_pipeline
+
+LAST = "checkpoint_iteration=8.pt"
+STAGES = {"autoencoder": AUTOENCODER, "diffusion": DIFFUSION}
+PATIENCE_S = 240.0
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, run_here: RunHere) -> Pipeline:
+    return trained_pipeline(tmp_path_factory.mktemp("pipeline"), run_here)
+
+
+def flags_of(stage: str, done: Pipeline, run_dir: Path, **more: Any) -> dict[str, Any]:
+    """Of a training of eight iterations in which everything random and everything that has a state takes part."""
+    common = {"max_epochs": 4, "epoch_length": 2, "checkpoint_every": 1, "keep_checkpoints": 9, "device": "cpu"}
+    if stage == "autoencoder":
+        own = {**done.autoencoder_flags(), "affine": 1.0, "discriminator::norm": "INSTANCE"}
+    else:
+        own = {**done.diffusion_flags(), "ema_decay": 0.9, "condition_dropout": 0.2}
+    return {**own, **common, "lr": 1.0e-4, "discriminator_lr": 1.0e-4, "run_dir": str(run_dir), **more}
+
+
+def command(stage: str, flags: dict[str, Any], launcher: tuple[str, ...] = ()) -> list[str]:
+    files = str([BASE, STAGES[stage], TINY])
+    given = [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))]
+    given = given if stage == "autoencoder" else [*given[: given.index("--discriminator_lr")], *given[given.index("--discriminator_lr") + 2 :]]
+    return [sys.executable, *launcher, "-m", "monai.bundle", "run", "--config_file", files, *given]
+
+
+def torchrun(processes: int, *more: str) -> tuple[str, ...]:
+    return ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *more)
+
+
+def wait_for(pattern: str, folder: Path, process: subprocess.Popen) -> None:
+    since = time.monotonic()
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None and time.monotonic() - since < PATIENCE_S, "it ended, or hangs"
+        time.sleep(0.01)
+
+
+def uninterrupted(stage: str, done: Pipeline, folder: Path, run_here: RunHere, **more: Any) -> dict[str, Any]:
+    flags = flags_of(stage, done, folder, **more)
+    if stage == "diffusion":
+        del flags["discriminator_lr"]
+    run_here([BASE, STAGES[stage], TINY], **flags)
+    return content(folder / LAST)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_training_ends_in_the_same_weights(
+    stage: str, done: Pipeline, run_here: RunHere, tmp_path: Path
+) -> None:
+    """Killed at a random iteration and run again by the same command: every bit of every state agrees."""
+    expected = uninterrupted(stage, done, tmp_path / "whole", run_here)
+    folder, iteration = tmp_path / "killed", random.SystemRandom().randint(1, 6)
+    flags = flags_of(stage, done, folder, num_workers=1)
+    process = subprocess.Popen(command(stage, flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(f"checkpoint_iteration={iteration}.pt", folder, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / LAST).exists(), "it was faster than the kill"
+    run_here([BASE, STAGES[stage], TINY], **{k: v for k, v in flags.items() if stage == "autoencoder" or k != "discriminator_lr"})
+    resumed = content(folder / LAST)
+    for name in expected.keys() - {"config", "code"}:
+        assert difference(expected[name], resumed[name]) == 0.0, f"{name}, killed after iteration {iteration}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_are_one_with_the_whole_batch(
+    stage: str, done: Pipeline, run_here: RunHere, tmp_path: Path
+) -> None:
+    expected = uninterrupted(stage, done, tmp_path / "one", run_here, batch_size=2)
+    flags = flags_of(stage, done, tmp_path / "two", batch_size=1, log_every=1)
+    ran = subprocess.run(command(stage, flags, torchrun(2)), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = content(tmp_path / "two" / LAST)
+    for name in expected.keys() - {"config", "code"}:
+        assert difference(expected[name], found[name]) < 1e-5, name
+    lines = [line for line in (ran.stdout + ran.stderr).splitlines() if " iteration " in line]
+    assert len(lines) == 8, "one process speaks, with the means of both"
+
+
+def test_training_goes_on_after_a_worker_was_killed(done: Pipeline, run_here: RunHere, tmp_path: Path) -> None:
+    expected = uninterrupted("diffusion", done, tmp_path / "one", run_here, batch_size=2)
+    folder = tmp_path / "two"
+    flags = flags_of("diffusion", done, folder, batch_size=1)
+    launched = command("diffusion", flags, torchrun(2, "--max-restarts=2", "--monitor-interval=0.1"))
+    process = subprocess.Popen(launched, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for("checkpoint_iteration=2.pt", folder, process)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    told, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, told[-3000:]
+    assert f"resumed {folder}" in told
+    found = content(folder / LAST)
+    for name in expected.keys() - {"config", "code"}:
+        assert difference(expected[name], found[name]) < 1e-5, name
+
+
+def children(pid: int) -> list[int]:
+    """The worker processes of a launcher."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                found.append(int(folder.name))
+        except (OSError, ValueError, IndexError):
+            continue
+    return sorted(found)
+
+
+def test_configuration_in_the_checkpoint_is_the_one_that_ran(done: Pipeline) -> None:
+    config = json.loads(content(done.diffusion / "checkpoint_iteration=4.pt")["config"])
+    assert config["latents_dir"] == str(done.latents) and config["batch_size"] == 2
