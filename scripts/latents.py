@@ -66,7 +66,7 @@ class Posteriors:
         array = self.array
         if not 0 <= row < len(array):
             raise BundleError(f"{self.path} has {len(array)} rows, and no row {row}: {AGAIN}")
-        mean, std = torch.from_numpy(array[row].astype(np.float32))
+        mean, std = torch.from_numpy(np.array(array[row])).float()  # NumPy converts float16 14 times slower
         return mean, std
 
     @property
