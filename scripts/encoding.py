@@ -213,10 +213,7 @@ def moments(posteriors: np.ndarray) -> dict[str, float]:
     """Mean, and mean square, of samples of the posteriors (rows, 2, C, x, y, z), pooled over everything."""
     sums = np.zeros(2)
     for row in tqdm(posteriors, "moments", unit="latent", disable=None):
-        mean, std = row.astype(np.float32)
-        sums += [
-            mean.sum(dtype=np.float64),
-            np.square(mean).sum(dtype=np.float64) + np.square(std).sum(dtype=np.float64),
-        ]
+        mean, std = torch.from_numpy(np.array(row)).double()
+        sums += [mean.sum().item(), (mean.square() + std.square()).sum().item()]
     mean, square = (sums / posteriors[:, 0].size).tolist()
     return {"mean": mean, "square": square}

@@ -29,7 +29,7 @@ import numpy as np
 
 from scripts.atomic import replacing
 from scripts.errors import BundleError
-from scripts.latents import ENCODED, POSTERIORS, mapped
+from scripts.latents import ENCODED, POSTERIORS, in_making, mapped
 
 HASH_BYTES = 32
 RECIPE, VOLUME = 0, 1
@@ -97,7 +97,7 @@ class LatentWriter:
 
     def _is_prepared(self) -> bool:
         posteriors, encoded = self._existing()
-        if posteriors is None or encoded is None or _next(self.folder / ENCODED).exists():
+        if posteriors is None or encoded is None or in_making(self.folder / ENCODED).exists():
             return False
         if posteriors.shape != self.shape or posteriors.dtype != self.dtype or len(encoded) != len(self.recipes):
             return False
@@ -139,22 +139,23 @@ class LatentWriter:
 
     def _make(self, kept: dict[int, int]) -> None:
         posteriors, encoded = self._existing()
-        path = _next(self.folder / POSTERIORS)
+        path = in_making(self.folder / POSTERIORS)
         np.lib.format.open_memmap(path, mode="w+", dtype=self.dtype, shape=self.shape)
         copy, marks = ArrayFile(path), np.zeros((len(self.recipes), 2, HASH_BYTES), np.uint8)
         for new, old in kept.items():
             copy.write(new, posteriors[old], flush=False)  # type: ignore[index]
             marks[new] = encoded[old]  # type: ignore[index]
         copy.flush()
-        with replacing(_next(self.folder / ENCODED)) as temporary, open(temporary, "wb") as file:
+        with replacing(in_making(self.folder / ENCODED)) as temporary, open(temporary, "wb") as file:
             np.save(file, marks)
 
     def _put_in_place(self) -> None:
         """Replace both arrays by those made for it. A finished new `encoded.npy` says that both are ready."""
-        if _next(self.folder / ENCODED).exists():
+        if in_making(self.folder / ENCODED).exists():
             for name in (POSTERIORS, ENCODED):
                 with suppress(FileNotFoundError):
-                    os.replace(_next(self.folder / name), self.folder / name)
+                    os.replace(in_making(self.folder / name), self.folder / name)
+        in_making(self.folder / POSTERIORS).unlink(missing_ok=True)
 
 
 class ArrayFile:
@@ -198,10 +199,6 @@ def writing(folder: Path) -> Iterator[None]:
             f"cannot write the latents in {folder}: {error.strerror or error}. What was encoded is kept: "
             "put that right, and run the same command again"
         ) from error
-
-
-def _next(path: Path) -> Path:
-    return path.with_name(f"next-{path.name}")
 
 
 def _try_map(path: Path) -> np.ndarray | None:

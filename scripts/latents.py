@@ -66,7 +66,7 @@ class Posteriors:
         array = self.array
         if not 0 <= row < len(array):
             raise BundleError(f"{self.path} has {len(array)} rows, and no row {row}: {AGAIN}")
-        mean, std = torch.from_numpy(array[row].astype(np.float32))
+        mean, std = torch.from_numpy(np.array(array[row])).float()  # NumPy converts float16 14 times slower
         return mean, std
 
     @property
@@ -141,12 +141,17 @@ def read_encoding(folder: str | Path) -> dict[str, Any]:
         raise BundleError(f"there are no latents in {folder}: encode a dataset first (configs/encode_latents.yaml)")
     try:
         encoding = json.loads(path.read_text(encoding="utf-8"))
-        fresh = encoding["encoded_sha256"] == array_sha256(mapped(encoded))
+        fresh = encoding["encoded_sha256"] == array_sha256(mapped(encoded)) and not in_making(encoded).exists()
     except (OSError, ValueError, KeyError, TypeError):
         fresh = False
     if not fresh:
         raise BundleError(f"the encoding in {folder} is not finished: {AGAIN}")
     return encoding
+
+
+def in_making(path: Path) -> Path:
+    """Where a new array is made that is to replace the one at `path`."""
+    return path.with_name(f"next-{path.name}")
 
 
 def array_sha256(array: np.ndarray) -> str:

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The benchmark program, at tiny size: that it runs and compares equals. Its timings are not looked at."""
+"""The benchmark programs, at tiny size: that they run and compare equals. Their timings are not looked at."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ pytest.importorskip("generative")
 PACKAGES = ["monai", "monai-generative"]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.full_size", *map(str, arguments)]
+def run(*arguments: object, module: str = "benchmarks.full_size") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -49,3 +49,17 @@ def test_the_benchmark_refuses_what_it_cannot_do() -> None:
     assert "--repeats at least 1" in run("--size", "tiny", "--repeats", 0).stderr
     done = run("--size", "tiny", "--device", "gpu")
     assert done.returncode != 0 and done.stderr.splitlines()[-1].startswith("error: --device must be")
+
+
+def test_loading_of_latents(tmp_path: Path) -> None:
+    given = ("--size", "tiny", "--latents", 10, "--workers", 0, 1, "--repeats", 1, "--network", "tiny", "--cold")
+    done = run(*given, "--folder", tmp_path, "--json", tmp_path / "x.json", module="benchmarks.loading")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert report["latents"] == 10 and report["latent_shape"] == [3, 8, 12, 8] and report["step_seconds"] > 0
+    assert [row["workers"] for row in report["loading"]] == [0, 1]
+    for row in report["loading"]:
+        assert {way: len(series) for way, series in row["samples_per_second"].items()} == {"array": 1, "files": 1}
+        assert row["ratio"] > 0
+    assert [line.split()[:2] for line in done.stdout.splitlines()[-2:]] == [["1", "array"], ["1", "files"]]
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]

@@ -1,0 +1,125 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which rows are held out, and the augmentations that flags switch off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from heads import ROWS, write_dataset
+from monai.bundle import ConfigParser
+from released import configuration
+
+from scripts.datasets import participants, split
+from scripts.errors import BundleError
+from scripts.tables import MISSING
+
+
+def rows(*ids: str, words: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    return [{"image": number, "participant_id": i, "split": (words or {}).get(i, "")} for number, i in enumerate(ids)]
+
+
+def subjects(number: int) -> list[dict[str, Any]]:
+    return rows(*(f"sub-{n:05d}" for n in range(number)))
+
+
+def ids(found: list[dict[str, Any]]) -> set[str]:
+    return {row["participant_id"] for row in found}
+
+
+def test_hashed_share_of_subjects() -> None:
+    given = subjects(4000)
+    train, validation = split(given, "train"), split(given, "validation")
+    assert sorted(row["image"] for row in train + validation) == list(range(4000))
+    assert len(validation) == pytest.approx(200, abs=60)
+    assert split(given, "test") == []
+    assert ids(split(given, "validation", 0.1)) > ids(validation)
+    assert ids(split(given, "validation", seed=1)) != ids(validation)
+    assert split(given[::-1], "validation") == validation[::-1]
+
+
+def test_more_subjects_move_no_one() -> None:
+    few, many = subjects(500), subjects(4000)
+    assert ids(split(few, "validation")) == ids(split(many, "validation")) & ids(few)
+
+
+def test_scans_of_a_subject_stay_together() -> None:
+    given = [row for row in subjects(100) for _ in range(3)] + rows(*(f"sub-{n:05d}_ses-2" for n in range(100)))
+    train, validation = (ids(split(given, name, 0.3)) for name in ("train", "validation"))
+    assert {i.split("_")[0] for i in train}.isdisjoint(i.split("_")[0] for i in validation)
+    assert len(validation) > 20 and all(f"{i}_ses-2" in validation for i in validation if "_" not in i)
+
+
+@pytest.mark.parametrize(("number", "fraction", "held_out"), [(1, 0.05, 0), (2, 0.0, 0), (2, 1e-6, 1), (9, 1e-6, 1)])
+def test_someone_is_held_out_where_there_are_two(number: int, fraction: float, held_out: int) -> None:
+    assert len(split(subjects(number), "validation", fraction)) == held_out
+    assert len(split(subjects(number), "train", fraction)) == number - held_out
+
+
+def test_the_table_says_who_is_held_out() -> None:
+    words = {"a": "train", "b": "test", "c": "validation", "d": "train"}
+    given = rows("a", "b", "c", "d", "c", words=words)
+    for name in ("train", "validation", "test"):
+        assert ids(split(given, name, 0.9)) == {i for i, word in words.items() if word == name}
+    assert len(split(given, "validation")) == 2
+
+
+def refused_split(given: list[dict[str, Any]], name: str = "train", fraction: Any = 0.05) -> str:
+    with pytest.raises(BundleError) as caught:
+        split(given, name, fraction)
+    return str(caught.value)
+
+
+def test_splits_that_are_refused() -> None:
+    two = [*rows("a", "b", words={"a": "train", "b": "train"}), *rows("a_ses-2", words={"a_ses-2": "test"})]
+    assert "participant a is in two splits, train and test" in refused_split(two)
+    assert "has the split 'training'" in refused_split(rows("a", words={"a": "training"}))
+    assert f"participant b has the split '{MISSING}'" in refused_split(rows("a", "b", words={"a": "train"}))
+    assert "nothing to train on" in refused_split([])
+    assert "nothing to train on" in refused_split(rows("a", words={"a": "test"}), "test")
+    assert "not 'eval'" in refused_split(subjects(2), "eval")
+    for fraction in (1.0, -0.1, "many", float("nan")):
+        assert "--validation_fraction must be from 0 to below 1" in refused_split(subjects(2), fraction=fraction)
+
+
+def test_split_comes_from_the_table(tmp_path: Path) -> None:
+    config = configuration()
+    grid, conditions = config.get_parsed_content("grid"), config.get_parsed_content("conditions")
+    words = ["validation", "train", "train", "test"]
+    write_dataset(tmp_path / "a", grid, [{**row, "split": word} for row, word in zip(ROWS, words)])
+    assert ids(split(participants(str(tmp_path / "a"), conditions), "validation")) == {"sub-0"}
+    write_dataset(tmp_path / "b", grid, [{**row, "split": MISSING} for row in ROWS])
+    assert {row["split"] for row in participants(str(tmp_path / "b"), conditions)} == {""}
+
+
+def augmentation(name: str, **flags: float) -> ConfigParser:
+    return configuration([f"configs/{name}.yaml", "configs/tiny.yaml"], **flags)
+
+
+@pytest.mark.parametrize("flag", ["flip", "affine", "intensity_shift", "gamma"])
+def test_each_augmentation_has_its_flag(flag: str) -> None:
+    volume = torch.rand(1, 32, 48, 32, generator=torch.Generator().manual_seed(0))
+    off = dict.fromkeys(["flip", "affine", "intensity_shift", "gamma"], 0)
+
+    def augmented(**flags: float) -> torch.Tensor:
+        config = augmentation("train_autoencoder", **flags)
+        sample: Any = {"image": volume}
+        for name in ("spatial_augmentation", "intensity_augmentation"):
+            sample = config.get_parsed_content(name).set_random_state(0)(sample)
+        return torch.as_tensor(sample["image"])
+
+    assert torch.equal(augmented(**off), volume)
+    changed = augmented(**{**off, flag: 1})
+    assert not torch.equal(changed, volume) and 0.0 <= changed.min() and changed.max() <= 1.0
+    assert torch.equal(changed, volume.flip(1)) is (flag == "flip")
