@@ -48,3 +48,18 @@ def whole_number(value: Any, flag: str, least: int = 0) -> int:
     if number > MOST:
         raise BundleError(f"--{flag} must be at most {MOST}, got {number}")
     return number
+
+
+def probability(value: Any, flag: str) -> float:
+    """A number from 0 to 1.
+
+    Raises:
+        BundleError: for anything else, naming the flag.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0.0 <= number <= 1.0:
+        raise BundleError(f"--{flag} must be from 0 to 1, got '{value}'")
+    return number
