@@ -29,6 +29,7 @@ from torch import Tensor
 from scripts.conditions import Conditions
 from scripts.errors import BundleError
 from scripts.grid import Grid
+from scripts.options import probability
 from scripts.tables import MISSING, read_table
 from scripts.volumes import read_volume
 
@@ -124,7 +125,7 @@ def split(
     Args:
         rows: of `participants` or `scripts.latents.latents`.
         name: `train`, `validation` or `test`.
-        validation_fraction: share of the subjects, 0 to below 1, where the table has no column `split`.
+        validation_fraction: share of the subjects, 0 to 1, where the table has no column `split`.
         seed: for other subjects in the validation.
 
     Raises:
@@ -133,7 +134,7 @@ def split(
     """
     if name not in SPLITS:
         raise BundleError(f"a split is one of {', '.join(SPLITS)}, not '{name}'")
-    fraction = _fraction(validation_fraction)
+    fraction = probability(validation_fraction, "validation_fraction")
     if not rows:
         raise BundleError("the table has no rows: there is nothing to train on")
     of_subject = _stated_splits(rows) if any(row["split"] for row in rows) else _hashed_splits(rows, fraction, seed)
@@ -170,16 +171,6 @@ def _hashed_splits(rows: Sequence[Mapping[str, Any]], fraction: float, seed: int
 def _place(subject: str, seed: int) -> float:
     digest = hashlib.sha256(f"{seed} {subject}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _fraction(value: Any) -> float:
-    try:
-        fraction = float(value)
-    except (TypeError, ValueError):
-        fraction = -1.0
-    if not 0.0 <= fraction < 1.0:
-        raise BundleError(f"--validation_fraction must be from 0 to below 1, got '{value}'")
-    return fraction
 
 
 class LoadVolumed(MapTransform):

@@ -71,6 +71,15 @@ def number(value: Any, flag: str, least: float = -math.inf, most: float = math.i
     return found
 
 
+def probability(value: Any, flag: str) -> float:
+    """A number from 0 to 1.
+
+    Raises:
+        BundleError: for anything else, naming the flag.
+    """
+    return number(value, flag, 0.0, 1.0)
+
+
 def is_absent(value: Any) -> bool:
     """Whether an option is left out: None, or the `null` that the command line hands over as text."""
     return str(value).strip().lower() in ABSENT

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from heads import ROWS, write_dataset
+from heads import ROWS, refused, write_dataset
 from monai.bundle import ConfigParser
 from released import configuration
 
@@ -89,8 +89,9 @@ def test_splits_that_are_refused() -> None:
     assert "nothing to train on" in refused_split([])
     assert "nothing to train on" in refused_split(rows("a", words={"a": "test"}), "test")
     assert "not 'eval'" in refused_split(subjects(2), "eval")
-    for fraction in (1.0, -0.1, "many", float("nan")):
-        assert "--validation_fraction must be from 0 to below 1" in refused_split(subjects(2), fraction=fraction)
+    assert "nothing to train on" in refused_split(subjects(2), fraction=1)
+    for fraction in (1.5, -0.1, "many", float("nan")):
+        assert "--validation_fraction must be from 0 to 1" in refused_split(subjects(2), fraction=fraction)
 
 
 def test_split_comes_from_the_table(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_split_comes_from_the_table(tmp_path: Path) -> None:
     assert {row["split"] for row in participants(str(tmp_path / "b"), conditions)} == {""}
 
 
-def augmentation(name: str, **flags: float) -> ConfigParser:
+def augmentation(name: str, **flags: Any) -> ConfigParser:
     return configuration([f"configs/{name}.yaml", "configs/tiny.yaml"], **flags)
 
 
@@ -123,3 +124,26 @@ def test_each_augmentation_has_its_flag(flag: str) -> None:
     changed = augmented(**{**off, flag: 1})
     assert not torch.equal(changed, volume) and 0.0 <= changed.min() and changed.max() <= 1.0
     assert torch.equal(changed, volume.flip(1)) is (flag == "flip")
+
+
+@pytest.mark.parametrize("value", [1.5, -1, "often", None])
+@pytest.mark.parametrize("overlay", ["train_autoencoder", "encode_latents"])
+def test_an_augmentation_needs_a_probability(overlay: str, value: Any) -> None:
+    for flag, name in (("flip", "spatial_augmentation"), ("affine", "spatial_augmentation")):
+        config = augmentation(overlay, **{flag: value})
+        told = refused(config.get_parsed_content, name if overlay == "train_autoencoder" else "augmentation")
+        assert told == f"--{flag} must be from 0 to 1, got '{value}'"
+
+
+@pytest.mark.parametrize(
+    ("overlay", "name"), [("train_autoencoder", "spatial_augmentation"), ("encode_latents", "augmentation")]
+)
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_volumes_are_shifted_along_every_axis(overlay: str, name: str, axis: int) -> None:
+    """MONAI takes a single number for the range of the first axis alone."""
+    transform = augmentation(overlay, flip=0, affine=1).get_parsed_content(name)
+    ramp = torch.linspace(0, 1, 32).reshape([-1 if k == axis else 1 for k in range(4)]).expand(1, 32, 32, 32)
+    moved = torch.as_tensor(transform.set_random_state(0)({"image": ramp.contiguous()})["image"])
+    inside = (slice(None), *3 * [slice(8, 24)])
+    voxels = (moved - ramp)[inside].abs() * 31
+    assert 0.01 < voxels.max() < 1.5

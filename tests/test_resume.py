@@ -40,16 +40,15 @@ def flags_of(stage: str, done: Pipeline, run_dir: Path, **more: Any) -> dict[str
     """Of a training of eight iterations in which everything random and everything that has a state takes part."""
     common = {"max_epochs": 4, "epoch_length": 2, "checkpoint_every": 1, "keep_checkpoints": 9, "device": "cpu"}
     if stage == "autoencoder":
-        own = {**done.autoencoder_flags(), "affine": 1.0, "discriminator::norm": "INSTANCE"}
+        own = {**done.autoencoder_flags(), "affine": 1.0, "discriminator::norm": "INSTANCE", "discriminator_lr": 1.0e-4}
     else:
         own = {**done.diffusion_flags(), "ema_decay": 0.9, "condition_dropout": 0.2}
-    return {**own, **common, "lr": 1.0e-4, "discriminator_lr": 1.0e-4, "run_dir": str(run_dir), **more}
+    return {**own, **common, "lr": 1.0e-4, "run_dir": str(run_dir), **more}
 
 
 def command(stage: str, flags: dict[str, Any], launcher: tuple[str, ...] = ()) -> list[str]:
     files = str([BASE, STAGES[stage], TINY])
-    given = [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))]
-    given = given if stage == "autoencoder" else [*given[: given.index("--discriminator_lr")], *given[given.index("--discriminator_lr") + 2 :]]
+    given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     return [sys.executable, *launcher, "-m", "monai.bundle", "run", "--config_file", files, *given]
 
 
@@ -65,10 +64,7 @@ def wait_for(pattern: str, folder: Path, process: subprocess.Popen) -> None:
 
 
 def uninterrupted(stage: str, done: Pipeline, folder: Path, run_here: RunHere, **more: Any) -> dict[str, Any]:
-    flags = flags_of(stage, done, folder, **more)
-    if stage == "diffusion":
-        del flags["discriminator_lr"]
-    run_here([BASE, STAGES[stage], TINY], **flags)
+    run_here([BASE, STAGES[stage], TINY], **flags_of(stage, done, folder, **more))
     return content(folder / LAST)
 
 
@@ -85,7 +81,7 @@ def test_killed_training_ends_in_the_same_weights(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / LAST).exists(), "it was faster than the kill"
-    run_here([BASE, STAGES[stage], TINY], **{k: v for k, v in flags.items() if stage == "autoencoder" or k != "discriminator_lr"})
+    run_here([BASE, STAGES[stage], TINY], **flags)
     resumed = content(folder / LAST)
     for name in expected.keys() - {"config", "code"}:
         assert difference(expected[name], resumed[name]) == 0.0, f"{name}, killed after iteration {iteration}"
@@ -97,7 +93,9 @@ def test_two_processes_are_one_with_the_whole_batch(
 ) -> None:
     expected = uninterrupted(stage, done, tmp_path / "one", run_here, batch_size=2)
     flags = flags_of(stage, done, tmp_path / "two", batch_size=1, log_every=1)
-    ran = subprocess.run(command(stage, flags, torchrun(2)), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    ran = subprocess.run(
+        command(stage, flags, torchrun(2)), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = content(tmp_path / "two" / LAST)
     for name in expected.keys() - {"config", "code"}:
