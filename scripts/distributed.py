@@ -16,6 +16,7 @@ With one process every function here does nothing and costs nothing, so that cal
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -42,7 +43,11 @@ def start(device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Processes that torchrun restarts share the store of those before, whose addresses in it are no longer true.
+    store, own_rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
     if rank() > 0:
         logging.disable(logging.WARNING)
     logger.info(f"training in {world_size()} processes")

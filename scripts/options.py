@@ -77,7 +77,10 @@ def probability(value: Any, flag: str) -> float:
     Raises:
         BundleError: for anything else, naming the flag.
     """
-    return number(value, flag, 0.0, 1.0)
+    try:
+        return number(value, flag, 0.0, 1.0)
+    except BundleError as error:
+        raise BundleError(f"--{flag} must be from 0 to 1, got '{value}'") from error
 
 
 def is_absent(value: Any) -> bool:
