@@ -28,6 +28,7 @@ DPI = 100
 LARGEST_DIFFERENCE = 0.2
 _PLANE_HEIGHT = 192  # pixels of a row's planes before they are drawn
 _ROW_INCHES = 1.6
+_LABEL_WIDTH = 0.5  # of that of the planes
 
 
 def figure_path(run_dir: str | os.PathLike, name: str, iteration: int) -> Path:
@@ -54,7 +55,7 @@ def reconstruction_picture(
     Returns:
         (height, width, 3) uint8.
     """
-    figure, rows = _grid(len(names), 3, originals[0].shape)
+    figure, rows = _grid(len(names), (1.0, 1.0, 1.0), originals[0].shape)
     for axes, name, original, copy in zip(rows, names, originals, copies, strict=True):
         difference = np.abs(original.astype(np.float32) - copy) / 255.0
         _show(axes[0], original, name)
@@ -73,7 +74,7 @@ def sample_picture(labels: Sequence[str], planes: Sequence[np.ndarray]) -> np.nd
     Returns:
         (height, width, 3) uint8.
     """
-    figure, rows = _grid(len(labels), 2, planes[0].shape)
+    figure, rows = _grid(len(labels), (_LABEL_WIDTH, 1.0), planes[0].shape)
     for axes, label, plane in zip(rows, labels, planes, strict=True):
         axes[0].text(1.0, 0.5, label, ha="right", va="center", fontsize=8, transform=axes[0].transAxes)
         axes[0].set_axis_off()
@@ -94,10 +95,10 @@ def write(run_dir: str | os.PathLike, name: str, iteration: int, pixels: np.ndar
     return path
 
 
-def _grid(rows: int, columns: int, shape: tuple[int, ...]) -> tuple[Figure, np.ndarray]:
-    width = columns * _ROW_INCHES * shape[1] / shape[0]
-    figure = Figure(figsize=(width, rows * (_ROW_INCHES + 0.25)), dpi=DPI, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+def _grid(rows: int, widths: Sequence[float], shape: tuple[int, ...]) -> tuple[Figure, np.ndarray]:
+    size = sum(widths) * _ROW_INCHES * shape[1] / shape[0], rows * (_ROW_INCHES + 0.25)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    return figure, figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
 
 
 def _show(axes: Axes, plane: np.ndarray, title: str, colours: str = "gray", top: float = 255.0) -> None:

@@ -470,11 +470,11 @@ def test_samples_are_drawn_with_their_conditions(tmp_path: Path) -> None:
     picture = pixels(figure_path(tmp_path, "samples", 2))
     assert picture.shape[0] == 4 * 185 and picture.shape[1] > 600 and picture.shape[2] == 3
     low, high, *_ = np.split(picture.astype(float), 4)
-    half = picture.shape[1] // 2
-    assert high[60:-20, half + 40 : -40].mean() > low[60:-20, half + 40 : -40].mean() + 50
+    text = picture.shape[1] // 3
+    assert high[60:-20, text + 40 : -40].mean() > low[60:-20, text + 40 : -40].mean() + 50
     for row in (low, high):
-        assert (row[:, : half - 20] < 128).sum() > 200  # the text
-    assert not np.array_equal(low[:, : half - 20], high[:, : half - 20])
+        assert (row[:, : text - 20] < 128).sum() > 200  # the text
+    assert not np.array_equal(low[:, : text - 20], high[:, : text - 20])
 
 
 def test_labels_say_both_units() -> None:
