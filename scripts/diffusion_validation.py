@@ -25,8 +25,11 @@ from torch.utils.data import Dataset
 from scripts import figures
 from scripts.conditions import Conditions
 from scripts.distributed import is_main, rank, world_size
+from scripts.ema import ExponentialMovingAverage
 from scripts.errors import BundleError
 from scripts.validation import Evaluation, HeldOut, Network, in_order
+
+UNKNOWN = 0.5
 
 
 class Denoises(Protocol):
@@ -65,7 +68,7 @@ class DiffusionValidation(HeldOut):
 
     Args:
         network, dataset, run_dir, every, limit, num_workers: see `HeldOut`. Items hold `image`, the scaled posterior
-            mean (C, x, y, z), and `condition` (n,).
+            mean (C, x, y, z), and `condition` (n,), where NaN, an unknown value, becomes 0.5.
         hybrid: calls the network with its conditions.
         objective: makes latents noisy and has the loss.
         bands: parts of the schedule.
@@ -92,7 +95,7 @@ class DiffusionValidation(HeldOut):
     def measure(self, network: nn.Module, device: torch.device, index: int, item: Mapping[str, Any]) -> dict[str, Any]:
         """The loss of each draw, and its band."""
         latent = torch.as_tensor(item["image"])[None].expand(self.draws, -1, -1, -1, -1)
-        condition = torch.as_tensor(item["condition"])[None].expand(self.draws, -1).to(device)
+        condition = torch.as_tensor(item["condition"]).nan_to_num(UNKNOWN)[None].expand(self.draws, -1).to(device)
         noise, u, bands = self._draw(index, latent.shape)
         timestep = self.objective.timestep_at(u).to(device)
         latent, noise = latent.to(device), noise.to(device)
@@ -189,3 +192,8 @@ def label(conditions: Conditions, vector: Tensor) -> str:
     """A line for each condition of a vector (n,): its name, its value 0..1, and that in raw units."""
     values = conditions.in_both_units(vector)
     return "\n".join(f"{c.name} {values[c.name]:g} ({values[c.raw]:g} {c.unit}".rstrip() + ")" for c in conditions)
+
+
+def sampled(network: nn.Module, average: ExponentialMovingAverage | None = None) -> nn.Module:
+    """The network that sampling will take of a training: that of the averaged weights, where there is one."""
+    return network if average is None else average.network

@@ -25,15 +25,20 @@ from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.metrics.regression import MAEMetric, PSNRMetric, SSIMMetric
 from monai.networks.nets import AutoencoderKL
+from monai.networks.schedulers import RFlowScheduler
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
 
 from scripts.autoencoder_validation import AutoencoderValidation
 from scripts.conditions import Conditions
-from scripts.diffusion_validation import DiffusionValidation, SampleFigure, label, low_and_high
+from scripts.diffusion_validation import DiffusionValidation, SampleFigure, label, low_and_high, sampled
+from scripts.ema import ExponentialMovingAverage
 from scripts.errors import BundleError
 from scripts.figures import figure_path, figures_of
+from scripts.objective import DiffusionObjective
+from scripts.samplers import LeadingDDIMScheduler
 from scripts.tables import read_table
 from scripts.validation import Evaluation, undisturbed
 
@@ -319,7 +324,7 @@ def in_processes(rank: int, folder: str) -> None:
 
 
 def test_processes_share_the_rows(tmp_path: Path, validated: tuple[dict[str, float], Path, Any]) -> None:
-    torch.multiprocessing.spawn(in_processes, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    start_processes(in_processes, (str(tmp_path),), nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
     expected = validated[0] | run(diffusion(tmp_path / "alone"), figure(tmp_path / "alone")).state.metrics
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == expected
@@ -332,18 +337,25 @@ def test_processes_share_the_rows(tmp_path: Path, validated: tuple[dict[str, flo
 # The diffusion model.
 
 
-class Flow:
-    """Straight lines from data to noise; the target is noise - latent."""
+def objective(target: str = "epsilon") -> DiffusionObjective:
+    if target == "flow":
+        return DiffusionObjective(RFlowScheduler(num_train_timesteps=1000))
+    return DiffusionObjective(objective_schedule())
 
-    def timestep_at(self, u: Tensor) -> Tensor:
-        return 1000.0 * u
 
-    def noisy(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        t = timestep[:, None, None, None, None] / 1000.0
-        return (1.0 - t) * latent + t * noise
+def objective_schedule() -> LeadingDDIMScheduler:
+    """That of the released model."""
+    return LeadingDDIMScheduler(1000, "scaled_linear_beta", beta_start=0.0015, beta_end=0.0205)
 
-    def loss(self, output: Tensor, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        return (output - (noise - latent)).square().flatten(1).mean(dim=1)
+
+def signal_and_noise(target: str, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the clean latent and of the noise."""
+    shape = (-1, 1, 1, 1, 1)
+    if target == "flow":
+        return (1.0 - timesteps / 1000.0).reshape(shape), (timesteps / 1000.0).reshape(shape)
+    betas = torch.linspace(0.0015**0.5, 0.0205**0.5, 1000, dtype=torch.float64) ** 2
+    power = torch.cumprod(1.0 - betas, dim=0)[timesteps].float().reshape(shape)
+    return power.sqrt(), (1.0 - power).sqrt()
 
 
 class Call:
@@ -358,14 +370,16 @@ class Call:
 
 
 class Oracle(nn.Module):
-    """Knows the one latent that there is: noise - latent = (noisy - latent) / t."""
+    """Knows the one latent that there is, and so the noise."""
 
-    def __init__(self, latent: Tensor) -> None:
+    def __init__(self, target: str, latent: Tensor) -> None:
         super().__init__()
-        self.latent = nn.Parameter(latent)
+        self.target, self.latent = target, nn.Parameter(latent)
 
     def forward(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        return (noisy - self.latent) / (timesteps[:, None, None, None, None] / 1000.0)
+        signal, noise = signal_and_noise(self.target, timesteps)
+        found = (noisy - signal * self.latent) / noise
+        return self.latent - found if self.target == "flow" else found
 
 
 class Zero(nn.Module):
@@ -380,32 +394,57 @@ class Zero(nn.Module):
 
 
 def diffusion(run_dir: Path, network: nn.Module | None = None, rows: int = 3, **options: Any) -> DiffusionValidation:
-    given: dict[str, Any] = {"hybrid": Call(), "objective": Flow(), **options}
+    given: dict[str, Any] = {"hybrid": Call(), "objective": objective(), **options}
     return DiffusionValidation(network or Zero(), Rows(latent, rows), run_dir=run_dir, **given)
 
 
-def test_oracle_has_no_loss(tmp_path: Path) -> None:
-    values = run(diffusion(tmp_path, Oracle(latent(0)["image"]), rows=1)).state.metrics
-    assert values == pytest.approx(
-        {f"val_loss{band}": 0.0 for band in ("", *map("_band{}".format, range(5)))}, abs=1e-6
-    )
+BANDS = [f"val_loss_band{band}" for band in range(5)]
 
 
-def test_zero_has_the_mean_square_of_the_target(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["epsilon", "flow"])
+def test_oracle_has_no_loss(target: str, tmp_path: Path) -> None:
+    oracle = Oracle(target, latent(0)["image"])
+    values = run(diffusion(tmp_path, oracle, rows=1, objective=objective(target))).state.metrics
+    assert values == pytest.approx(dict.fromkeys(["val_loss", *BANDS], 0.0), abs=1e-6)
+
+
+@pytest.mark.parametrize(("target", "about"), [("epsilon", 1.0), ("flow", 2.0)])
+def test_zero_has_the_mean_square_of_the_target(target: str, about: float, tmp_path: Path) -> None:
     hybrid = Call()
-    values = run(diffusion(tmp_path, hybrid=hybrid)).state.metrics
+    values = run(diffusion(tmp_path, hybrid=hybrid, objective=objective(target))).state.metrics
     losses: dict[int, list[float]] = {band: [] for band in range(5)}
     for row, (noisy, timesteps, condition) in enumerate(hybrid.calls):
-        t = timesteps[:, None, None, None, None] / 1000.0
         clean = latent(row)["image"]
-        noise = (noisy - (1.0 - t) * clean) / t
+        signal, share = signal_and_noise(target, timesteps)
+        noise = (noisy - signal * clean) / share
         assert condition.shape == (5, 2) and (condition == latent(row)["condition"]).all()
-        for one, target in zip(timesteps.tolist(), noise - clean):
-            losses[int(one // 200)].append(target.square().mean().item())
+        for one, drawn in zip(timesteps.tolist(), noise - clean if target == "flow" else noise):
+            losses[int(one // 200)].append(drawn.square().mean().item())
     assert all(len(band) == 3 for band in losses.values())
     expected = {f"val_loss_band{band}": np.mean(of_band) for band, of_band in losses.items()}
     assert values == pytest.approx({**expected, "val_loss": np.mean(list(losses.values()))}, rel=1e-3)
-    assert values["val_loss"] == pytest.approx(2.0, rel=0.1)  # two independent standard normals
+    assert values["val_loss"] == pytest.approx(about, rel=0.1)  # of one or two standard normals
+
+
+def test_weight_of_the_objective_counts(tmp_path: Path) -> None:
+    plain = run(diffusion(tmp_path)).state.metrics
+    capped = DiffusionObjective(objective_schedule(), min_snr_gamma=1.0)
+    weighted = run(diffusion(tmp_path, objective=capped)).state.metrics
+    assert weighted["val_loss_band0"] < 0.5 * plain["val_loss_band0"]
+    assert weighted["val_loss_band4"] == pytest.approx(plain["val_loss_band4"])
+
+
+def test_unknown_conditions_are_in_the_middle(tmp_path: Path) -> None:
+    hybrid = Call()
+    row = {**latent(0), "condition": torch.tensor([float("nan"), 0.9])}
+    run(DiffusionValidation(Zero(), Rows(lambda index: row, 1), hybrid, objective(), tmp_path))
+    assert hybrid.calls[0][2][0].tolist() == pytest.approx([0.5, 0.9])
+
+
+def test_averaged_weights_are_those_of_sampling() -> None:
+    network = nn.Linear(1, 1)
+    average = ExponentialMovingAverage(network, 0.9)
+    assert sampled(network) is network and sampled(network, average) is average.network
 
 
 def test_noise_and_timesteps_are_fixed_and_differ_between_rows(tmp_path: Path) -> None:
