@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from scripts import figures
-from scripts.conditions import Conditions
+from scripts.conditions import Condition, Conditions
 from scripts.distributed import is_main, rank, world_size
 from scripts.ema import ExponentialMovingAverage
 from scripts.errors import BundleError
@@ -189,9 +189,15 @@ def low_and_high(conditions: Conditions) -> list[dict[str, float]]:
 
 
 def label(conditions: Conditions, vector: Tensor) -> str:
-    """A line for each condition of a vector (n,): its name, its value 0..1, and that in raw units."""
+    """A line for each condition of a vector (n,): its name, its value 0..1, and that in raw units or as a word."""
     values = conditions.in_both_units(vector)
-    return "\n".join(f"{c.name} {values[c.name]:g} ({values[c.raw]:g} {c.unit}".rstrip() + ")" for c in conditions)
+    return "\n".join(f"{c.name} {values[c.name]:g} ({_in_words(c, values[c.raw])})" for c in conditions)
+
+
+def _in_words(condition: Condition, raw: float) -> str:
+    word = next((word for word, code in condition.codes.items() if code == raw), "")
+    number = f"{raw:,.0f}" if abs(raw) >= 1000.0 else f"{raw:g}"
+    return word or f"{number} {condition.unit}".rstrip()
 
 
 def sampled(network: nn.Module, average: ExponentialMovingAverage | None = None) -> nn.Module:

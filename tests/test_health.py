@@ -121,7 +121,8 @@ def test_losses_are_those_of_discriminators_that_win_or_guess() -> None:
 def test_discriminator_is_judged_over_whole_windows(caplog: pytest.LogCaptureFixture) -> None:
     warm_up: list[dict[str, float]] = [{"l1": 0.1}] * 15
     wins = [{"l1": 0.1, "discriminator": 0.001, "adversarial": 0.99}]
-    train(TrainingHealth("l1", window=10), [*warm_up, *wins * 5])
+    half = [{"l1": 0.1, "discriminator": 0.5, "adversarial": 0.5}]  # which over the whole window looks like guessing
+    train(TrainingHealth("l1", window=10), [*warm_up, *half * 5])
     assert caplog.messages == []
     train(TrainingHealth("l1", window=10), [*warm_up, *wins * 35])
     assert len(caplog.messages) == 1

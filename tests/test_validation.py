@@ -471,7 +471,7 @@ def test_few_draws_visit_the_bands_in_turn(tmp_path: Path) -> None:
 
 CONDITIONS = Conditions(
     age={"raw": "age_years", "unit": "years", "minimum": 40, "maximum": 80},
-    sex={"raw": "sex_code", "unit": "", "minimum": 0, "maximum": 1},
+    sex={"raw": "sex_word", "unit": "", "minimum": 0, "maximum": 1, "codes": {"female": 0, "male": 1}},
 )
 
 
@@ -518,7 +518,9 @@ def test_samples_are_drawn_with_their_conditions(tmp_path: Path) -> None:
 
 def test_labels_say_both_units() -> None:
     assert low_and_high(CONDITIONS) == [{"age": 0.0}, {"age": 1.0}, {"sex": 0.0}, {"sex": 1.0}]
-    assert label(CONDITIONS, torch.tensor([0.25, 1.0])) == "age 0.25 (50 years)\nsex 1 (1)"
+    assert label(CONDITIONS, torch.tensor([0.25, 1.0])) == "age 0.25 (50 years)\nsex 1 (male)"
+    volume = Conditions(brain={"raw": "mm3", "unit": "mm3", "minimum": 1144240, "maximum": 1793910})
+    assert label(volume, torch.tensor([0.5])) == "brain 0.5 (1,469,075 mm3)"
 
 
 def test_requests_of_samples_may_be_given(tmp_path: Path) -> None:
