@@ -188,11 +188,8 @@ def latent_scale(folder: str) -> float:
     return float(variance**-0.5)
 
 
-class SamplePosteriord(MapTransform):
-    """Dictionary transform from the row of a cached posterior to a scaled sample of it.
-
-    Draws mean + standard deviation * noise with torch's random state and multiplies by the scale, so that
-    the diffusion model sees latents of unit variance, and different ones of one scan in every epoch.
+class PosteriorMeand(MapTransform):
+    """Dictionary transform from the row of a cached posterior to its scaled mean, without anything random.
 
     Args:
         keys: entries that hold row numbers.
@@ -208,6 +205,22 @@ class SamplePosteriord(MapTransform):
         """The dictionary with latents (C, x, y, z), float32, in place of their rows."""
         loaded = dict(data)
         for key in self.key_iterator(loaded):
-            mean, std = self.posteriors[loaded[key]]
-            loaded[key] = (mean + std * torch.randn_like(mean)) * self.scale
+            loaded[key] = self._latent(*self.posteriors[loaded[key]]) * self.scale
         return loaded
+
+    def _latent(self, mean: Tensor, std: Tensor) -> Tensor:
+        return mean
+
+
+class SamplePosteriord(PosteriorMeand):
+    """Dictionary transform from the row of a cached posterior to a scaled sample of it.
+
+    Draws mean + standard deviation * noise with torch's random state and multiplies by the scale, so that
+    the diffusion model sees latents of unit variance, and different ones of one scan in every epoch.
+
+    Args:
+        keys, folder, scale: see `PosteriorMeand`.
+    """
+
+    def _latent(self, mean: Tensor, std: Tensor) -> Tensor:
+        return mean + std * torch.randn_like(mean)

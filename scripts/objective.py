@@ -86,10 +86,12 @@ class DiffusionObjective:
             for the rectified flow.
         """
         noise = torch.randn_like(latent)
-        timestep = self._noise_quantile() * self.num_train_timesteps
-        if self.target_name != FLOW:
-            timestep = timestep.long().clamp(max=self.num_train_timesteps - 1)
-        return noise, timestep
+        return noise, self.timestep_at(self._noise_quantile())
+
+    def timestep_at(self, u: Tensor) -> Tensor:
+        """Timesteps at fractions `u` of the schedule, from 0, the clean end, to 1: int64, or float32 for the flow."""
+        timestep = u * self.num_train_timesteps
+        return timestep if self.target_name == FLOW else timestep.long().clamp(max=self.num_train_timesteps - 1)
 
     def _noise_quantile(self) -> Tensor:
         if self.density == "uniform":

@@ -42,7 +42,15 @@ from scripts.encoding import LatentEncoder
 from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.latent_writer import ArrayFile, LatentWriter
-from scripts.latents import Posteriors, SamplePosteriord, check_autoencoder, latent_scale, latents, read_encoding
+from scripts.latents import (
+    PosteriorMeand,
+    Posteriors,
+    SamplePosteriord,
+    check_autoencoder,
+    latent_scale,
+    latents,
+    read_encoding,
+)
 from scripts.tables import read_table, write_table
 from scripts.volumes import write_volume
 
@@ -456,6 +464,11 @@ def test_samples_are_of_the_posterior(done: Bundle) -> None:
     torch.manual_seed(5)
     assert torch.equal(first, (mean + std * torch.randn(mean.shape)) * 2.0)
     assert not torch.equal(first, second)
+
+
+def test_means_are_those_of_the_posterior(done: Bundle) -> None:
+    mean = torch.from_numpy(posteriors(done.latents)[2, 0]).float()
+    assert torch.equal(PosteriorMeand("image", str(done.latents), 2.0)({"image": 2})["image"], mean * 2.0)
 
 
 def test_each_worker_maps_the_array_itself(done: Bundle, conditions: Conditions) -> None:

@@ -179,6 +179,13 @@ def test_uniform_timesteps_of_flow() -> None:
     assert stats.kstest(timesteps / 1000, "uniform").pvalue > 0.001
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_timesteps_at_fractions_of_the_schedule(target: str) -> None:
+    timesteps = objective(target).timestep_at(torch.tensor([0.0, 0.2505, 0.9999, 1.0]))
+    assert timesteps.is_floating_point() == (target == "flow")
+    assert timesteps.tolist() == pytest.approx([0, 250.5, 999.9, 1000] if target == "flow" else [0, 250, 999, 999])
+
+
 def logit_normal(edges: Any, location: float, scale: float) -> Any:
     """SciPy's cumulated distribution of sigmoid(normal)."""
     with np.errstate(divide="ignore"):
