@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -140,7 +141,9 @@ def parallel(network: nn.Module, device: torch.device) -> nn.Module:
     elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         logger.warning("batch normalisation takes its statistics in each process on its own: this is a CPU")
     own = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=own, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated")  # its new name is not in older releases
+        return DistributedDataParallel(network, device_ids=own, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def bare(network: nn.Module) -> nn.Module:

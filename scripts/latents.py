@@ -34,6 +34,7 @@ import torch
 from monai.transforms import MapTransform
 from torch import Tensor
 
+from scripts.checkpoints import file_sha256
 from scripts.conditions import Conditions
 from scripts.datasets import TABLE, with_conditions
 from scripts.errors import BundleError
@@ -159,18 +160,29 @@ def array_sha256(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def check_autoencoder(folder: str, sha256: str) -> None:
-    """Refuse latents that another autoencoder made than the one whose file has this hash.
+def made_by(folder: str, autoencoder_path: str | Path, needed: Any = True) -> str:
+    """SHA-256 of the autoencoder's file that made the latents of a folder, after a look at the file that is given.
+
+    Args:
+        folder: of the latents.
+        autoencoder_path: what the training calls their autoencoder.
+        needed: whether the training has a use for that file. Where it has none, the file need not be there.
 
     Raises:
-        BundleError: naming both hashes.
+        BundleError: if the file is another one, or is needed and not there.
     """
-    made_by = read_encoding(folder)["autoencoder_sha256"]
-    if made_by != sha256:
+    sha256, path = read_encoding(folder)["autoencoder_sha256"], Path(str(autoencoder_path))
+    if not path.is_file() and needed:
         raise BundleError(
-            f"the latents in {folder} were made by another autoencoder (SHA-256 {made_by[:12]}...) than the one "
-            f"given ({sha256[:12]}...): encode anew, or give --autoencoder_path the file that made them"
+            f"there is no autoencoder at {path}, which decodes the samples of the figures: give the --autoencoder_path "
+            "that encode_latents.yaml was given, or --sample_every 0"
         )
+    if path.is_file() and file_sha256(path) != sha256:
+        raise BundleError(
+            f"the latents in {folder} were made by another autoencoder than {path}: encode anew, or give "
+            f"--autoencoder_path the file that made them (its SHA-256 is {sha256[:12]}...)"
+        )
+    return sha256
 
 
 def latent_scale(folder: str) -> float:

@@ -257,8 +257,8 @@ class Changed(nn.Module):
 
 
 def reconstruction(folder: Path, autoencoder: nn.Module) -> Reconstruction:
-    """The measure with the metrics of evaluate.yaml."""
-    config = ConfigParser(ConfigParser.load_config_file(str(ROOT / EVALUATE)))
+    """The measure with the metrics of the base."""
+    config = ConfigParser(ConfigParser.load_config_file(str(ROOT / BASE)))
     metrics = config.get_parsed_content("reconstruction_metrics")
     return Reconstruction(VolumeFolder(folder, "reconstruct_dir"), autoencoder, metrics)
 

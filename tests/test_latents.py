@@ -46,9 +46,9 @@ from scripts.latents import (
     PosteriorMeand,
     Posteriors,
     SamplePosteriord,
-    check_autoencoder,
     latent_scale,
     latents,
+    made_by,
     read_encoding,
 )
 from scripts.tables import read_table, write_table
@@ -170,7 +170,7 @@ def test_another_autoencoder_encodes_all_anew(work: Bundle) -> None:
     torch.save({name: 1.1 * tensor for name, tensor in state.items()}, work.weights)
     work.encode()
     assert changed(before, posteriors(work.latents)) == [0, 1, 2, 3]
-    check_autoencoder(str(work.latents), file_sha256(work.weights))
+    assert made_by(str(work.latents), work.weights) == file_sha256(work.weights)
 
 
 def test_augmented_versions_of_a_scan(work: Bundle) -> None:
@@ -547,7 +547,9 @@ def test_latents_that_do_not_fit(done: Bundle, conditions: Conditions, tmp_path:
     ):
         latents(str(done.latents), conditions, latent_shape=(3, 20, 28, 20))
     with pytest.raises(BundleError, match="made by another autoencoder"):
-        check_autoencoder(str(done.latents), "0" * 64)
+        made_by(str(done.latents), done.latents / "participants.tsv", needed=False)
+    with pytest.raises(BundleError, match="give the --autoencoder_path .* or --sample_every 0"):
+        made_by(str(done.latents), tmp_path / "none.pt", needed=True)
     with pytest.raises(BundleError, match="there are no latents in"):
         latents(str(tmp_path), conditions)
     with pytest.raises(BundleError, match="has 4 rows, and no row 4"):

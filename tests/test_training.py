@@ -167,14 +167,14 @@ def steps_of(optimisation: dict[str, Any]) -> set[int]:
 
 
 def test_more_epochs_go_on_from_the_last(work: Pipeline) -> None:
+    work.train_diffusion(max_epochs=3)
+    assert steps_of(content(work.diffusion / "checkpoint_iteration=6.pt")["optimisation"]) == {6}
     work.train_autoencoder(max_epochs=3)
     names = sorted(path.name for path in work.autoencoder.glob("checkpoint*"))
     assert names == ["checkpoint_iteration=4.pt", "checkpoint_iteration=6.pt"]
     saved = content(work.autoencoder / "checkpoint_iteration=6.pt")
     assert steps_of(saved["generator_step"]) == {6}
     assert steps_of(saved["discriminator_step"]) == {4}  # it rested for one epoch
-    work.train_diffusion(max_epochs=3)
-    assert steps_of(content(work.diffusion / "checkpoint_iteration=6.pt")["optimisation"]) == {6}
 
 
 def test_a_changed_rate_is_taken_and_said(work: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
