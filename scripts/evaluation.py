@@ -29,6 +29,10 @@ from scripts.tables import write_table
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("monai", "numpy", "torch")
+COLUMNS = (
+    *("measure", "status", "metric", "count", "mean", "value", "standard_deviation", "confidence_low"),
+    *("confidence_high", "target", "distance", "distance_low", "distance_high"),
+)
 
 
 def evaluate(metrics: Mapping[str, Measure], output_dir: str) -> None:
@@ -70,7 +74,9 @@ def _report(
         _write_details(folder, name, result)
     distances = {name: _distances(metrics[name], result, results) for name, result in results.items()}
     entries = {name: _entry(results.get(name), distances.get(name, {}), missing[name]) for name in metrics}
-    write_table(folder / "evaluation.tsv", [row for name, entry in entries.items() for row in _rows(name, entry)])
+    rows = [row for name, entry in entries.items() for row in _rows(name, entry)]
+    columns = [column for column in COLUMNS if any(column in row for row in rows)]
+    write_table(folder / "evaluation.tsv", [{column: row.get(column) for column in columns} for row in rows])
     write_json(folder / "evaluation.json", {"measures": entries, "versions": {p: version(p) for p in PACKAGES}})
     _log(folder, results)
 

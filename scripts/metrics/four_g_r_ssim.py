@@ -186,6 +186,7 @@ def _pooled(
     is_edge, other_is = reference > edge, other > edge
     smooth = (reference < low) & ~other_is
     regions = (is_edge & other_is, is_edge ^ other_is, ~is_edge & ~other_is & ~smooth, smooth)
-    present = [(weight, region) for weight, region in zip(weights, regions) if region.any()]
-    means: Any = sum(weight * structure[region].mean() for weight, region in present)
-    return means / sum(weight for weight, _ in present)
+    counts = torch.stack([region.sum() for region in regions])
+    sums = torch.stack([(structure * region).sum() for region in regions])
+    shares = torch.tensor(list(weights), dtype=structure.dtype, device=structure.device) * (counts > 0)
+    return (shares * sums / counts.clamp(min=1)).sum() / shares.sum()
