@@ -13,6 +13,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,9 +34,9 @@ def volume(seed: int, shape: tuple[int, ...] = SHAPE, smooth: float = 1.5) -> np
     return values * np.linspace(-0.2, 1.0, shape[0]).clip(0.0)[:, None, None] ** 2
 
 
-def index(a: np.ndarray, b: np.ndarray, **options: object) -> float:
+def index(a: np.ndarray, b: np.ndarray, **options: Any) -> float:
     first, second = (torch.from_numpy(x)[None, None] for x in (a, b))
-    return float(four_g_r_ssim(first, second, **options))  # type: ignore[arg-type]
+    return float(four_g_r_ssim(first, second, **options))
 
 
 # From the papers, voxel by voxel.
@@ -157,7 +159,7 @@ def blurred(a: np.ndarray, amount: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("damage", [blurred, noisy, warped])
-def test_it_falls_as_damage_grows(damage) -> None:  # type: ignore[no-untyped-def]
+def test_it_falls_as_damage_grows(damage: Callable[[np.ndarray, float], np.ndarray]) -> None:
     a = volume(9, (32, 36, 32))
     values = [index(a, damage(a, amount)) for amount in (0.0, 0.5, 1.0, 2.0, 4.0)]
     assert values[0] == pytest.approx(1.0) and all(later < earlier for earlier, later in itertools.pairwise(values))
