@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,49 @@ class Summary:
     mean: float
     standard_deviation: float | None
     interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One number that was computed from all volumes, not the mean of a value of each.
+
+    Attributes:
+        value: NaN where it is not defined, as a correlation with a constant.
+        count: number of volumes; of the smaller set where there are two.
+        interval: its bootstrap 95 % confidence interval, if it has one.
+    """
+
+    value: float
+    count: int
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a mean lies from the one that it should have.
+
+    Attributes:
+        target: the mean that it should have.
+        value: the mean less the target.
+        interval: its 95 % confidence interval; None where one of the two has none.
+    """
+
+    target: float
+    value: float
+    interval: tuple[float, float] | None
+
+
+def difference(found: Summary, target: Summary) -> Difference:
+    """The difference of two means of independent sets.
+
+    The interval follows from the two means' own (method of variance estimates recovery, Zou and Donner 2008).
+    """
+    value = found.mean - target.mean
+    if found.interval is None or target.interval is None:
+        return Difference(target.mean, value, None)
+    below = np.hypot(found.mean - found.interval[0], target.interval[1] - target.mean)
+    above = np.hypot(found.interval[1] - found.mean, target.mean - target.interval[0])
+    return Difference(target.mean, value, (float(value - below), float(value + above)))
 
 
 def summarise(values: np.ndarray, members: np.ndarray, seed: int) -> Summary:
@@ -73,5 +117,30 @@ def confidence_interval(values: np.ndarray, members: np.ndarray, seed: int) -> t
         weights = np.bincount(drawn, minlength=len(volumes))[index].prod(axis=1)
         if weights.any():
             means.append(np.average(values, weights=weights))
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return _middle(means)
+
+
+def _middle(values: list[float]) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def bootstrapped(
+    volumes: np.ndarray, statistic: Callable[[np.ndarray], float], seed: int
+) -> tuple[float, float] | None:
+    """Percentile bootstrap (Efron 1979) of any statistic of volumes.
+
+    Args:
+        volumes: (N, ...), what is known of each volume.
+        statistic: of such an array; repeats in which it is NaN are left out.
+        seed: of the bootstrap.
+
+    Returns:
+        The 95 % interval; None for fewer than three volumes, or where the statistic is not defined.
+    """
+    if len(volumes) < FEWEST or not np.isfinite(statistic(volumes)):
+        return None
+    generator = np.random.default_rng(seed)
+    drawn = (generator.integers(len(volumes), size=len(volumes)) for _ in range(REPEATS))
+    values = [value for value in (statistic(volumes[index]) for index in drawn) if np.isfinite(value)]
+    return _middle(values)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.atomic import make_folder, replacing, write_json
-from scripts.bootstrap import Summary
+from scripts.bootstrap import Difference, Estimate, Summary, difference
+from scripts.devices import process_rank
 from scripts.errors import BundleError
 from scripts.measures import Measure, Result, missing_flags
 from scripts.tables import write_table
@@ -28,33 +29,64 @@ from scripts.tables import write_table
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("monai", "numpy", "torch")
+COLUMNS = (
+    *("measure", "status", "metric", "count", "mean", "value", "standard_deviation", "confidence_low"),
+    *("confidence_high", "target", "distance", "distance_low", "distance_high"),
+)
 
 
 def evaluate(metrics: Mapping[str, Measure], output_dir: str) -> None:
-    """Compute the measures whose folders were given, and write the report when all are done.
+    """Compute the measures whose inputs were given, and write the report when all are done.
 
     Writes `evaluation.json`, `evaluation.tsv` with one row a metric, and the tables and pictures of the
-    single measures. A measure that lacks a folder is in the report as not requested.
+    single measures. A measure that lacks an input is in the report as not requested. Under torchrun all
+    processes share what measures prepare, the features; the first one does the rest.
 
     Args:
         metrics: name -> measure.
         output_dir: where to write.
 
     Raises:
-        BundleError: if no measure has its folders, or what a measure raises.
+        BundleError: if no measure has its inputs, or what a measure raises.
     """
     missing = {name: missing_flags(measure) for name, measure in metrics.items()}
-    if all(missing.values()):
-        flags = sorted({flag for lacking in missing.values() for flag in lacking})
-        raise BundleError(f"there is nothing to evaluate: give {' or '.join(f'--{flag} FOLDER' for flag in flags)}")
+    wanted = {name: measure for name, measure in metrics.items() if not missing[name]}
+    if not wanted:
+        raise BundleError(f"there is nothing to evaluate: give {_simplest(missing)}")
     folder = make_folder(output_dir)
-    results = {name: measure.compute() for name, measure in metrics.items() if not missing[name]}
+    for measure in wanted.values():
+        getattr(measure, "prepare", lambda: None)()
+    if process_rank()[0] == 0:
+        results = {name: measure.compute() for name, measure in wanted.items()}
+        _report(folder, metrics, results, missing)
+
+
+def _simplest(missing: Mapping[str, list[str]]) -> str:
+    fewest = min(len(lacking) for lacking in missing.values())
+    flags = sorted({f"--{flag} FOLDER" for lacking in missing.values() if len(lacking) == fewest for flag in lacking})
+    return " or ".join(flags)
+
+
+def _report(
+    folder: Path, metrics: Mapping[str, Measure], results: Mapping[str, Result], missing: Mapping[str, list[str]]
+) -> None:
     for name, result in results.items():
         _write_details(folder, name, result)
-    write_table(folder / "evaluation.tsv", [row for name in metrics for row in _rows(name, results.get(name))])
-    entries = {name: _entry(results.get(name), missing[name]) for name in metrics}
+    distances = {name: _distances(metrics[name], result, results) for name, result in results.items()}
+    entries = {name: _entry(results.get(name), distances.get(name, {}), missing[name]) for name in metrics}
+    rows = [row for name, entry in entries.items() for row in _rows(name, entry)]
+    columns = [column for column in COLUMNS if any(column in row for row in rows)]
+    write_table(folder / "evaluation.tsv", [{column: row.get(column) for column in columns} for row in rows])
     write_json(folder / "evaluation.json", {"measures": entries, "versions": {p: version(p) for p in PACKAGES}})
     _log(folder, results)
+
+
+def _distances(measure: Measure, result: Result, results: Mapping[str, Result]) -> dict[str, Difference]:
+    target = results.get(getattr(measure, "target", None) or "")
+    if target is None:
+        return {}
+    both = {name: (found, target.summaries.get(name)) for name, found in result.summaries.items()}
+    return {n: difference(a, b) for n, (a, b) in both.items() if isinstance(a, Summary) and isinstance(b, Summary)}
 
 
 def _write_details(folder: Path, name: str, result: Result) -> None:
@@ -65,31 +97,30 @@ def _write_details(folder: Path, name: str, result: Result) -> None:
             result.picture.savefig(temporary, dpi=150)
 
 
-def _rows(name: str, result: Result | None) -> list[dict[str, Any]]:
-    if result is None:
-        return [{"measure": name, "status": "not requested"}]
-    return [
-        {"measure": name, "status": "computed", "metric": metric, **_in_brief(summary)}
-        for metric, summary in result.summaries.items()
-    ]
+def _rows(name: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    row = {"measure": name, "status": entry["status"]}
+    return [{**row, "metric": metric, **values} for metric, values in entry.get("metrics", {}).items()] or [row]
 
 
-def _entry(result: Result | None, missing: list[str]) -> dict[str, Any]:
+def _entry(result: Result | None, distances: Mapping[str, Difference], missing: list[str]) -> dict[str, Any]:
     if result is None:
         return {"status": "not requested", "missing": [f"--{flag}" for flag in missing]}
-    metrics = {name: _in_brief(summary) for name, summary in result.summaries.items()}
+    metrics = {name: _in_brief(summary, distances.get(name)) for name, summary in result.summaries.items()}
     return {"status": "computed", "metrics": metrics, **result.facts}
 
 
-def _in_brief(summary: Summary) -> dict[str, Any]:
-    low, high = summary.interval or (None, None)
-    return {
-        "count": summary.count,
-        "mean": _finite(summary.mean),
-        "standard_deviation": _finite(summary.standard_deviation),
-        "confidence_low": _finite(low),
-        "confidence_high": _finite(high),
-    }
+def _in_brief(summary: Summary | Estimate, distance: Difference | None) -> dict[str, Any]:
+    brief: dict[str, Any] = {"count": summary.count}
+    if isinstance(summary, Estimate):
+        brief["value"] = _finite(summary.value)
+    else:
+        brief["mean"] = _finite(summary.mean)
+        brief["standard_deviation"] = _finite(summary.standard_deviation)
+    brief.update(zip(("confidence_low", "confidence_high"), map(_finite, summary.interval or (None, None))))
+    if distance is not None:
+        brief.update(target=_finite(distance.target), distance=_finite(distance.value))
+        brief.update(zip(("distance_low", "distance_high"), map(_finite, distance.interval or (None, None))))
+    return brief
 
 
 def _finite(value: float | None) -> float | str | None:
@@ -99,5 +130,6 @@ def _finite(value: float | None) -> float | str | None:
 def _log(folder: Path, results: Mapping[str, Result]) -> None:
     for name, result in results.items():
         for metric, summary in result.summaries.items():
-            logger.info(f"{name} {metric}: {summary.mean:.6g} over {summary.count}")
+            value = summary.value if isinstance(summary, Estimate) else summary.mean
+            logger.info(f"{name} {metric}: {value:.6g} over {summary.count}")
     logger.info(f"wrote {folder / 'evaluation.json'} and evaluation.tsv")

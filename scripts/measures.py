@@ -19,8 +19,7 @@ from typing import Any, Protocol
 import torch
 from matplotlib.figure import Figure
 
-from scripts.bootstrap import Summary
-from scripts.volume_folders import VolumeFolder
+from scripts.bootstrap import Estimate, Summary
 
 Metric = Callable[..., torch.Tensor]
 
@@ -30,23 +29,41 @@ class Result:
     """What a measure found.
 
     Attributes:
-        summaries: name of a metric -> its values in brief.
+        summaries: name of a metric -> its values in brief, or the one number that it is.
         facts: plain data for the report: how many of what, the metrics' settings, the intensity range.
         rows: a table of the single values, written as `<name of the measure>.tsv` if there are any.
         picture: written as `<name of the measure>.png` if there is one.
     """
 
-    summaries: dict[str, Summary]
+    summaries: dict[str, Summary | Estimate]
     facts: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
     picture: Figure | None = None
 
 
-class Measure(Protocol):
-    """One entry of the evaluation's map of measures."""
+class Input(Protocol):
+    """Something that a flag gives: a folder, a table, the choice of networks."""
 
     @property
-    def folders(self) -> Sequence[VolumeFolder]:
+    def flag(self) -> str:
+        """The flag's name."""
+        ...
+
+    @property
+    def requested(self) -> bool:
+        """Whether the flag was given."""
+        ...
+
+
+class Measure(Protocol):
+    """One entry of the evaluation's map of measures.
+
+    It may have two attributes more: `prepare()`, which under torchrun every process calls before the first one
+    computes and reports alone; and `target`, the name of the measure whose means its own should equal.
+    """
+
+    @property
+    def inputs(self) -> Sequence[Input]:
         """What it needs; it is skipped unless all of them were given."""
         ...
 
@@ -56,8 +73,8 @@ class Measure(Protocol):
 
 
 def missing_flags(measure: Measure) -> list[str]:
-    """The flags of the folders that a measure needs and that were not given."""
-    return [folder.flag for folder in measure.folders if not folder.requested]
+    """The flags that a measure needs and that were not given."""
+    return [needed.flag for needed in measure.inputs if not needed.requested]
 
 
 def settings(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:

@@ -38,6 +38,7 @@ class PairSimilarity:
         num_pairs: how many pairs, or all that there are if these are fewer.
         seed: of the choice of pairs and of the bootstrap.
         device: where to compute.
+        target: name of the measure whose means these should equal; None if there is none.
 
     Raises:
         BundleError: if there is no pair, the folders differ in shape, or a metric refuses that shape.
@@ -50,8 +51,10 @@ class PairSimilarity:
         num_pairs: Any = 1000,
         seed: Any = 0,
         device: torch.device | str = "cpu",
+        target: str | None = None,
     ) -> None:
-        self.folders = list(folders)
+        self.inputs = self.folders = list(folders)
+        self.target = target
         self.num_pairs = whole_number(num_pairs, "num_pairs", least=1)
         self.seed = whole_number(seed, "seed")
         self.device = torch.device(device)
@@ -63,11 +66,7 @@ class PairSimilarity:
         first, last = self.folders[0], self.folders[-1]
         if first is last and len(first) < 2:
             raise BundleError(f"--{first.flag}: {first.folder} holds one volume; pairs need two or more")
-        if first.shape != last.shape:
-            raise BundleError(
-                f"the volume {last.paths[0]} has shape {last.shape}, but {first.paths[0]} has {first.shape}: "
-                f"give folders of one grid"
-            )
+        first.check_same_grid(last)
 
     @torch.no_grad()
     def compute(self) -> Result:

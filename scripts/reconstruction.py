@@ -53,7 +53,7 @@ class Reconstruction:
         seed: Any = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.folders = [folder]
+        self.inputs = [folder]
         self.autoencoder = autoencoder
         self.metrics = metrics
         self.seed = whole_number(seed, "seed")
@@ -65,7 +65,7 @@ class Reconstruction:
         Raises:
             BundleError: if the autoencoder returns another shape, or NaN.
         """
-        (folder,) = self.folders
+        (folder,) = self.inputs
         rows: list[dict[str, Any]] = []
         planes = []
         for index in tqdm(range(len(folder)), "reconstructing", unit="volume", disable=None):
@@ -74,9 +74,10 @@ class Reconstruction:
             if index < PICTURED:
                 planes.append((_mid_plane(original), _mid_plane(copy)))
         values = {name: np.array([row[name] for row in rows]) for name in self.metrics}
+        summaries = {name: summarise(v, np.arange(len(v)), self.seed) for name, v in values.items()}
         facts = {"seed": self.seed, "settings": settings(self.metrics), folder.flag: folder.summary()}
         return Result(
-            {name: summarise(v, np.arange(len(v)), self.seed) for name, v in values.items()},
+            dict(summaries),
             facts,
             rows,
             picture([row["volume"] for row in rows], planes),
@@ -85,7 +86,7 @@ class Reconstruction:
     @torch.no_grad()
     def _reconstruct(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.autoencoder is not None
-        (folder,) = self.folders
+        (folder,) = self.inputs
         original = folder[index].to(self.device)
         copy = self.autoencoder.reconstruct(original)
         if copy.shape != original.shape:

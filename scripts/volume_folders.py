@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
+import numpy as np
 import torch
 
 from scripts.errors import BundleError
@@ -32,7 +33,7 @@ TOLERANCE = 1e-3
 
 
 class VolumeFolder:
-    """The volumes of a folder, all of one shape; each is read when it is asked for and not kept.
+    """The volumes of a folder, all of one shape and spacing; each is read when it is asked for and not kept.
 
     They are those that a prepared dataset's `participants.tsv` lists in its column `path`, else every
     `.nii` and `.nii.gz` file in the folder and below it, in the order of their names.
@@ -43,18 +44,19 @@ class VolumeFolder:
 
     Attributes:
         shape: voxels along x, y, z of every volume; empty if no folder was given.
+        spacing: sides of a voxel in mm; empty if no folder was given.
         lowest, highest: smallest and largest intensity among the volumes read so far.
 
     Raises:
         BundleError: if the folder is missing or has no volumes, or if a volume is missing, unreadable, not
-            3D or of another shape than the first. Only headers are looked at here.
+            3D or of another shape or spacing than the first. Only headers are looked at here.
     """
 
     def __init__(self, path: Any, flag: str) -> None:
         self.flag = flag
         self.folder = None if path is None else Path(str(path))
-        self.paths = [] if self.folder is None else _find_volumes(self.folder, flag)
-        self.shape = _common_shape(self.paths)
+        self.paths = [] if self.folder is None else find_volumes(self.folder, flag)
+        self.shape, self.spacing = _common_grid(self.paths)
         self.lowest, self.highest = float("inf"), float("-inf")
 
     @property
@@ -81,6 +83,10 @@ class VolumeFolder:
             logger.warning(f"{path} ranges from {low:g} to {high:g}: the measures are meant for intensities of 0 to 1")
         self.lowest, self.highest = min(self.lowest, low), max(self.highest, high)
 
+    def check_same_grid(self, other: VolumeFolder) -> None:
+        """Raise a `BundleError` unless another folder's volumes have the shape and spacing of these."""
+        _check_grid(other.paths[0], (other.shape, other.spacing), self.paths[0], (self.shape, self.spacing))
+
     def name(self, index: int) -> str:
         """The path of volume number `index` within the folder."""
         return os.path.relpath(self.paths[index], self.folder)
@@ -95,7 +101,12 @@ class VolumeFolder:
         }
 
 
-def _find_volumes(folder: Path, flag: str) -> list[Path]:
+def find_volumes(folder: Path, flag: str) -> list[Path]:
+    """The volumes of a folder, as `VolumeFolder` takes them.
+
+    Raises:
+        BundleError: if the folder is missing or has none, or one that its table lists is missing.
+    """
     if not folder.is_dir():
         raise BundleError(f"--{flag}: there is no folder {folder}")
     paths = _listed(folder) or _searched(folder)
@@ -119,19 +130,30 @@ def _searched(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
 
 
-def _common_shape(paths: Sequence[Path]) -> tuple[int, ...]:
-    shapes = [_shape(path) for path in paths]
-    for path, shape in zip(paths, shapes):
-        if shape != shapes[0]:
-            raise BundleError(f"the volume {path} has shape {shape}, but {paths[0]} has {shapes[0]}: use one grid")
-    return shapes[0] if shapes else ()
+_Grid = tuple[tuple[int, ...], tuple[float, ...]]
 
 
-def _shape(path: Path) -> tuple[int, ...]:
+def _common_grid(paths: Sequence[Path]) -> _Grid:
+    grids = [_grid(path) for path in paths]
+    for path, grid in zip(paths, grids):
+        _check_grid(path, grid, paths[0], grids[0])
+    return grids[0] if grids else ((), ())
+
+
+def _check_grid(path: Path, grid: _Grid, first_path: Path, first: _Grid) -> None:
+    if grid[0] != first[0]:
+        raise BundleError(f"the volume {path} has shape {grid[0]}, but {first_path} has {first[0]}: use one grid")
+    if not np.allclose(grid[1], first[1], rtol=TOLERANCE):
+        found, wanted = (" x ".join(f"{side:g}" for side in spacing) for spacing in (grid[1], first[1]))
+        raise BundleError(f"the volume {path} has voxels of {found} mm, but {first_path} of {wanted} mm: use one grid")
+
+
+def _grid(path: Path) -> _Grid:
     try:
         image: Any = nib.load(path)
+        spacing = tuple(float(side) for side in image.header.get_zooms()[:3])
     except UNREADABLE as error:
         raise BundleError(f"cannot read the volume {path}: it is damaged, cut short or no image ({error})") from error
     if len(image.shape) != 3:
         raise BundleError(f"the volume {path} has shape {image.shape}, not 3D")
-    return image.shape
+    return image.shape, spacing

@@ -31,9 +31,11 @@ from scipy.ndimage import correlate1d, gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
-from scripts.bootstrap import confidence_interval, summarise
+from scripts.bootstrap import confidence_interval, difference, summarise
 from scripts.errors import BundleError, find_bundle_error
-from scripts.ms_ssim import WEIGHTS, ms_ssim_metric, scales_that_fit
+from scripts.metrics.fid import frechet_distance_of_samples
+from scripts.metrics.kid import polynomial_mmd
+from scripts.metrics.ms_ssim import WEIGHTS, ms_ssim_metric, scales_that_fit
 from scripts.pairs import random_pairs
 from scripts.reconstruction import Reconstruction
 from scripts.volume_folders import VolumeFolder
@@ -41,6 +43,7 @@ from scripts.volume_folders import VolumeFolder
 EVALUATE = "configs/evaluate.yaml"
 SHAPE = (32, 48, 32)  # the grid of tiny.yaml
 RECONSTRUCTED = ["psnr", "ssim", "mae"]
+PAIRED = ["ms_ssim", "four_g_r_ssim"]
 
 
 def volume(seed: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
@@ -226,6 +229,17 @@ def test_interval_follows_from_the_seed() -> None:
     assert confidence_interval(values, np.arange(20), 3) != confidence_interval(values, np.arange(20), 4)
 
 
+def test_interval_of_a_difference_of_means_covers_the_true_one() -> None:
+    hits = 0
+    for trial in range(30):
+        generator = np.random.default_rng(trial)
+        sets = [generator.normal(mean, scale, size=40) for mean, scale in ((1.0, 1.0), (0.0, 3.0))]
+        found, target = (summarise(values, np.arange(40), trial) for values in sets)
+        low, high = difference(found, target).interval or (0.0, 0.0)
+        hits += low <= 1.0 <= high
+    assert hits >= 24
+
+
 def test_too_few_values_have_no_interval() -> None:
     assert summarise(np.array([0.5]), np.array([[0, 1]]), 0).standard_deviation is None
     assert summarise(np.array([0.5, 0.6]), np.arange(2), 0).interval is None
@@ -276,10 +290,10 @@ def test_reconstruction_metrics_are_numpy_s_and_scikit_image_s(tmp_path: Path) -
 
 
 def test_a_perfect_reconstruction(tmp_path: Path) -> None:
-    result = reconstruction(folder_of(tmp_path, 1, 2, 3), Noisy(0.0)).compute()
-    assert result.summaries["mae"].mean == 0.0
-    assert result.summaries["ssim"].mean == pytest.approx(1.0, abs=1e-6)
-    assert result.summaries["psnr"].mean == float("inf") and result.summaries["psnr"].interval is None
+    found: dict[str, Any] = reconstruction(folder_of(tmp_path, 1, 2, 3), Noisy(0.0)).compute().summaries
+    assert found["mae"].mean == 0.0
+    assert found["ssim"].mean == pytest.approx(1.0, abs=1e-6)
+    assert found["psnr"].mean == float("inf") and found["psnr"].interval is None
 
 
 @pytest.mark.parametrize(
@@ -340,7 +354,12 @@ def with_nan(path: Path) -> None:
     save(path, array)
 
 
+def wider(path: Path) -> None:
+    nib.save(nib.Nifti1Image(volume(9), np.diag([1.0, 1.0, 2.0, 1.0])), path)
+
+
 BAD_FILES: dict[str, Any] = {
+    "zzz.nii.gz has voxels of 1 x 1 x 2 mm, but .* of 1 x 1 x 1 mm": wider,
     "zzz.nii.gz .*shape": lambda path: save(path, volume(9, (32, 48, 40))),
     "zzz.nii.gz .*not 3D": lambda path: save(path, volume(9)[..., None]),
     "zzz.nii.gz.*holds NaN": with_nan,
@@ -368,6 +387,12 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
         "real_dir": "two",
     },
     "--num_pairs must be at least 1": {"synthetic_dir": "two", "num_pairs": 0},
+    "--features: there is no network 'lenet'; there are medicalnet, highres3dnet, inception": {
+        "synthetic_dir": "two",
+        "features": "lenet",
+    },
+    "--resamplings must be at least 2": {"synthetic_dir": "two", "resamplings": 1},
+    "--segmentations: there is no folder of label maps": {"synthetic_dir": "two", "segmentations": "gone"},
     "--seed must be a whole number": {"synthetic_dir": "two", "seed": "many"},
     "no weights of the autoencoder": {"reconstruct_dir": "one"},
     "give --real_dir FOLDER or --reconstruct_dir FOLDER or --synthetic_dir FOLDER": {},
@@ -401,6 +426,59 @@ def test_pairs_need_no_weights_and_follow_from_the_seed(tmp_path: Path) -> None:
     assert first["reconstruction"] == {"status": "not requested", "missing": ["--reconstruct_dir"]}
 
 
+class Plain:
+    """Stands in for a feature network: mean and spread of a volume."""
+
+    given = False
+    dimension = 2
+
+    def facts(self) -> dict[str, Any]:
+        return {"network": "plain"}
+
+    def load(self, device: torch.device) -> Any:
+        return lambda volume: torch.stack([volume.mean(), volume.std()])
+
+
+def with_features(tmp_path: Path) -> dict[str, Any]:
+    """Flags for all measures of features."""
+    flags = ("synthetic_dir", "real_dir", "training_dir")
+    folders = {flag: str(folder_of(tmp_path / flag, *range(5 * n, 5 * n + 5))) for n, flag in enumerate(flags)}
+    networks = {"plain": {"_target_": "test_evaluation.Plain"}}
+    return {**folders, "features": "plain", "feature_networks": networks, "num_pairs": 1}
+
+
+def test_measures_of_features_are_reported_under_their_network(tmp_path: Path) -> None:
+    measures = run_here(tmp_path / "output", **with_features(tmp_path))
+    features = np.array([[volume(seed).mean(), volume(seed).std()] for seed in range(10)], dtype=np.float64)
+    for name, function in (("fid", frechet_distance_of_samples), ("kid", polynomial_mmd)):
+        found = measures[name]
+        assert list(found["metrics"]) == ["plain", "plain_halves", "plain_floor"]
+        expected = function(features[:5], features[5:])
+        assert found["metrics"]["plain"]["value"] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+        assert found["networks"] == {"plain": {"network": "plain"}} and found["volumes_per_half"] == 2
+    assert set(measures["privacy"]["metrics"]) == {f"plain_{n}" for n in ("synthetic", "held_out", "ratio", "close")}
+    rows = read(tmp_path / "output" / "privacy.tsv")
+    assert len(rows) == 5 and {row["nearest"] for row in rows} <= {f"volume_{n}.nii.gz" for n in range(10, 15)}
+    assert len(list((tmp_path / "output" / "features").glob("plain-*/*.npy"))) == 15
+
+
+def test_only_the_first_process_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = with_features(tmp_path)
+    monkeypatch.setattr("scripts.evaluation.process_rank", lambda: (1, 2))
+    with pytest.raises(FileNotFoundError):
+        run_here(tmp_path / "output", **flags)
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["features"]
+
+
+def test_medicalnet_needs_its_file(tmp_path: Path) -> None:
+    flags = {**with_features(tmp_path), "features": "medicalnet"}
+    del flags["feature_networks"]
+    for path in (None, str(tmp_path / "gone.pth")):
+        with pytest.raises(BundleError, match="give --medicalnet_path resnet_50_23dataset.pth from https"):
+            run_here(tmp_path / "output", **flags, medicalnet_path=path)
+    assert not list((tmp_path / "output").glob("*"))
+
+
 def test_evaluate_from_the_command_line(tmp_path: Path, tiny: RunTiny, output_dir: Path) -> None:
     synthetic, real = folder_of(tmp_path / "synthetic", 1, 2, 3), folder_of(tmp_path / "real", 4, 5, 6)
     weights = tmp_path / "autoencoder.pt"
@@ -421,6 +499,10 @@ def test_evaluate_from_the_command_line(tmp_path: Path, tiny: RunTiny, output_di
     assert pairs["settings"]["ms_ssim"]["weights"] == pytest.approx([w / sum(WEIGHTS[:3]) for w in WEIGHTS[:3]])
     assert pairs["synthetic_dir"]["volumes"] == 3 and pairs["synthetic_dir"]["shape"] == list(SHAPE)
     assert measures["synthetic_real_pairs"]["pairs"] == 9
+    target = measures["real_pairs"]["metrics"]["four_g_r_ssim"]["mean"]
+    found = pairs["metrics"]["four_g_r_ssim"]
+    assert found["target"] == target and found["distance"] == pytest.approx(found["mean"] - target)
+    assert found["distance_low"] <= found["distance"] <= found["distance_high"]
 
     with torch.no_grad():
         copies = [network.decode(network.encode(batch(volume(seed)))[0])[0, 0].numpy() for seed in (4, 5, 6)]
@@ -429,10 +511,13 @@ def test_evaluate_from_the_command_line(tmp_path: Path, tiny: RunTiny, output_di
     assert [float(row["mae"]) for row in rows] == pytest.approx(errors, rel=1e-4)
 
     table = {(row["measure"], row["metric"]): row for row in read(output_dir / "evaluation.tsv")}
-    pair_names = [(f"{name}_pairs", "ms_ssim") for name in ("synthetic", "real", "synthetic_real")]
-    assert list(table) == [*(("reconstruction", name) for name in RECONSTRUCTED), *pair_names]
-    for (measure, metric), row in table.items():
-        values = {k: v for k, v in row.items() if k not in ("measure", "status", "metric")}
+    pair_names = [(f"{name}_pairs", metric) for name in ("synthetic", "real", "synthetic_real") for metric in PAIRED]
+    not_requested = {name: row["status"] for (name, metric), row in table.items() if metric == "n/a"}
+    assert not_requested == dict.fromkeys(("fid", "kid", "privacy", "volumetry"), "not requested")
+    computed = {key: row for key, row in table.items() if key[0] not in not_requested}
+    assert list(computed) == [*(("reconstruction", name) for name in RECONSTRUCTED), *pair_names]
+    for (measure, metric), row in computed.items():
+        values = {k: v for k, v in row.items() if k not in ("measure", "status", "metric") and v != "n/a"}
         assert {k: float(v) for k, v in values.items()} == measures[measure]["metrics"][metric]
         assert float(row["confidence_low"]) <= float(row["mean"]) <= float(row["confidence_high"])
 

@@ -1,0 +1,132 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What distances between two sets of features have in common: the floor, and the spread over resamplings."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from scripts.bootstrap import Estimate, Summary
+from scripts.errors import BundleError
+from scripts.measures import Result
+from scripts.metrics.features import FeatureSet
+from scripts.options import whole_number
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureDistance:
+    """A distance between the features of the synthetic and of the real volumes, with its floor, for each network.
+
+    For a network `n` the result has
+
+    - `n`: the distance of all synthetic volumes to all real ones;
+    - `n_halves`: the distance of m synthetic volumes to m real ones, m being half of the smaller set;
+    - `n_floor`: the distance of m real volumes to m others, which is what a perfect model would get.
+
+    The last two are means and standard deviations over random choices of the volumes, and compare with each other:
+    they have equal sample sizes, on which such distances depend.
+
+    Args:
+        synthetic, real: the features.
+        resamplings: how many random choices.
+        seed: of the choices.
+    """
+
+    def __init__(self, synthetic: FeatureSet, real: FeatureSet, resamplings: Any = 20, seed: Any = 0) -> None:
+        self.synthetic, self.real = synthetic, real
+        self.inputs = [synthetic.folder, real.folder, synthetic.networks]
+        self.resamplings = whole_number(resamplings, "resamplings", least=2)
+        self.seed = whole_number(seed, "seed")
+
+    def distance(self, first: np.ndarray, second: np.ndarray) -> float:
+        """The distance between two sets of features, (N, d) and (M, d), with N and M at least 2."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """What the distance was computed with, for the report."""
+        return {}
+
+    def prepare(self) -> None:
+        """Compute the features that are missing, as one of several processes if there are any."""
+        for features in (self.synthetic, self.real):
+            if len(features.folder) < 2:
+                raise BundleError(
+                    f"--{features.folder.flag}: {features.folder.folder} holds one volume; "
+                    "a distance between distributions needs two or more"
+                )
+            features.extract()
+
+    def compute(self) -> Result:
+        """Measure with every network that was asked for."""
+        summaries: dict[str, Summary | Estimate] = {}
+        for name in self.synthetic.networks.chosen:
+            summaries.update(self._measured(name))
+        return Result(summaries, self._facts())
+
+    def _measured(self, name: str) -> dict[str, Summary | Estimate]:
+        synthetic, real = self.synthetic.matrix(name), self.real.matrix(name)
+        self._warn(name, len(synthetic), len(real), synthetic.shape[1])
+        found: dict[str, Summary | Estimate] = {
+            name: Estimate(self.distance(synthetic, real), min(len(synthetic), len(real)))
+        }
+        if self._half >= 2:
+            generator = np.random.default_rng(self.seed)
+            rounds = tqdm(range(self.resamplings), f"resampling {name}", disable=None)
+            pairs = [self._resampled(synthetic, real, generator) for _ in rounds]
+            halves, floor = np.array(pairs).T
+            found[f"{name}_halves"] = _spread(halves)
+            found[f"{name}_floor"] = _spread(floor)
+        return found
+
+    @property
+    def _half(self) -> int:
+        return min(len(self.synthetic.folder), len(self.real.folder)) // 2
+
+    def _resampled(
+        self, synthetic: np.ndarray, real: np.ndarray, generator: np.random.Generator
+    ) -> tuple[float, float]:
+        chosen = synthetic[generator.permutation(len(synthetic))[: self._half]]
+        order = generator.permutation(len(real))
+        first, second = real[order[: self._half]], real[order[self._half : 2 * self._half]]
+        return self.distance(chosen, first), self.distance(first, second)
+
+    def _warn(self, name: str, synthetic: int, real: int, dimension: int) -> None:
+        if min(synthetic, real) < dimension:
+            logger.warning(
+                f"{name}: {synthetic} synthetic and {real} real volumes for {dimension} features: with fewer volumes "
+                "than features the distance is dominated by chance; compare it only with its floor"
+            )
+
+    def _facts(self) -> dict[str, Any]:
+        chosen = self.synthetic.networks.chosen
+        return {
+            "networks": {name: network.facts() for name, network in chosen.items()},
+            "fewer_volumes_than_features": {n: self._fewest < network.dimension for n, network in chosen.items()},
+            "synthetic_volumes": len(self.synthetic.folder),
+            "real_volumes": len(self.real.folder),
+            "volumes_per_half": self._half,
+            "resamplings": self.resamplings,
+            "seed": self.seed,
+            "settings": self.settings(),
+        }
+
+    @property
+    def _fewest(self) -> int:
+        return min(len(self.synthetic.folder), len(self.real.folder))
+
+
+def _spread(values: np.ndarray) -> Summary:
+    return Summary(len(values), float(values.mean()), float(values.std(ddof=1)), None)

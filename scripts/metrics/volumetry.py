@@ -1,0 +1,331 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How well the volumes of brain structures in the samples follow the volumes that were asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import scipy.stats
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from scripts.bootstrap import Estimate, Summary, bootstrapped
+from scripts.conditions import Condition, Conditions
+from scripts.errors import BundleError
+from scripts.measures import Result
+from scripts.options import whole_number
+from scripts.tables import read_table
+from scripts.volume_folders import TABLE, VolumeFolder, find_volumes
+from scripts.volumes import UNREADABLE
+
+logger = logging.getLogger(__name__)
+
+QUANTITIES = ("ventricular_vol", "brain_vol")
+"""The names of the conditions that can be measured."""
+VENTRICLES = (4, 5, 43, 44)
+"""Left and right lateral and inferior lateral ventricles in FreeSurfer's and SynthSeg's codes."""
+TISSUE = (2, 3, 7, 8, 10, 11, 12, 13, 16, 17, 18, 26, 28, 41, 42, 46, 47, 49, 50, 51, 52, 53, 54, 58, 60)
+LESIONS_AND_CALLOSUM = (77, 78, 79, 80, 81, 82, 192, 251, 252, 253, 254, 255)
+BRAIN = frozenset((*TISSUE, *LESIONS_AND_CALLOSUM))
+"""Grey and white matter, cerebellum and brain stem in these codes, without any fluid."""
+PARCELS = range(1000, 5003)
+"""The codes of cortical parcels and of the white matter below them: brain as well."""
+
+VENTRICLE_COLUMNS = (
+    "left lateral ventricle",
+    "left inferior lateral ventricle",
+    "right lateral ventricle",
+    "right inferior lateral ventricle",
+)
+FLUID_COLUMNS = (*VENTRICLE_COLUMNS, "3rd ventricle", "4th ventricle", "csf")
+INTRACRANIAL = "total intracranial"
+CORTEX_PARCEL = re.compile(r"ctx-[lr]h-")
+"""SynthSeg's columns of cortical parcels, which are parts of the column of the cortex."""
+
+
+class Segmentations:
+    """Where the volumes of the structures come from.
+
+    Args:
+        path: a folder of label maps in FreeSurfer's or SynthSeg's codes, or the `.csv` of volumes that SynthSeg
+            writes; None if none was given.
+        flag: the command-line flag that gives it, for messages.
+
+    Raises:
+        BundleError: if it is neither.
+    """
+
+    def __init__(self, path: Any, flag: str = "segmentations") -> None:
+        self.flag = flag
+        self.path = None if path is None else Path(str(path))
+        if self.path is not None and not (self.path.is_dir() or self.path.is_file()):
+            raise BundleError(f"--{flag}: there is no folder of label maps and no table {self.path}")
+
+    @property
+    def requested(self) -> bool:
+        """Whether one was given."""
+        return self.path is not None
+
+    def measured(self) -> dict[str, dict[str, float]]:
+        """Name of each segmented volume -> the volumes of its structures in mm3, by name of the condition.
+
+        Raises:
+            BundleError: if a label map or the table cannot be used.
+        """
+        assert self.path is not None
+        if self.path.is_file():
+            return read_synthseg(self.path)
+        paths = find_volumes(self.path, self.flag)
+        return {stem(path): label_volumes(path) for path in tqdm(paths, "label maps", unit="volume", disable=None)}
+
+
+def label_volumes(path: Path) -> dict[str, float]:
+    """Ventricular and brain volume of a label map in FreeSurfer's or SynthSeg's codes, in mm3.
+
+    Raises:
+        BundleError: if it cannot be read, does not hold whole numbers, or has no ventricle or no brain.
+    """
+    try:
+        image: Any = nib.load(path)
+        codes = np.asanyarray(image.dataobj)
+        voxel = float(np.prod(image.header.get_zooms()[:3]))
+    except UNREADABLE as error:
+        raise BundleError(f"cannot read the label map {path}: it is damaged, cut short or no image") from error
+    present, counts = np.unique(codes, return_counts=True)
+    if not np.isfinite(present).all() or (present != np.rint(present)).any():
+        raise BundleError(f"{path} is no label map: it holds other values than whole numbers")
+    volumes = {
+        "ventricular_vol": voxel * counts[np.isin(present, VENTRICLES)].sum(),
+        "brain_vol": voxel * sum(n for code, n in zip(present, counts) if code in BRAIN or int(code) in PARCELS),
+    }
+    for name, volume in volumes.items():
+        if not volume:
+            raise BundleError(f"{path} has no label of {name}: codes of FreeSurfer or SynthSeg are expected")
+    return {name: float(volume) for name, volume in volumes.items()}
+
+
+def read_synthseg(path: Path) -> dict[str, dict[str, float]]:
+    """Ventricular and brain volumes out of a table of volumes (mm3) by SynthSeg (Billot et al. 2023).
+
+    Brain is every structure but fluid; the intracranial volume and the cortical parcels, which are parts of the
+    cortex, are left out.
+
+    Raises:
+        BundleError: if a column is missing, a volume is no number, or a subject has two rows.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for row in read_table(path, ["subject", *VENTRICLE_COLUMNS]):
+        name = stem(Path(row["subject"]))
+        if name in found:
+            raise BundleError(f"the table {path} has two rows of {name}")
+        found[name] = _structures({k: v for k, v in row.items() if k != "subject"}, f"{name} in {path}")
+    return found
+
+
+def _structures(row: Mapping[str, str], where: str) -> dict[str, float]:
+    try:
+        volumes = {name.lower(): float(value) for name, value in row.items() if value}
+    except ValueError as error:
+        raise BundleError(f"a volume of {where} is no number: {error}") from error
+    if not np.isfinite(list(volumes.values())).all():
+        raise BundleError(f"a volume of {where} is NaN or infinite")
+    brain = [
+        volume
+        for name, volume in volumes.items()
+        if name not in (*FLUID_COLUMNS, INTRACRANIAL) and not CORTEX_PARCEL.match(name)
+    ]
+    return {"ventricular_vol": sum(volumes[name] for name in VENTRICLE_COLUMNS), "brain_vol": sum(brain)}
+
+
+def stem(path: Path) -> str:
+    """The name of a file without its folder, `.nii`, `.nii.gz`, `.mgz` or `.mgh`."""
+    return re.sub(r"\.(nii\.gz|nii|mgz|mgh)$", "", path.name)
+
+
+def requested_volumes(folder: VolumeFolder, conditions: Conditions) -> dict[str, dict[str, float]]:
+    """What was asked for, in raw units: name of the volume -> name of the condition -> value.
+
+    It stands in each volume's sidecar (`.json`), or in the row of `participants.tsv` whose `path` is the volume.
+
+    Raises:
+        BundleError: if a volume has neither, two volumes share a name, or a value is no number.
+    """
+    names = [stem(path) for path in folder.paths]
+    for name in names:
+        if names.count(name) > 1:
+            raise BundleError(f"two volumes in {folder.folder} are called {name}: segmentations are told by name")
+    rows = _rows(folder)
+    return {name: _stated(path, rows.get(path), conditions) for name, path in zip(names, folder.paths)}
+
+
+def _rows(folder: VolumeFolder) -> dict[Path, dict[str, str]]:
+    assert folder.folder is not None
+    table = folder.folder / TABLE
+    rows = read_table(table) if table.is_file() else []
+    return {folder.folder / row["path"]: row for row in rows if "path" in row}
+
+
+def _stated(path: Path, row: Mapping[str, str] | None, conditions: Conditions) -> dict[str, float]:
+    sidecar = path.with_name(f"{stem(path)}.json")
+    if sidecar.is_file():
+        try:
+            stated = json.loads(sidecar.read_text(encoding="utf-8"))["conditions"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"{sidecar} does not state the conditions of {path.name}") from error
+    elif row is not None:
+        stated = row
+    else:
+        raise BundleError(f"what was asked for of {path} is not known: it has no {sidecar.name} and no row in {TABLE}")
+    return {c.name: _raw(c, stated, path) for c in conditions if c.name in QUANTITIES}
+
+
+def _raw(condition: Condition, stated: Mapping[str, Any], path: Path) -> float:
+    for flag in (condition.raw, condition.name):
+        if stated.get(flag) not in (None, "", "n/a"):
+            return condition.denormalise(condition.parse(flag, stated[flag], f" of {path}"))
+    raise BundleError(f"{path} has no value of {condition.raw}")
+
+
+def matched(volumes: Sequence[str], segmentations: Sequence[str]) -> dict[str, str]:
+    """Name of each volume -> name of its segmentation: the same, or that with more after a `_`, `-` or `.`.
+
+    Raises:
+        BundleError: if a volume has none or several, or a segmentation belongs to no volume.
+    """
+    found: dict[str, str] = {}
+    for segmentation in segmentations:
+        owners = [v for v in volumes if segmentation == v or segmentation.startswith((f"{v}_", f"{v}-", f"{v}."))]
+        if not owners:
+            raise BundleError(f"the segmentation {segmentation} belongs to no volume of --synthetic_dir")
+        owner = max(owners, key=len)
+        if owner in found:
+            raise BundleError(f"two segmentations belong to {owner}: {found[owner]} and {segmentation}")
+        found[owner] = segmentation
+    lacking = [volume for volume in volumes if volume not in found]
+    if lacking:
+        raise BundleError(f"{len(lacking)} volumes of --synthetic_dir have no segmentation, {lacking[0]} the first")
+    return found
+
+
+def pearson(requested: np.ndarray, measured: np.ndarray) -> float:
+    """Pearson's r of two (N,) arrays; NaN where one is constant."""
+    x, y = (values - values.mean() for values in (requested, measured))
+    scale = np.sqrt((x @ x) * (y @ y))
+    constant = np.ptp(requested) == 0.0 or np.ptp(measured) == 0.0
+    return float("nan") if constant or scale == 0.0 else float(np.clip(x @ y / scale, -1.0, 1.0))
+
+
+def spearman(requested: np.ndarray, measured: np.ndarray) -> float:
+    """Spearman's r: Pearson's r of the ranks, ties sharing their mean rank."""
+    return pearson(scipy.stats.rankdata(requested), scipy.stats.rankdata(measured))
+
+
+def slope(requested: np.ndarray, measured: np.ndarray) -> float:
+    """Of the least squares line of what was measured on what was asked for; NaN where that is constant."""
+    x = requested - requested.mean()
+    return float("nan") if np.ptp(requested) == 0.0 else float(x @ measured / (x @ x))
+
+
+def _of_columns(statistic: Callable[[np.ndarray, np.ndarray], float], pairs: np.ndarray) -> float:
+    return statistic(pairs[:, 0], pairs[:, 1])
+
+
+STATISTICS = {"pearson": pearson, "spearman": spearman, "slope": slope}
+
+
+class Volumetry:
+    """Pearson's and Spearman's r and the slope of measured on requested volumes, with bootstrap intervals.
+
+    Args:
+        synthetic: the samples, with their sidecars or their table.
+        segmentations: of these.
+        conditions: which are known; those called `ventricular_vol` and `brain_vol` are measured.
+        seed: of the bootstrap.
+    """
+
+    def __init__(
+        self, synthetic: VolumeFolder, segmentations: Segmentations, conditions: Conditions, seed: Any = 0
+    ) -> None:
+        self.inputs = [synthetic, segmentations]
+        self.synthetic, self.segmentations, self.conditions = synthetic, segmentations, conditions
+        self.seed = whole_number(seed, "seed")
+
+    def compute(self) -> Result:
+        """Measure and compare.
+
+        Raises:
+            BundleError: if volumes, segmentations and requests do not belong together, or are fewer than three.
+        """
+        rows = self._compared()
+        names = [c.name for c in self.conditions if c.name in QUANTITIES]
+        summaries: dict[str, Summary | Estimate] = {}
+        for name in names:
+            requested = np.array([row[f"{name}_requested_mm3"] for row in rows])
+            measured = np.array([row[f"{name}_measured_mm3"] for row in rows])
+            summaries.update(correlations(name, requested, measured, self.seed))
+        facts = {
+            "segmentations": str(self.segmentations.path),
+            "volumes": len(rows),
+            "seed": self.seed,
+            "ventricle_labels": list(VENTRICLES),
+            self.synthetic.flag: str(self.synthetic.folder),
+        }
+        return Result(summaries, facts, rows, scatter(rows, names))
+
+    def _compared(self) -> list[dict[str, Any]]:
+        requested = requested_volumes(self.synthetic, self.conditions)
+        measured = self.segmentations.measured()
+        pairs = matched(list(requested), list(measured))
+        if len(pairs) < 3:
+            raise BundleError(f"--{self.synthetic.flag}: {len(pairs)} volumes are too few for a correlation")
+        rows = []
+        for name, wanted in requested.items():
+            row: dict[str, Any] = {"volume": name, "segmentation": pairs[name]}
+            for quantity, value in wanted.items():
+                row[f"{quantity}_requested_mm3"] = value
+                row[f"{quantity}_measured_mm3"] = measured[pairs[name]][quantity]
+            rows.append(row)
+        return rows
+
+
+def correlations(name: str, requested: np.ndarray, measured: np.ndarray, seed: int) -> dict[str, Summary | Estimate]:
+    """The statistics of one quantity: `name_pearson`, `name_spearman` and `name_slope`."""
+    if np.ptp(requested) == 0.0:
+        logger.warning(f"every sample was asked for the same {name}: its correlation is not defined")
+    pairs = np.stack([requested, measured], axis=1)
+    found: dict[str, Summary | Estimate] = {}
+    for label, statistic in STATISTICS.items():
+        interval = bootstrapped(pairs, partial(_of_columns, statistic), seed)
+        found[f"{name}_{label}"] = Estimate(statistic(requested, measured), len(pairs), interval)
+    return found
+
+
+def scatter(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
+    """Measured against requested volumes in mL, one panel a quantity, with the line of identity."""
+    figure = Figure(figsize=(4.5 * len(names), 4.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        x, y = (np.array([row[f"{name}_{kind}_mm3"] for row in rows]) / 1000 for kind in ("requested", "measured"))
+        ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+        axes.plot(ends, ends, color="0.7", linewidth=1)
+        axes.scatter(x, y, s=8)
+        axes.set_xlabel(f"{name} requested (mL)")
+        axes.set_ylabel("measured (mL)")
+        axes.set_title(f"r = {pearson(x, y):.3f}", fontsize=9)
+    return figure

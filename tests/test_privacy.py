@@ -1,0 +1,108 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Nearest training volumes: plain distances, a model that copies, and one that does not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from scripts.errors import BundleError
+from scripts.metrics import privacy
+from scripts.metrics.features import FeatureNetworks, FeatureSet
+from scripts.metrics.privacy import Privacy, nearest, quantiles
+from scripts.volume_folders import VolumeFolder
+
+
+def test_nearest_is_the_plain_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    features, training = generator.normal(size=(23, 5)), generator.normal(size=(31, 5))
+    table = np.sqrt(((features[:, None] - training[None]) ** 2).sum(axis=2))
+    monkeypatch.setattr(privacy, "BLOCK", 7)
+    positions, distances = nearest(features, training)
+    assert (positions == table.argmin(axis=1)).all() and np.allclose(distances, table.min(axis=1))
+    assert nearest(training[[4]], training)[1] == 0.0
+
+
+def test_quantiles_count_the_distances_that_are_not_larger() -> None:
+    assert quantiles(np.array([0.5, 2.0, 3.0, 9.0]), np.array([3.0, 1.0, 2.0, 4.0])).tolist() == [0, 0.5, 0.75, 1]
+
+
+class Voxels:
+    """Stands in for a feature network: all voxels."""
+
+    given = False
+    dimension = 27
+
+    def facts(self) -> dict[str, Any]:
+        return {"network": "voxels"}
+
+    def load(self, device: torch.device) -> Any:
+        return torch.flatten
+
+
+def features(folder: Path, flag: str, seeds: range, noise: float = 0.0) -> FeatureSet:
+    """Volumes of random voxels; with noise, near those of the same seeds."""
+    folder.mkdir(exist_ok=True)
+    for seed in seeds:
+        array = np.random.default_rng(seed).normal(size=(3, 3, 3))
+        array += noise * np.random.default_rng(seed + 10_000).normal(size=(3, 3, 3))
+        nib.save(nib.Nifti1Image(array.astype(np.float32), np.eye(4)), folder / f"{seed:04d}.nii.gz")
+    networks = FeatureNetworks("voxels", {"voxels": Voxels()})
+    return FeatureSet(VolumeFolder(folder, flag), networks, str(folder.parent / "features"))
+
+
+def privacy_of(tmp_path: Path, synthetic: range, noise: float) -> Any:
+    return Privacy(
+        features(tmp_path / "synthetic", "synthetic_dir", synthetic, noise),
+        features(tmp_path / "training", "training_dir", range(100, 160)),
+        features(tmp_path / "real", "real_dir", range(200, 260)),
+    ).compute()
+
+
+def test_a_model_that_copies_is_found_out(tmp_path: Path) -> None:
+    result = privacy_of(tmp_path, range(100, 120), 0.1)
+    found = result.summaries
+    assert found["voxels_ratio"].value < 0.3 and found["voxels_close"].value == 1.0
+    assert found["voxels_synthetic"].mean < found["voxels_held_out"].mean
+    assert len(result.rows) == 20 and all(row["volume"] == row["nearest"] for row in result.rows)
+    assert [row["held_out_quantile"] for row in result.rows] == [0.0] * 20
+    distances = [row["distance"] for row in result.rows]
+    assert distances == sorted(distances) and result.facts["held_out_volumes"] == 60
+
+
+def test_a_model_that_does_not_copy_is_like_new_people(tmp_path: Path) -> None:
+    found = privacy_of(tmp_path, range(300, 360), 0.0).summaries
+    assert found["voxels_ratio"].value == pytest.approx(1.0, abs=0.1)
+    assert found["voxels_close"].value <= 0.15 and found["voxels_close"].interval[0] <= 0.05
+
+
+def test_training_volumes_among_the_held_out_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sets = [
+        features(tmp_path / "synthetic", "synthetic_dir", range(1, 4)),
+        features(tmp_path / "training", "training_dir", range(100, 106)),
+        features(tmp_path / "real", "real_dir", range(200, 204)),
+    ]
+    for path in (tmp_path / "training").glob("*.nii.gz"):
+        shutil.copy(path, tmp_path / "real" / f"copy_{path.name}")
+    sets[2] = features(tmp_path / "real", "real_dir", range(0))
+    result = Privacy(*sets).compute()
+    assert result.facts["held_out_volumes"] == 4 and "6 volumes of" in caplog.text
+    found: dict[str, Any] = result.summaries
+    assert found["voxels_held_out"].count == 4 and found["voxels_held_out"].mean > 0.0
+    with pytest.raises(BundleError, match="--training_dir: .* has 0 volumes that were not trained on"):
+        Privacy(sets[0], sets[1], sets[1]).prepare()
