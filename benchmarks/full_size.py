@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = [_row(name, CASES[name], options, device) for name in options.cases]
         _print_table(rows)
         if options.json:
-            write_json(options.json, {"size": options.size, "machine": _machine(device), "cases": rows})
+            write_json(options.json, {"size": options.size, "machine": machine(device), "cases": rows})
     except BundleError as error:
         sys.exit(f"error: {error}")
 
@@ -200,7 +200,8 @@ def fill_with_random_values(network: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.5)
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a report says of the machine and of versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     versions = {"torch": torch.__version__, "monai": monai.__version__}
     return {"device": device.type, "name": name, "threads": torch.get_num_threads(), **versions}

@@ -23,6 +23,8 @@ from conftest import ROOT
 
 pytest.importorskip("generative")
 
+from benchmarks.training_step import fitting  # noqa: E402
+
 PACKAGES = ["monai", "monai-generative"]
 
 
@@ -63,3 +65,37 @@ def test_loading_of_latents(tmp_path: Path) -> None:
         assert row["ratio"] > 0
     assert [line.split()[:2] for line in done.stdout.splitlines()[-2:]] == [["1", "array"], ["1", "files"]]
     assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
+
+
+def test_training_steps(tmp_path: Path) -> None:
+    given = (
+        "--size",
+        "tiny",
+        "--device",
+        "cpu",
+        "--precisions",
+        "fp32",
+        "--batches",
+        1,
+        2,
+        "--repeats",
+        1,
+        "--warmup",
+        0,
+    )
+    done = run(*given, "--json", tmp_path / "x.json", module="benchmarks.training_step")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "x.json").read_text())
+    kinds = [(stage, checkpointing) for stage in ("autoencoder", "diffusion") for checkpointing in (0, 1)]
+    steps = [(row["stage"], row["checkpointing"], row["batch"]) for row in report["steps"]]
+    assert steps == [(*kind, batch) for kind in kinds for batch in (1, 2)]
+    assert all(row["peak_gib"] > 0 and len(row["seconds"]) == 1 for row in report["steps"])
+    assert [(row["stage"], row["checkpointing"]) for row in report["fits"]] == kinds
+    assert "| diffusion | fp32 | 1 | 0 | 2 |" in done.stdout
+
+
+def test_what_fits_into_a_gpu() -> None:
+    row = {"stage": "diffusion", "precision": "bf16", "checkpointing": 0, "channels_last": 0}
+    rows = [{**row, "batch": batch, "peak_gib": peak} for batch, peak in ((1, 12.0), (2, 20.0), (4, 36.0), (8, None))]
+    assert fitting(rows) == [{**row, "24 GB": 2, "48 GB": 4, "80 GB": 4}]
+    assert fitting(rows[2:])[0]["24 GB"] is None

@@ -1,0 +1,195 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Time and memory of one training step of either stage, over batch sizes, precisions and what saves memory.
+
+The step is that of the bundle's training configurations, discriminator and optimisers included, on random volumes and
+latents of the configured size. A table of what fits into 24, 48 and 80 GB follows from the measured peaks.
+
+    python -m benchmarks.training_step --device cuda --batches 1 2 4 8 --json steps.json
+    python -m benchmarks.training_step --size tiny --batches 1 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from monai.bundle import ConfigParser
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.full_size import CONFIGS, GIB, SIZES, machine, measure
+from scripts.atomic import write_json
+from scripts.devices import compute_device
+from scripts.errors import BundleError
+from scripts.perceptual import LPIPS
+
+PRECISIONS = {"fp32": "0", "bf16": "bf16", "fp16": "fp16"}
+BUDGETS_GB = (24, 48, 80)
+USABLE = 0.93  # of a GPU's memory, the rest being the driver's, CUDA's and fragments
+
+
+class Case(NamedTuple):
+    """What is varied from one measurement to the next."""
+
+    stage: str
+    batch: int
+    precision: str
+    checkpointing: int
+    channels_last: int
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark with command-line arguments."""
+    options = _options(arguments)
+    try:
+        device = compute_device(options.device)
+        with tempfile.TemporaryDirectory() as folder:
+            perceptual = Path(folder) / "lpips.safetensors"
+            save_file(LPIPS().state_dict(), perceptual)
+            rows = [_row(case, options, device, perceptual) for case in tqdm(list(_cases(options)), unit="case")]
+    except BundleError as error:
+        sys.exit(f"error: {error}")
+    _print_table(rows)
+    if options.json:
+        report = {"size": options.size, "patch_shape": options.patch_shape, "machine": machine(device)}
+        write_json(options.json, {**report, "steps": rows, "fits": fitting(rows)})
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(SIZES), default="full", help="tiny only shows that it runs")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--stages", nargs="+", choices=sorted(BATCHES), default=sorted(BATCHES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1], help="volumes or latents in a step")
+    parser.add_argument("--precisions", nargs="+", choices=sorted(PRECISIONS), default=sorted(PRECISIONS))
+    parser.add_argument("--checkpointing", nargs="+", type=int, choices=(0, 1), default=[0, 1])
+    parser.add_argument("--channels_last", nargs="+", type=int, choices=(0, 1), default=[0])
+    parser.add_argument("--patch_shape", nargs=3, type=int, help="crops for the autoencoder; the whole grid by default")
+    parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
+    parser.add_argument("--repeats", type=int, default=5, help="steps that are counted")
+    parser.add_argument("--json", help="file to write the figures to")
+    options = parser.parse_args(arguments)
+    if min(options.batches) < 1 or options.warmup < 0 or options.repeats < 1:
+        parser.error("--batches and --repeats must be at least 1, --warmup at least 0")
+    return options
+
+
+def _cases(options: argparse.Namespace) -> Iterator[Case]:
+    varied = (options.stages, options.precisions, options.checkpointing, options.channels_last, options.batches)
+    for stage, precision, checkpointing, channels_last, batch in product(*varied):
+        yield Case(stage, batch, precision, checkpointing, channels_last)
+
+
+def _row(case: Case, options: argparse.Namespace, device: torch.device, perceptual: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {**case._asdict(), "seconds": None, "peak_gib": None}
+    try:
+        runs = _run(case, options, device, perceptual)
+        row |= {"seconds": [round(run.seconds, 4) for run in runs], "peak_gib": round(runs[-1].peak / GIB, 3)}
+    except torch.OutOfMemoryError:
+        print(f"out of memory: {case}", file=sys.stderr)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def _run(case: Case, options: argparse.Namespace, device: torch.device, perceptual: Path) -> list[Any]:
+    config = _configuration(case, options, device, perceptual)
+    step = config.get_parsed_content("train::step")
+    batch = BATCHES[case.stage](config, case.batch, options.patch_shape)
+    engine = SimpleNamespace(state=SimpleNamespace(device=device, epoch=1 + int(config.get("warm_up_epochs", 0))))
+
+    def call() -> Tensor:
+        return torch.tensor(step(engine, batch)["loss"])
+
+    return [measure(call, device) for _ in range(options.warmup + options.repeats)][options.warmup :]
+
+
+def _configuration(case: Case, options: argparse.Namespace, device: torch.device, perceptual: Path) -> ConfigParser:
+    base, *overlays = SIZES[options.size]
+    config = ConfigParser()
+    config.read_config([str(CONFIGS / name) for name in (base, f"train_{case.stage}.yaml", *overlays)])
+    config["device"] = str(device)
+    config["amp"] = PRECISIONS[case.precision]
+    config["gradient_checkpointing"], config["channels_last"] = case.checkpointing, case.channels_last
+    config["perceptual_path"] = str(perceptual)
+    return config
+
+
+def _autoencoder_batch(config: ConfigParser, size: int, patch_shape: Sequence[int] | None) -> dict[str, Tensor]:
+    shape = patch_shape or config.get_parsed_content("grid").shape
+    factor = 2 ** (len(config.get_parsed_content("autoencoder_channels")) - 1)
+    noise = torch.randn(size, config.get_parsed_content("latent_channels"), *(side // factor for side in shape))
+    return {"image": torch.rand(size, 1, *shape), "noise": noise}
+
+
+def _diffusion_batch(config: ConfigParser, size: int, patch_shape: Sequence[int] | None) -> dict[str, Tensor]:
+    latent, noise = torch.randn(2, size, *config.get_parsed_content("latent_shape"))
+    condition = torch.rand(size, len(config.get_parsed_content("conditions")))
+    return {"image": latent, "noise": noise, "condition": condition, "timestep": torch.randint(1000, (size,))}
+
+
+BATCHES: dict[str, Callable[[ConfigParser, int, Sequence[int] | None], dict[str, Tensor]]] = {
+    "autoencoder": _autoencoder_batch,
+    "diffusion": _diffusion_batch,
+}
+
+
+def fitting(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each kind of step the largest measured batch whose peak fits each of the GPU sizes; None where none does."""
+    kinds = dict.fromkeys(tuple(row[name] for name in Case._fields if name != "batch") for row in rows)
+    names = [name for name in Case._fields if name != "batch"]
+    found = []
+    for kind in kinds:
+        measured = [row for row in rows if tuple(row[name] for name in names) == kind and row["peak_gib"] is not None]
+        largest = {
+            f"{budget} GB": max(
+                (row["batch"] for row in measured if row["peak_gib"] * GIB <= USABLE * budget * 1e9), default=None
+            )
+            for budget in BUDGETS_GB
+        }
+        found.append({**dict(zip(names, kind)), **largest})
+    return found
+
+
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+    budgets = [f"{budget} GB" for budget in BUDGETS_GB]
+    print("| stage | precision | checkpointing | channels last | batch | s a step | s a sample | peak GiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        kind = [row["stage"], row["precision"], row["checkpointing"], row["channels_last"], row["batch"]]
+        middle = median(row["seconds"]) if row["seconds"] else None
+        time = [f"{middle:.3f}", f"{middle / row['batch']:.3f}"] if middle is not None else ["out of memory", ""]
+        peak = f"{row['peak_gib']:.2f}" if row["peak_gib"] is not None else ""
+        print("| " + " | ".join(map(str, [*kind, *time, peak])) + " |")
+    print(
+        "\nLargest measured batch:\n\n| stage | precision | checkpointing | channels last | "
+        + " | ".join(budgets)
+        + " |"
+    )
+    print("|---|---|---|---|" + "---|" * len(budgets))
+    for row in fitting(rows):
+        print("| " + " | ".join(str("none" if value is None else value) for value in row.values()) + " |")
+
+
+if __name__ == "__main__":
+    main()
