@@ -4,7 +4,9 @@ WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: help sample example-data perceptual-weights test lint lock clean
+COMPILE := uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-header pyproject.toml
+
+.PHONY: help sample example-data perceptual-weights tracking test lint lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -26,6 +28,9 @@ example-data: $(INSTALLED) ## Fetch openly licensed scans of real heads and prep
 perceptual-weights: $(INSTALLED) ## Fetch the weights of the perceptual loss, into models/
 	$(RUN) -m scripts.perceptual_weights
 
+tracking: $(INSTALLED) ## Add MLflow to the environment, for --tracking mlflow
+	$(RUN) -m pip install --quiet --requirement requirements-tracking.lock
+
 test: $(INSTALLED) ## Run the tests that need no GPU, no network and little time
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
@@ -34,13 +39,16 @@ lint: $(INSTALLED) ## Check style and types
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 
-lock: ## Write requirements.lock anew from pyproject.toml (needs uv)
+lock: ## Write both lock files anew from pyproject.toml (needs uv)
 	sed '/^[^#]/d' requirements.lock > requirements.new
-	echo torch==2.13.0 | uv pip compile --quiet --universal --python-version 3.10 --all-extras \
-	    --no-annotate --no-header --constraint - pyproject.toml > resolved.txt
+	echo torch==2.13.0 | $(COMPILE) --extra download --extra test --extra dev --constraint - > resolved.txt
 	grep -vE '^(cuda|nvidia|triton)' resolved.txt >> requirements.new
-	@rm resolved.txt
+	$(COMPILE) --extra tracking --constraint resolved.txt | grep -vxFf resolved.txt > tracking.txt
+	sed '/^[^#]/d' requirements-tracking.lock > tracking.new
+	cat tracking.txt >> tracking.new
+	@rm resolved.txt tracking.txt
 	mv requirements.new requirements.lock
+	mv tracking.new requirements-tracking.lock
 
 clean: ## Remove the environment and the caches; data, models and output stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

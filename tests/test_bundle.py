@@ -59,11 +59,11 @@ def tracked(*patterns: str) -> list[Path]:
     return [ROOT / name for name in names.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
-def locked(python: str) -> dict[str, str]:
-    """Distribution -> version in the lock for one version of Python on Linux."""
+def locked(python: str, file: str = "requirements.lock") -> dict[str, str]:
+    """Distribution -> version in a lock for one version of Python on Linux."""
     environment = {"python_version": python, "python_full_version": f"{python}.7", "sys_platform": "linux"}
     versions: dict[str, str] = {}
-    for line in (ROOT / "requirements.lock").read_text().splitlines():
+    for line in (ROOT / file).read_text().splitlines():
         if line and not line.startswith("#"):
             entry = Requirement(line)
             if entry.marker is None or entry.marker.evaluate(environment):
@@ -136,8 +136,9 @@ def test_metadata_names_the_locked_versions() -> None:
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 def test_lock_lies_within_the_declared_ranges(python: str) -> None:
-    lock = locked(python)
-    for name, entry in {**declared(), **declared("download"), **declared("test"), **declared("dev")}.items():
+    lock = {**locked(python, "requirements-tracking.lock"), **locked(python)}
+    extras = ("download", "tracking", "test", "dev")
+    for name, entry in {**declared(), **{k: v for extra in extras for k, v in declared(extra).items()}}.items():
         if entry.marker is None or entry.marker.evaluate({"python_version": python}):
             assert entry.specifier.contains(lock[name]), f"{entry} does not admit the locked {lock[name]}"
 
