@@ -11,7 +11,9 @@
 """Time and memory of one training step of either stage, over batch sizes, precisions and what saves memory.
 
 The step is that of the bundle's training configurations, discriminator and optimisers included, on random volumes and
-latents of the configured size. A table of what fits into 24, 48 and 80 GB follows from the measured peaks.
+latents of the configured size. `kept` is what the forward passes of a step keep for the gradients, weights included,
+as PyTorch's hooks for saved tensors count it; it is the same on every machine. A table of what fits into 24, 48 and
+80 GB follows from the measured peaks.
 
     python -m benchmarks.training_step --device cuda --batches 1 2 4 8 --json steps.json
     python -m benchmarks.training_step --size tiny --batches 1 2
@@ -100,10 +102,11 @@ def _cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def _row(case: Case, options: argparse.Namespace, device: torch.device, perceptual: Path) -> dict[str, Any]:
-    row: dict[str, Any] = {**case._asdict(), "seconds": None, "peak_gib": None}
+    row: dict[str, Any] = {**case._asdict(), "seconds": None, "peak_gib": None, "kept_gib": None}
     try:
-        runs = _run(case, options, device, perceptual)
+        runs, kept = _run(case, options, device, perceptual)
         row |= {"seconds": [round(run.seconds, 4) for run in runs], "peak_gib": round(runs[-1].peak / GIB, 3)}
+        row["kept_gib"] = round(kept / GIB, 3)
     except torch.OutOfMemoryError:
         print(f"out of memory: {case}", file=sys.stderr)
     gc.collect()
@@ -112,7 +115,7 @@ def _row(case: Case, options: argparse.Namespace, device: torch.device, perceptu
     return row
 
 
-def _run(case: Case, options: argparse.Namespace, device: torch.device, perceptual: Path) -> list[Any]:
+def _run(case: Case, options: argparse.Namespace, device: torch.device, perceptual: Path) -> tuple[list[Any], int]:
     config = _configuration(case, options, device, perceptual)
     step = config.get_parsed_content("train::step")
     batch = BATCHES[case.stage](config, case.batch, options.patch_shape)
@@ -121,7 +124,26 @@ def _run(case: Case, options: argparse.Namespace, device: torch.device, perceptu
     def call() -> Tensor:
         return torch.tensor(step(engine, batch)["loss"])
 
-    return [measure(call, device) for _ in range(options.warmup + options.repeats)][options.warmup :]
+    runs = [measure(call, device) for _ in range(options.warmup + options.repeats)]
+    return runs[options.warmup :], kept_for_gradients(call)
+
+
+def kept_for_gradients(call: Callable[[], Tensor]) -> int:
+    """Bytes that a call keeps for its backward passes, each piece of memory counted once."""
+    pieces: dict[tuple[int, int], int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        pieces[storage.data_ptr(), storage.nbytes()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, _unchanged):
+        call()
+    return sum(pieces.values())
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _configuration(case: Case, options: argparse.Namespace, device: torch.device, perceptual: Path) -> ConfigParser:
@@ -173,14 +195,14 @@ def fitting(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     budgets = [f"{budget} GB" for budget in BUDGETS_GB]
-    print("| stage | precision | checkpointing | channels last | batch | s a step | s a sample | peak GiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| stage | precision | checkpointing | channels last | batch | s a step | s a sample | peak GiB | kept GiB |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         kind = [row["stage"], row["precision"], row["checkpointing"], row["channels_last"], row["batch"]]
         middle = median(row["seconds"]) if row["seconds"] else None
         time = [f"{middle:.3f}", f"{middle / row['batch']:.3f}"] if middle is not None else ["out of memory", ""]
-        peak = f"{row['peak_gib']:.2f}" if row["peak_gib"] is not None else ""
-        print("| " + " | ".join(map(str, [*kind, *time, peak])) + " |")
+        memory = ["" if row[name] is None else f"{row[name]:.2f}" for name in ("peak_gib", "kept_gib")]
+        print("| " + " | ".join(map(str, [*kind, *time, *memory])) + " |")
     print(
         "\nLargest measured batch:\n\n| stage | precision | checkpointing | channels last | "
         + " | ".join(budgets)

@@ -20,6 +20,7 @@ from datetime import timedelta
 from ignite.engine import Engine, Events
 from tqdm import tqdm
 
+from scripts.distributed import is_main, world_size
 from scripts.training import losses_of
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class VolumeProgress:
 
 
 class TrainingProgress:
-    """Handler that shows the losses, the speed and the time left of a training.
+    """Handler that shows the losses, the speed and the time left of a training; in one process of several.
 
     Args:
         log_every: iterations between two plain lines where there is no terminal.
@@ -67,23 +68,31 @@ class TrainingProgress:
         """Open the bar over all iterations of all epochs, those of a resumed run counted in."""
         self.first, self.since = engine.state.iteration, time.monotonic()
         total = engine.state.max_epochs * engine.state.epoch_length
-        self.bar = tqdm(total=total, initial=self.first, desc="training", unit="it", disable=None)
+        shown = None if is_main() else True  # None: only on a terminal
+        self.bar = tqdm(total=total, initial=self.first, desc="training", unit="it", disable=shown)
 
     def advance(self, engine: Engine) -> None:
         """Show the iteration that has just ended."""
         losses = {name: f"{value:.4g}" for name, value in losses_of(engine.state.output).items()}
         self.bar.update()
-        self.bar.set_postfix({"epoch": engine.state.epoch, **losses}, refresh=False)
+        self.bar.set_postfix({"epoch": engine.state.epoch, **losses, "samples/s": self._rate(engine)}, refresh=False)
         if not sys.stderr.isatty() and engine.state.iteration % self.log_every == 0:
             logger.info(self._line(engine, losses))
+
+    def _pace(self, engine: Engine) -> float:
+        return (time.monotonic() - self.since) / max(1, engine.state.iteration - self.first)
+
+    def _rate(self, engine: Engine) -> str:
+        samples = len(next(iter(engine.state.batch.values()))) * world_size()
+        return f"{samples / max(self._pace(engine), 1e-9):.3g}"
 
     def _line(self, engine: Engine, losses: dict[str, str]) -> str:
         done = engine.state.iteration
         total = engine.state.max_epochs * engine.state.epoch_length
-        pace = (time.monotonic() - self.since) / max(1, done - self.first)
+        pace = self._pace(engine)
         left = timedelta(seconds=round(pace * (total - done)))
         shown = " ".join(f"{name} {value}" for name, value in losses.items())
-        return f"epoch {engine.state.epoch} iteration {done}/{total} {shown} ({pace:.2f} s each, {left} left)"
+        return f"epoch {engine.state.epoch} iteration {done}/{total} {shown} ({pace:.2f} s each, {self._rate(engine)} samples/s, {left} left)"
 
     def close(self) -> None:
         """Leave the bar as it is."""
