@@ -92,7 +92,8 @@ class TrainingProgress:
         pace = self._pace(engine)
         left = timedelta(seconds=round(pace * (total - done)))
         shown = " ".join(f"{name} {value}" for name, value in losses.items())
-        return f"epoch {engine.state.epoch} iteration {done}/{total} {shown} ({pace:.2f} s each, {self._rate(engine)} samples/s, {left} left)"
+        speed = f"{pace:.2f} s each, {self._rate(engine)} samples/s, {left} left"
+        return f"epoch {engine.state.epoch} iteration {done}/{total} {shown} ({speed})"
 
     def close(self) -> None:
         """Leave the bar as it is."""

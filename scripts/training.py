@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import signal
 from collections.abc import Mapping
 from types import FrameType
@@ -116,7 +117,7 @@ class StopOnSignal:
 
     def __init__(self, saver: SaveCheckpoints) -> None:
         self.saver = saver
-        self.caught = 0
+        self.caught, self.process = 0, 0
         self.before: dict[int, Any] = {}
 
     def attach(self, engine: Engine) -> None:
@@ -127,6 +128,7 @@ class StopOnSignal:
 
     def listen(self) -> None:
         """Take the signals over; only a program's main thread can."""
+        self.process = os.getpid()
         try:
             self.before = {number: signal.signal(number, self._catch) for number in SIGNALS}
         except ValueError:
@@ -139,8 +141,12 @@ class StopOnSignal:
         self.before = {}
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.caught = number
-        self.stop_listening()
+        if os.getpid() == self.process:
+            self.caught = number
+            self.stop_listening()
+        elif number != signal.SIGINT:  # a loading process, which Ctrl-C reaches as well: it ends with its parent
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def __call__(self, engine: Engine) -> None:
         """After each iteration: go on, or save and stop.

@@ -16,6 +16,7 @@ import logging
 import os
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,19 @@ def test_signal_saves_and_stops(number: signal.Signals, tmp_path: Path) -> None:
     assert [path.stem for path in Checkpoints(tmp_path).paths()] == ["checkpoint_iteration=4", "checkpoint_iteration=6"]
     Run(tmp_path)()
     assert weight(tmp_path / "final.pt") == 12.0
+
+
+def test_loading_processes_can_still_be_ended(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    stopper = StopOnSignal(run.saver)
+    stopper.listen()
+    child = os.fork()
+    if child == 0:
+        time.sleep(60.0)
+        os._exit(3)
+    stopper.stop_listening()
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
 def test_loss_that_is_not_finite_names_all_there_is_to_know(tmp_path: Path) -> None:
