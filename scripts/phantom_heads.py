@@ -80,7 +80,7 @@ class SeedHead:
             fluid, grey, white; their sum is 1 within the skull.
         flow: solver for flows within the skull, on the working grid.
         window: (1, 1, x, y, z): 0 at the skull and outside, 1 from 10 mm within.
-        reach: largest distance in units of the box, along each axis, from the box's centre to the intracranial space.
+        room: how much larger the intracranial space could be along each axis before it left the box, see `Pose`.
         volumes: of the head itself.
         levels: mean intensity of grey and of white matter.
     """
@@ -92,7 +92,7 @@ class SeedHead:
     shares: Tensor
     flow: PotentialFlow
     window: Tensor
-    reach: tuple[float, float, float]
+    room: tuple[float, float, float]
     volumes: Volumes
     levels: tuple[float, float]
 
@@ -176,9 +176,6 @@ def build_head(name: str, image: Tensor, labels: Tensor, grid: Grid, device: tor
     inside = _largest_piece(shares.sum(dim=1)[0] > 0.5)
     depth = ndimage.distance_transform_edt(inside.numpy(), sampling=working_spacing)
     window = torch.as_tensor(np.clip(depth / FADE_MM, 0.0, 1.0), dtype=torch.float32, device=labels.device)
-    where = torch.nonzero(_is_one_of(labels, INTRACRANIAL)[0, 0]).float()
-    centres = (where + 0.5) / torch.tensor(grid.shape, device=where.device) * 2.0 - 1.0
-    reach = centres.abs().amax(dim=0).tolist()
     return SeedHead(
         name,
         grid,
@@ -187,10 +184,19 @@ def build_head(name: str, image: Tensor, labels: Tensor, grid: Grid, device: tor
         shares,
         PotentialFlow(inside.to(labels.device), working_spacing),
         (window * window * (3.0 - 2.0 * window))[None, None],
-        (reach[0], reach[1], reach[2]),
+        _room(labels),
         volumes,
         (float(image[labels == GREY].mean()), float(image[labels == WHITE].mean())),
     )
+
+
+def _room(labels: Tensor) -> tuple[float, float, float]:
+    """In z the box's bottom, where the neck is cut, stays where it is; in x and y its centre does."""
+    where = torch.nonzero(_is_one_of(labels, INTRACRANIAL)[0, 0])
+    size = torch.tensor(labels.shape[2:], device=where.device)
+    low, high = where.amin(dim=0) / size * 2.0 - 1.0, (where.amax(dim=0) + 1) / size * 2.0 - 1.0
+    x, y, z = (1.0 / torch.maximum(-low, high)).tolist()
+    return x, y, 2.0 / (float(high[2]) + 1.0)
 
 
 def _thinning(grid: Grid) -> list[int]:

