@@ -21,6 +21,7 @@ import torch
 
 from scripts.conditions import Condition, Conditions
 from scripts.errors import BundleError
+from scripts.options import yes_or_no
 
 TRIES = 1000
 
@@ -78,14 +79,15 @@ class Population:
         brain: Mapping[str, float],
         correlation: float,
         intracranial: Mapping[str, float],
-        independent: bool = False,
+        independent: Any = False,
     ) -> None:
         known: dict[str, Condition] = {c.raw: c for c in conditions}
         missing = [name for name in RAW[:-1] if name not in known]
         if missing:
             raise BundleError(f"phantoms need the condition {missing[0]}: the conditions are {', '.join(known)}")
         self.ranges = {name: (known[name].minimum, known[name].maximum) for name in RAW[:-1]}
-        self.male, self.age, self.correlation, self.independent = male, age, correlation, independent
+        self.independent = yes_or_no(independent, "independent")
+        self.male, self.age, self.correlation = male, age, correlation
         self.ventricles, self.brain, self.intracranial = ventricles, brain, intracranial
 
     def settings(self) -> dict[str, Any]:
@@ -108,7 +110,9 @@ class Population:
             drawn = self._independent(generator, fixed) if self.independent else self._joint(generator, fixed)
             if self._is_inside(drawn, fixed):
                 return replace(drawn, **{name: value for name, value in fixed.items() if name in RAW})
-        raise BundleError("the population of phantoms lies outside the ranges of the conditions: see configs/phantoms.yaml")
+        raise BundleError(
+            "the population of phantoms lies outside the ranges of the conditions: see configs/phantoms.yaml"
+        )
 
     def _independent(self, generator: torch.Generator, fixed: Mapping[str, float]) -> Covariates:
         uniform = torch.rand(4, generator=generator, dtype=torch.float64).tolist()

@@ -208,9 +208,7 @@ class Phantoms:
         fit = min(1.0, *(0.97 * room / s for room, s in zip(head.room, (x, y, z))))
         return Pose((x * fit, y * fit, z * fit), anatomy.angles)
 
-    def _phantom(
-        self, wanted: Covariates, anatomy: Anatomy, shape: Shape, looks: Looks, attempt: int
-    ) -> Phantom:
+    def _phantom(self, wanted: Covariates, anatomy: Anatomy, shape: Shape, looks: Looks, attempt: int) -> Phantom:
         head = self.heads[anatomy.head]
         contrast = 1.0 - self.ageing["contrast"] * (wanted.age_years - self.ageing["head_age"])
         image = scanned(aged(sample(head.images, shape.positions), head.levels, contrast), looks)
