@@ -185,10 +185,16 @@ def deform(head: SeedHead, target: Target, pose: Pose, random: Tensor) -> Shape:
     start = course.measures(course.displacement)
     for stage in range(1, stages):
         course.displacement = _advanced(course, course.part_way(start, stage / stages))
-    shape = _finished(course, stages)
-    if shape.least_jacobian <= 0.0:
-        raise BundleError(f"the map of {head.name} folds on the way to {_words(target)}: ask for less extreme volumes")
-    return shape
+        _unfolded(course, course.displacement)
+    return _finished(course, stages)
+
+
+def _unfolded(course: _Course, displacement: Tensor) -> float:
+    """The smallest Jacobian determinant, which must be above 0."""
+    least = least_jacobian(displacement)
+    if least <= 0.0:
+        raise BundleError(f"the map of {course.head.name} folds on the way to {_words(course.target)}")
+    return least
 
 
 def _check(head: SeedHead, target: Target, pose: Pose) -> None:
@@ -265,7 +271,11 @@ def _advanced(course: _Course, wanted: Tensor) -> Tensor:
 def _finished(course: _Course, stages: int) -> Shape:
     last = _LastStage(course, stages)
     near, response = _solved(last.roughly, course, last.response, torch.zeros(3, dtype=torch.float64), NEAR)
-    _solved(last.exactly, course, response, near, EXACT)
+    voxels = course.ventricles / abs(math.prod(course.head.grid.spacing))
+    exact = EXACT.clone()
+    exact[0] = max(float(exact[0]), 1.0 / voxels)
+    _unfolded(course, last.displacement)
+    _solved(last.exactly, course, response, near, exact)
     return last.shape
 
 
@@ -317,5 +327,5 @@ def _at_full_size(course: _Course, displacement: Tensor, stages: int) -> Shape:
     positions = course.pose.positions(_extent(head), head.grid.shape, displacement.device)
     positions = positions + sample(displacement, positions)
     labels = sample(head.labels, positions, "nearest")
-    least = least_jacobian(displacement)
+    least = _unfolded(course, displacement)
     return Shape(displacement, labels, positions, count_volumes(labels, head.grid), least, stages)

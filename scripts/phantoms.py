@@ -34,7 +34,8 @@ from scripts.phantom_shapes import Pose, Shape, Target, deform
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5
+ATTEMPTS = 4
+DRAWS = 50
 COVARIATES, ANATOMY, LOOKS = range(3)
 
 
@@ -47,7 +48,7 @@ class Phantom:
         labels: (1, X, Y, Z) uint8, values of `scripts.phantom_heads.LABELS`.
         measured: covariates, the volumes counted on `labels`.
         requested: covariates that were asked for.
-        facts: how it was made: seed head, flip, attempt, smallest Jacobian determinant, other volumes.
+        facts: how it was made: seed head, flip, smallest Jacobian determinant, how often it was tried.
     """
 
     image: Tensor
@@ -149,15 +150,15 @@ class Phantoms:
             "grid": {"shape": list(self.grid.shape), "affine": self.grid.affine.tolist()},
         }
 
-    def covariates(self, seed: int, number: int, fixed: Mapping[str, float] | None = None) -> Covariates:
-        """What a phantom is asked to be; `fixed` holds what is not drawn, by raw name."""
-        return self.population.draw(stream(seed, number, COVARIATES), fixed)
+    def covariates(self, seed: int, number: int, fixed: Mapping[str, float] | None = None, draw: int = 0) -> Covariates:
+        """What a phantom is asked to be; `fixed` holds what is not drawn, by raw name, and `draw` counts the draws."""
+        return self.population.draw(stream(seed, number, COVARIATES, draw), fixed)
 
     def make(self, seed: int, number: int, fixed: Mapping[str, float] | None = None) -> Phantom:
         """One phantom.
 
         If one draw of head and deformation cannot take the volumes, others are tried, each deformed half as much at
-        random as the one before.
+        random as the one before. If none can, the covariates that are not fixed are drawn again.
 
         Args:
             seed, number: which one.
@@ -166,18 +167,22 @@ class Phantoms:
         Raises:
             BundleError: if no seed head can be given these volumes.
         """
-        wanted = self.covariates(seed, number, fixed)
-        for attempt in range(ATTEMPTS):
-            anatomy = self._draw_anatomy(stream(seed, number, ANATOMY, attempt), 0.5**attempt)
-            try:
-                shape = self._shape(wanted, anatomy)
-            except BundleError as error:
-                logger.info(f"phantom {number}, attempt {attempt + 1}: {error}")
-                failure = error
-            else:
-                looks = self._draw_looks(stream(seed, number, LOOKS))
-                return self._phantom(wanted, anatomy, shape, looks, attempt)
+        failure = None
+        for draw in range(1 if {"ventricular_vol_mm3", "brain_vol_mm3"} <= set(fixed or {}) else DRAWS):
+            wanted = self.covariates(seed, number, fixed, draw)
+            for attempt in range(ATTEMPTS):
+                try:
+                    return self._attempt(wanted, seed, number, draw, attempt)
+                except BundleError as error:
+                    logger.info(f"phantom {number}, draw {draw + 1}, attempt {attempt + 1}: {error}")
+                    failure = error
         raise BundleError(f"phantom {number} of seed {seed} cannot be made: {failure}")
+
+    def _attempt(self, wanted: Covariates, seed: int, number: int, draw: int, attempt: int) -> Phantom:
+        anatomy = self._draw_anatomy(stream(seed, number, ANATOMY, draw, attempt), 0.5**attempt)
+        shape = self._shape(wanted, anatomy)
+        looks = self._draw_looks(stream(seed, number, LOOKS))
+        return self._phantom(wanted, anatomy, shape, looks, {"redrawn": draw, "attempt": attempt})
 
     def _draw_anatomy(self, generator: torch.Generator, calm: float) -> Anatomy:
         head = int(torch.randint(len(self.heads), (1,), generator=generator))
@@ -208,7 +213,9 @@ class Phantoms:
         fit = min(1.0, *(0.97 * room / s for room, s in zip(head.room, (x, y, z))))
         return Pose((x * fit, y * fit, z * fit), anatomy.angles)
 
-    def _phantom(self, wanted: Covariates, anatomy: Anatomy, shape: Shape, looks: Looks, attempt: int) -> Phantom:
+    def _phantom(
+        self, wanted: Covariates, anatomy: Anatomy, shape: Shape, looks: Looks, tries: Mapping[str, int]
+    ) -> Phantom:
         head = self.heads[anatomy.head]
         contrast = 1.0 - self.ageing["contrast"] * (wanted.age_years - self.ageing["head_age"])
         image = scanned(aged(sample(head.images, shape.positions), head.levels, contrast), looks)
@@ -229,7 +236,7 @@ class Phantoms:
             "white_mm3": volumes.white,
             "least_jacobian": round(shape.least_jacobian, 4),
             "stages": shape.stages,
-            "attempt": attempt,
+            **tries,
         }
         return Phantom(image[0].cpu(), labels[0].cpu(), measured, wanted, facts)
 
