@@ -186,8 +186,13 @@ def build_head(name: str, image: Tensor, labels: Tensor, grid: Grid, device: tor
         (window * window * (3.0 - 2.0 * window))[None, None],
         _room(labels),
         volumes,
-        (float(image[labels == GREY].mean()), float(image[labels == WHITE].mean())),
+        (_level(image[labels == GREY]), _level(image[labels == WHITE])),
     )
+
+
+def _level(values: Tensor) -> float:
+    """The mean to six places, which does not depend on the number of threads."""
+    return round(float(values.double().mean()), 6)
 
 
 def _room(labels: Tensor) -> tuple[float, float, float]:

@@ -33,8 +33,10 @@ from torch import Tensor
 from scripts.deformation import box_grid, compose, exponential, least_jacobian, sample, warp
 from scripts.errors import BundleError
 from scripts.phantom_heads import SeedHead, Volumes, count_volumes
+from scripts.potential_flow import total
 
 THIRD_AND_FOURTH = 0.5
+LEAST_FLUID = 0.05
 STAGE_GROWTH = math.log(1.8)
 STAGE_FLUID = math.log(1.4)
 NEAR = torch.tensor([0.03, 0.005, 0.02], dtype=torch.float64)
@@ -199,10 +201,10 @@ def _unfolded(course: _Course, displacement: Tensor) -> float:
 
 def _check(head: SeedHead, target: Target, pose: Pose) -> None:
     left = 1.0 - target.brain_fraction - target.ventricles / (pose.growth * head.volumes.intracranial)
-    if left < 0.02:
+    if left < LEAST_FLUID:
         raise BundleError(
             f"{_words(target)} do not fit into a skull of {pose.growth * head.volumes.intracranial / 1e3:.0f} mL: "
-            f"{left:.1%} of it would be left for the fluid around the brain, at least 2% are needed"
+            f"{left:.1%} of it would be left for the fluid around the brain, at least {LEAST_FLUID:.0%} are needed"
         )
 
 
@@ -222,7 +224,7 @@ def _stages(course: _Course) -> int:
 
 def _sums(head: SeedHead, values: Tensor) -> list[float]:
     voxel = math.prod(head.flow.spacing)
-    return [float(total) * voxel for total in values.double().sum(dim=(-3, -2, -1)).flatten()]
+    return [float(sum_of) * voxel for sum_of in total(values.double()).flatten()]
 
 
 def _in_box(velocity: Tensor, head: SeedHead) -> Tensor:
@@ -240,8 +242,8 @@ def _rates(head: SeedHead, shares: Tensor) -> Tensor:
     lateral, inner, outer, grey, white = shares[0] * head.flow.inside
     growing = lateral + THIRD_AND_FOURTH * inner
     brain = grey + white
-    flows = [growing / lateral.sum() - outer * (growing.sum() / lateral.sum() / outer.sum())]
-    flows += [brain / brain.sum() - outer / outer.sum(), grey / grey.sum() - white / white.sum()]
+    flows = [growing / total(lateral) - outer * (total(growing) / total(lateral) / total(outer))]
+    flows += [brain / total(brain) - outer / total(outer), grey / total(grey) - white / total(white)]
     return torch.stack(flows) / math.prod(head.flow.spacing)
 
 

@@ -58,7 +58,7 @@ class PotentialFlow:
             (N, 3, X, Y, Z), mm a unit of time; 0 outside the region.
         """
         rates = rates * self.inside
-        rates = rates - self.inside * (rates.sum(dim=(1, 2, 3), keepdim=True) / self.inside.sum())
+        rates = rates - self.inside * (total(rates)[:, None, None, None] / self.inside.sum())
         potential = self._potential(rates)
         return torch.stack([self._along(potential, axis) for axis in range(3)], dim=1)
 
@@ -105,4 +105,9 @@ def _pairs(values: Tensor, axis: int) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(dim=(1, 2, 3), keepdim=True)
+    return total(a * b)[:, None, None, None]
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over the last three axes, one after the other: so the result does not depend on the number of threads."""
+    return values.sum(dim=-1).sum(dim=-1).sum(dim=-1)
