@@ -217,7 +217,7 @@ def contact_sheet(dataset_dir: str | os.PathLike, path: str | os.PathLike | None
     if path is None:
         return
     rows = read_table(Path(dataset_dir) / TABLE, ["path"])
-    tiles = [mid_planes(read_volume(Path(dataset_dir) / row["path"]), 160) for row in rows]
+    tiles = [mid_planes(read_volume(Path(dataset_dir) / row["path"]), 144) for row in rows]
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     sheet = np.concatenate([np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)])
     with replacing(path) as temporary:

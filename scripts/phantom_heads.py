@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +108,24 @@ def count_volumes(labels: Tensor, grid: Grid) -> Volumes:
     voxel = abs(float(np.prod(grid.spacing)))
     wanted = (counts[VENTRICLES], counts[GREY], counts[WHITE], sum(counts[i] for i in INTRACRANIAL))
     return Volumes(*(voxel * n for n in wanted))
+
+
+def load_heads(
+    grid: Grid,
+    dataset_dir: str | Path,
+    labels_dir: str | Path,
+    names: Sequence[str] | str | None = None,
+    device: torch.device | str = "cpu",
+) -> list[SeedHead]:
+    """The seed heads of the given names, or all that have label maps; see `load_head`.
+
+    Raises:
+        BundleError: if there is none, or one cannot be loaded.
+    """
+    wanted = head_names(labels_dir) if names is None else [names] if isinstance(names, str) else list(names)
+    if not wanted:
+        raise BundleError(f"there are no label maps of seed heads in {labels_dir}")
+    return [load_head(name, dataset_dir, labels_dir, grid, device) for name in wanted]
 
 
 def load_head(

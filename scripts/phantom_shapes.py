@@ -147,8 +147,8 @@ class _Course:
 
     def of_volumes(self, ventricles: float, grey: float, white: float) -> Tensor:
         """The three measures from volumes in mm3 in the head's own size."""
-        fraction = (grey + white) / self.head.volumes.intracranial
-        return torch.tensor([ventricles / self.ventricles, fraction, math.log(grey / white)], dtype=torch.float64)
+        fraction, ratio = (grey + white) / self.head.volumes.intracranial, max(grey, 1.0) / max(white, 1.0)
+        return torch.tensor([ventricles / self.ventricles, fraction, math.log(ratio)], dtype=torch.float64)
 
     @property
     def ventricles(self) -> float:
@@ -253,10 +253,8 @@ def _response(course: _Course, shares: Tensor, rates: Tensor) -> Tensor:
     Under a flow with divergence f, the volume of a tissue with shares p grows at the rate of the integral of p f.
     """
     _, _, _, grey, white = _sums(course.head, shares)
-    growth = (
-        torch.tensor([_sums(course.head, shares * rate)[i] for rate in rates for i in (0, 3, 4)]).double().view(3, 3)
-    )
-    v, g, w = growth.unbind(dim=1)
+    growth = torch.tensor([_sums(course.head, shares * rate) for rate in rates], dtype=torch.float64)
+    v, g, w = growth[:, 0], growth[:, 3], growth[:, 4]
     return torch.stack([v / course.ventricles, (g + w) / course.head.volumes.intracranial, g / grey - w / white])
 
 
@@ -314,12 +312,14 @@ def _solved(
         error = course.wanted - found
         if bool((error.abs() < tolerance).all()):
             return strengths, response
-        step = torch.linalg.solve(response, torch.clamp(error, -LARGEST, LARGEST))
+        step, singular = torch.linalg.solve_ex(response, torch.clamp(error, -LARGEST, LARGEST))
+        if bool(singular) or not bool(step.abs().amax() < course.head.volumes.intracranial):
+            break
         strengths = strengths + step
         before, found = found, measure(strengths)
         response = response + torch.outer(found - before - response @ step, step) / (step @ step)
     raise BundleError(
-        f"{course.head.name} cannot be deformed to {_words(course.target)}: after {STEPS} steps it has "
+        f"{course.head.name} cannot be deformed to {_words(course.target)}: the last try has "
         f"{float(found[0]) * course.target.ventricles / 1e3:.1f} mL and {float(found[1]):.1%}"
     )
 

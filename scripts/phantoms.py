@@ -17,7 +17,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,8 @@ from torch import Tensor
 
 from scripts.deformation import cosine_field, sample, smooth_coefficients
 from scripts.errors import BundleError
-from scripts.grid import Grid
 from scripts.phantom_covariates import Covariates, Population
-from scripts.phantom_heads import SeedHead, head_names, load_head
+from scripts.phantom_heads import SeedHead
 from scripts.phantom_looks import Looks, aged, draw_looks, scanned
 from scripts.phantom_shapes import Pose, Shape, Target, deform
 
@@ -81,62 +79,30 @@ class Phantoms:
     """Maker of phantoms: number n of seed s depends on s, n and the settings alone.
 
     Args:
-        grid: where they lie.
+        heads: the seed heads, all on one grid, where the phantoms lie too.
         population: draws the covariates that are not asked for.
-        heads_dir: the prepared example heads, from `make example-data`.
-        labels_dir: their label maps.
-        heads: names of those to use; None takes all that have label maps.
         reference_intracranial_mm3: of the head to whose size the brain is normalised.
         anatomy: `amplitude` (mm) and `wavelength` (mm) of the random deformation, `stretch` (of the head along each
             axis, relative) and `tilt` (degrees): standard deviations.
         ageing: `head_age` of the seed heads in years; `grey_over_white` and `contrast`, what each of these loses in a
             year, relative.
         looks: see `scripts.phantom_looks.draw_looks`, and the `wavelength` of the bias field in mm.
-        device: where to compute.
-
-    Raises:
-        BundleError: if a seed head is not known or its scan is not there.
     """
 
     def __init__(
         self,
-        grid: Grid,
+        heads: Sequence[SeedHead],
         population: Population,
-        heads_dir: str | Path,
-        labels_dir: str | Path,
-        heads: Sequence[str] | str | None,
         reference_intracranial_mm3: float,
         anatomy: Mapping[str, float],
         ageing: Mapping[str, float],
         looks: Mapping[str, float],
-        device: torch.device | str = "cpu",
     ) -> None:
-        names = head_names(labels_dir) if heads is None else [heads] if isinstance(heads, str) else list(heads)
-        if not names:
-            raise BundleError(f"there are no label maps of seed heads in {labels_dir}")
-        self.heads = [load_head(name, heads_dir, labels_dir, grid, device) for name in names]
-        self._set(grid, population, reference_intracranial_mm3, anatomy, ageing, looks)
-
-    @classmethod
-    def of_heads(cls, heads: Sequence[SeedHead], *settings: Any) -> Phantoms:
-        """A maker from seed heads that are loaded; `settings` are population, reference and what follows it."""
-        maker = cls.__new__(cls)
-        maker.heads = list(heads)
-        maker._set(heads[0].grid, *settings)
-        return maker
-
-    def _set(
-        self,
-        grid: Grid,
-        population: Population,
-        reference: float,
-        anatomy: Mapping[str, float],
-        ageing: Mapping[str, float],
-        looks: Mapping[str, float],
-    ) -> None:
-        self.grid, self.population, self.reference = grid, population, float(reference)
+        self.heads, self.population = list(heads), population
+        self.reference = float(reference_intracranial_mm3)
         self.anatomy, self.ageing, self.looks = anatomy, ageing, looks
-        self.extent = [n * abs(s) for n, s in zip(grid.shape, grid.spacing)]
+        self.grid = self.heads[0].grid
+        self.extent = [n * abs(s) for n, s in zip(self.grid.shape, self.grid.spacing)]
 
     def settings(self) -> dict[str, Any]:
         """What besides seed and number decides how a phantom comes out, as plain data."""

@@ -59,10 +59,10 @@ def head() -> SeedHead:
 
 
 def maker(conditions: Conditions, *heads: SeedHead, **options: Any) -> Phantoms:
-    """Phantoms of synthetic heads with the settings of the configuration, the random deformation apart."""
+    """Phantoms of synthetic heads with the settings of the configuration."""
     population = Population(conditions, **{**CONFIG["population"], **options})
     settings = (CONFIG["anatomy"], CONFIG["ageing"], CONFIG["looks"])
-    return Phantoms.of_heads(heads, population, CONFIG["reference_intracranial_mm3"], *settings)
+    return Phantoms(heads, population, CONFIG["reference_intracranial_mm3"], *settings)
 
 
 def reached(head: SeedHead, ventricles: float, brain: float, random: float = 0.0, scale: float = 1.0) -> Shape:
