@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from scripts.distributed import all_means, bare
 from scripts.errors import BundleError
+from scripts.grid import Grid
 from scripts.optimisation import Batch, Optimisation
-from scripts.options import whole_number
+from scripts.options import number, whole_number
 from scripts.perceptual import SlicePerceptualLoss
 from scripts.precision import autocast
 
@@ -193,6 +194,21 @@ def perceptual_loss(path: str, weight: float, fake_3d_ratio: float, device: torc
     return None if _weight("perceptual", weight) == 0.0 else SlicePerceptualLoss(path, fake_3d_ratio).to(device)
 
 
+def check_patch(patch_shape: Any, grid: Grid) -> None:
+    """Refuse a shape of crops that is none.
+
+    Raises:
+        BundleError: unless it is three whole numbers, each from 1 to the grid's side.
+    """
+    sides = patch_shape if isinstance(patch_shape, Sequence) and not isinstance(patch_shape, str) else [patch_shape]
+    fits = [isinstance(side, int) and 1 <= side <= most for side, most in zip(sides, grid.shape)]
+    if len(sides) != 3 or not all(fits):
+        most = list(grid.shape)
+        raise BundleError(
+            f'--patch_shape must be three whole numbers up to {most}, such as "[64,64,64]", not {patch_shape}'
+        )
+
+
 def autoencoder_to_train(network: nn.Module, initial_log_variance: float | None = None) -> nn.Module:
     """An `AutoencoderKL` whose posterior starts out narrow, where a log-variance is given.
 
@@ -204,5 +220,6 @@ def autoencoder_to_train(network: nn.Module, initial_log_variance: float | None 
         initial_log_variance: bias of the log-variance at the start, such as -8; None leaves it alone.
     """
     if initial_log_variance is not None:
-        nn.init.constant_(network.quant_conv_log_sigma.conv.bias, initial_log_variance)  # type: ignore[union-attr, arg-type]
+        start = number(initial_log_variance, "initial_log_variance")
+        nn.init.constant_(network.quant_conv_log_sigma.conv.bias, start)  # type: ignore[union-attr, arg-type]
     return network

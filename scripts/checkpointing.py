@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -22,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from ignite.engine import Engine, Events
@@ -31,12 +32,14 @@ from scripts import distributed
 from scripts.atomic import make_folder, replacing
 from scripts.errors import BundleError
 from scripts.options import whole_number
+from scripts.repeatable import Stream
 from scripts.workflow import current_config
 
 logger = logging.getLogger(__name__)
 
 PATTERN = "checkpoint_iteration={}.pt"
-BEST = "best.pt"
+BEST, LOCK = "best.pt", ".lock"
+WORDS = {"samples": "samples in the dataset", "batch": "samples in a batch of all processes"}
 SOURCES = Path(__file__).resolve().parent
 
 
@@ -54,11 +57,12 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, keep: Any = 2) -> None:
         self.folder = Path(str(folder))
         self.keep = whole_number(keep, "keep_checkpoints", least=1)
+        self._lock: TextIO | None = None
 
     def paths(self) -> list[Path]:
         """All of them, oldest first."""
-        found = self.folder.glob(PATTERN.format("*"))
-        return sorted(found, key=lambda path: int(path.stem.split("=")[1]))
+        found = [path for path in self.folder.glob(PATTERN.format("*")) if path.stem.split("=")[1].isdecimal()]
+        return sorted(found, key=iteration_of)
 
     @cached_property
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
@@ -67,12 +71,40 @@ class Checkpoints:
         return None if path is None else (path, _read(path))
 
     def _newest_whole(self) -> Path | None:
-        for path in reversed(self.paths()):
+        paths = self.paths()
+        for path in reversed(paths):
             reason = why_damaged(path)
             if reason is None:
                 return path
-            logger.warning(f"{path} is damaged ({reason}): going back to the checkpoint before it")
+            logger.warning(f"{path} is damaged ({reason})" + ": going back to the one before it" * (path != paths[0]))
+        if paths:
+            raise BundleError(
+                f"no checkpoint in {self.folder} is whole: remove them to train anew, or give another --run_dir"
+            )
         return None
+
+    def lock(self) -> None:
+        """Keep other trainings out of the folder, until `unlock`, and clear away what a killed one left.
+
+        Raises:
+            BundleError: if another training is at work there.
+        """
+        self._lock = open(make_folder(self.folder) / LOCK, "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.unlock()
+            raise BundleError(
+                f"another training is at work in {self.folder}: give this one its own --run_dir"
+            ) from error
+        for left in self.folder.glob(".*-*.pt"):
+            left.unlink(missing_ok=True)
+
+    def unlock(self) -> None:
+        """Let others in again."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def write(self, content: Mapping[str, Any], iteration: int) -> Path:
         """Write one, flush it to the disk, give it its name, and only then remove the oldest.
@@ -82,19 +114,28 @@ class Checkpoints:
         """
         path = make_folder(self.folder) / PATTERN.format(iteration)
         save(content, path)
-        for old in [p for p in self.paths() if p != path][: -self.keep + 1 or None]:
-            old.unlink()
+        older = [old for old in self.paths() if iteration_of(old) < iteration]
+        for old in older[: -self.keep + 1 or None]:
+            old.unlink(missing_ok=True)
         return path
 
 
+def iteration_of(path: Path) -> int:
+    """The number in the name of a checkpoint."""
+    return int(path.stem.split("=")[1])
+
+
 def why_damaged(path: Path) -> str | None:
-    """What is wrong with a file of `torch.save`, by its checksums; None for nothing."""
+    """What is wrong with a file of `torch.save`, by its checksums and by reading it; None for nothing."""
     try:
         with zipfile.ZipFile(path) as file:
             bad = file.testzip()
-        return None if bad is None else f"wrong checksum of {bad}"
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        return str(error)
+        if bad is not None:
+            return f"wrong checksum of {bad}"
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # damaged bytes can fail anywhere in both readers
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
 
 
 def save(content: Mapping[str, Any], path: Path) -> None:
@@ -142,18 +183,35 @@ def _new_seed() -> int:
 
 
 class Progress:
-    """How far a trainer is, as plain data for a checkpoint."""
+    """How far a trainer is, as plain data for a checkpoint.
+
+    Args:
+        engine: the trainer.
+        seed: that all random numbers follow from.
+    """
 
     def __init__(self, engine: Engine, seed: int) -> None:
         self.engine, self.seed = engine, seed
 
-    def state_dict(self) -> dict[str, int]:
-        """Epochs and iterations that are done, and the seed that all random numbers follow from."""
-        state = self.engine.state
-        return {"epoch": state.iteration // state.epoch_length, "iteration": state.iteration, "seed": self.seed}
+    def state_dict(self) -> dict[str, Any]:
+        """Epochs and iterations that are done, the seed, and of what the stream of samples is made."""
+        done = self.engine.state.iteration
+        return {"epoch": done // self.engine.state.epoch_length, "iteration": done, "seed": self.seed, **self._stream()}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def _stream(self) -> dict[str, int]:
+        stream = getattr(getattr(self.engine, "data_loader", None), "batch_sampler", None)
+        if not isinstance(stream, Stream):
+            return {}
+        return {"samples": stream.size, "batch": stream.batch_size * distributed.world_size()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the engine go on from there, in the middle of an epoch if need be."""
+        for name, now in self._stream().items():
+            if state.get(name, now) != now:
+                logger.warning(
+                    f"going on with {now} {WORDS[name]}, which were {state[name]}: iterations keep their count, and "
+                    "the order of the samples is another one from here"
+                )
         self.engine.state.iteration = state["iteration"]
         self.engine.state.epoch = state["iteration"] // self.engine.state.epoch_length
 
@@ -191,8 +249,11 @@ class Resume:
         for name, thing in {**self.objects, "trainer": Progress(engine, self.seed)}.items():
             _restore(thing, name, content, path)
         del self.checkpoints.newest  # and with it the copy in memory
-        done = f"{engine.state.iteration} of {engine.state.max_epochs * engine.state.epoch_length} iterations"
-        logger.info(f"resumed {path}: {done} are done")
+        total = engine.state.max_epochs * engine.state.epoch_length
+        logger.info(f"resumed {path}: {engine.state.iteration} of {total} iterations are done")
+        if engine.state.iteration >= total:
+            logger.warning("there is nothing left to train: --max_epochs above the epochs that are done goes on")
+        engine.state.best = content["trainer"].get("best", -math.inf)
         _say_what_changed(content.get("config", "{}"))
 
 
@@ -273,23 +334,24 @@ class SaveCheckpoints:
     def attach(self, engine: Engine) -> None:
         """Save while a MONAI trainer runs."""
         engine.add_event_handler(Events.STARTED, self._begin)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._save_if_due)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save_if_best)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._save_within_epoch)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save_after_epoch)
         engine.add_event_handler(Events.COMPLETED, self._finish)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._give_up)
 
     def _begin(self, engine: Engine) -> None:
         if distributed.is_main():
-            make_folder(self.checkpoints.folder)
-        self.best = self._best_so_far()
+            self.checkpoints.lock()
+        self.best = getattr(engine.state, "best", -math.inf)
 
-    def _best_so_far(self) -> float:
-        path = self.checkpoints.folder / BEST
-        if self.metric is None or not path.is_file() or why_damaged(path):
-            return -math.inf
-        return float(_read(path).get("facts", {}).get("best", -math.inf))
+    def _save_within_epoch(self, engine: Engine) -> None:
+        if self.every and engine.state.iteration % self.every == 0 and not ends_epoch(engine):
+            self.save(engine)
 
-    def _save_if_due(self, engine: Engine) -> None:
-        if engine.state.iteration % (self.every or engine.state.epoch_length) == 0 or _is_last(engine):
+    def _save_after_epoch(self, engine: Engine) -> None:
+        # After the validation, so that a training that is killed in it has it again.
+        self._save_if_best(engine)
+        if self.every is None or engine.state.iteration % self.every == 0 or _is_last(engine):
             self.save(engine)
 
     def save(self, engine: Engine) -> None:
@@ -297,7 +359,8 @@ class SaveCheckpoints:
         if not distributed.is_main():
             return
         content = {name: thing.state_dict() for name, thing in self.objects.items()}
-        content |= {"trainer": Progress(engine, self.seed).state_dict(), "config": self.config, "code": self.version}
+        content["trainer"] = {**Progress(engine, self.seed).state_dict(), "best": self.best}
+        content |= {"config": self.config, "code": self.version}
         self.checkpoints.write(content, engine.state.iteration)
 
     def _save_if_best(self, engine: Engine) -> None:
@@ -310,12 +373,22 @@ class SaveCheckpoints:
 
     def _finish(self, engine: Engine) -> None:
         self._ship(self.result, {"iteration": engine.state.iteration})
+        self.checkpoints.unlock()
         logger.info(f"training is done: {self.result}")
+
+    def _give_up(self, engine: Engine, error: BaseException) -> None:
+        self.checkpoints.unlock()
+        raise error
 
     def _ship(self, path: Path, more: Mapping[str, Any]) -> None:
         if distributed.is_main():
             content = {name: self.objects[name].state_dict() for name in self.shipped}
             save({**content, "facts": {**self.objects["facts"].state_dict(), **more}}, path)
+
+
+def ends_epoch(engine: Engine) -> bool:
+    """Whether the iteration that was just done is an epoch's last."""
+    return engine.state.iteration % engine.state.epoch_length == 0
 
 
 def _is_last(engine: Engine) -> bool:

@@ -36,6 +36,7 @@ from scripts.volumes import read_volume
 logger = logging.getLogger(__name__)
 
 TABLE = "participants.tsv"
+LEAST, MOST = -0.5, 1.5  # of intensities that are meant to be 0 to 1
 SPLITS = ("train", "validation", "test")
 
 
@@ -199,6 +200,16 @@ class LoadVolumed(MapTransform):
         return loaded
 
     def _load(self, path: str) -> Tensor:
+        volume = self._on_grid(path)
+        low, high = volume.min().item(), volume.max().item()
+        if low < LEAST or high > MOST:
+            raise BundleError(
+                f"the volume {path} has intensities from {low:.3g} to {high:.3g}, not 0 to 1: prepare it first "
+                "(configs/prepare.yaml)"
+            )
+        return volume
+
+    def _on_grid(self, path: str) -> Tensor:
         if not self.resample:
             return torch.from_numpy(read_volume(path, self.grid.shape))[None]
         volume = MetaTensor(torch.from_numpy(read_volume(path))[None], affine=nib.load(path).affine)  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ import sys
 from types import TracebackType
 
 FROM_A_WORKER = re.compile(r"in DataLoader worker process[\s\S]*^scripts\.errors\.BundleError: (.*)", re.MULTILINE)
+LOST_PEER = re.compile(r"Connection (closed|reset) by peer|ncclRemoteError|NCCL communicator was aborted")
 BUNDLE_COMMAND = "monai/bundle/__main__.py"
 
 
@@ -54,9 +55,11 @@ def _failed_component(error: BaseException | None) -> str | None:
 
 
 def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    known = find_bundle_error(error) or _failed_component(error)
+    known: object = find_bundle_error(error) or _failed_component(error)
     if issubclass(kind, KeyboardInterrupt):
         known = "interrupted: what was finished is kept, and the same command goes on from there"
+    if known is None and LOST_PEER.search(str(error.__cause__ or error)):
+        known = "another process of this training has stopped: its own error says why"
     if known is None:
         sys.__excepthook__(kind, error, traceback)
     else:

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from scripts.distributed import bare, without_sync
 from scripts.errors import BundleError
-from scripts.options import whole_number
+from scripts.options import number, whole_number
 from scripts.precision import half_precision
 
 LEAST_SCALE = 2.0**-10  # float16 gradients that are infinite even when divided by 1000 are so for good
@@ -56,7 +56,7 @@ class Optimisation:
     ) -> None:
         self.network, self.optimizer = network, optimizer
         self.accumulate = whole_number(accumulate, "accumulate", least=1)
-        self.clip_gradients = float(clip_gradients)
+        self.clip_gradients = number(clip_gradients, "clip_gradients", least=0.0)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         scaled = half_precision(amp) is torch.float16
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=scaled)
@@ -77,8 +77,8 @@ class Optimisation:
         self.optimizer.zero_grad(set_to_none=True)
         parts = self._parts(batch)
         means: dict[str, Tensor] = {}
-        for number, part in enumerate(parts, start=1):
-            with without_sync(self.network, number < len(parts)):
+        for place, part in enumerate(parts, start=1):
+            with without_sync(self.network, place < len(parts)):
                 losses = {name: loss / len(parts) for name, loss in losses_of(part).items()}
                 self.scaler.scale(losses["loss"]).backward()
             means = {name: means.get(name, 0.0) + loss.detach() for name, loss in losses.items()}
@@ -105,8 +105,12 @@ class Optimisation:
         return norm.nan_to_num(0.0, 0.0, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of optimiser and scaler."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        """State of optimiser and scaler, and the names of what they optimise."""
+        return {"names": self._names(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def _names(self) -> list[str]:
+        own = {id(parameter) for parameter in self.parameters}
+        return [name for name, parameter in bare(self.network).named_parameters() if id(parameter) in own]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there.
@@ -114,11 +118,13 @@ class Optimisation:
         Raises:
             BundleError: if the checkpoint optimised other parameters.
         """
-        then = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
-        now = [len(group["params"]) for group in self.optimizer.param_groups]
+        then, now = state["names"], self._names()
         if then != now:
-            name = type(bare(self.network)).__name__
-            raise BundleError(f"the checkpoint optimised {sum(then)} tensors of the {name}, now it is {sum(now)}")
+            other = next(iter({*then} ^ {*now}), "their order")
+            raise BundleError(
+                f"the checkpoint optimised {len(then)} tensors of the {type(bare(self.network)).__name__}, now it is "
+                f"{len(now)}, and not the same ({other}): give the --freeze of before, or another --run_dir"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -137,15 +143,13 @@ class LearningRate:
         warm_up: iterations of the rise.
 
     Raises:
-        BundleError: for a rate that is no number above 0, or another `decay`.
+        BundleError: for a rate that is no number, or another `decay`.
     """
 
     def __init__(self, optimizer: Optimizer, lr: Any, decay: str = "constant", warm_up: Any = 0) -> None:
         if decay not in ("constant", "cosine"):
             raise BundleError(f"--lr_decay must be constant or cosine, got '{decay}'")
-        if isinstance(lr, (str, bool)) or not 0.0 < lr < math.inf:
-            raise BundleError(f"a learning rate must be a number above 0, such as 1.0e-4, got '{lr}'")
-        self.optimizer, self.lr, self.decay = optimizer, float(lr), decay
+        self.optimizer, self.lr, self.decay = optimizer, number(lr, "lr"), decay
         self.warm_up = whole_number(warm_up, "lr_warm_up")
 
     def attach(self, engine: Engine) -> None:
@@ -164,4 +168,5 @@ class LearningRate:
             return self.lr * (done + 1) / (self.warm_up + 1)
         if self.decay == "constant":
             return self.lr
-        return self.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done / total)))
+        share = (done - self.warm_up) / max(1, total - self.warm_up)
+        return self.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))

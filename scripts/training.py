@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import signal
 from collections.abc import Mapping
 from types import FrameType
@@ -26,9 +25,10 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from scripts import distributed
-from scripts.checkpointing import Checkpoints, SaveCheckpoints
+from scripts.atomic import make_folder
+from scripts.checkpointing import Checkpoints, SaveCheckpoints, ends_epoch
 from scripts.errors import BundleError
-from scripts.options import yes_or_no
+from scripts.options import is_absent, number, whole_number, yes_or_no
 from scripts.precision import recompute_activations
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class FiniteLosses:
             name, value = next(iter(bad.items()))
             raise BundleError(
                 f"'{name}' is {value} at iteration {engine.state.iteration}, on {_scans(engine)}. "
-                f"{self._way_back()}: look at those scans, lower --lr, or use --amp bf16 in place of fp16"
+                f"{self._way_back()}: look at those scans, lower --lr, or compute in float32 with --amp 0"
             )
 
     def _way_back(self) -> str:
@@ -117,39 +117,41 @@ class StopOnSignal:
 
     def __init__(self, saver: SaveCheckpoints) -> None:
         self.saver = saver
-        self.caught, self.process = 0, 0
+        self.caught = 0
         self.before: dict[int, Any] = {}
 
     def attach(self, engine: Engine) -> None:
         """Listen while a MONAI trainer runs."""
         engine.add_event_handler(Events.STARTED, self.listen)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.within_epoch)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self.stop_listening)
 
     def listen(self) -> None:
         """Take the signals over; only a program's main thread can."""
-        self.process = os.getpid()
         try:
-            self.before = {number: signal.signal(number, self._catch) for number in SIGNALS}
+            self.before = {one: signal.signal(one, self._catch) for one in SIGNALS}
         except ValueError:
             logger.info("not in the main thread: a signal will stop this training without a checkpoint")
 
     def stop_listening(self) -> None:
         """Give the signals back."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for one, handler in self.before.items():
+            signal.signal(one, handler)
         self.before = {}
 
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() == self.process:
-            self.caught = number
-            self.stop_listening()
-        elif number != signal.SIGINT:  # a loading process, which Ctrl-C reaches as well: it ends with its parent
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+    def _catch(self, caught: int, frame: FrameType | None) -> None:
+        # A loading process is forked with this handler. It lets the first signal pass, which is meant for its parent.
+        self.caught = caught
+        self.stop_listening()
+
+    def within_epoch(self, engine: Engine) -> None:
+        """After an iteration: as `__call__`, unless the epoch is over and its validation is still to come."""
+        if not ends_epoch(engine):
+            self(engine)
 
     def __call__(self, engine: Engine) -> None:
-        """After each iteration: go on, or save and stop.
+        """Go on, or save and stop.
 
         Raises:
             BundleError: after the checkpoint was saved.
@@ -180,6 +182,28 @@ def arranged(
     if yes_or_no(channels_last, "channels_last"):
         network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     return network.to(device).train()
+
+
+def check_options(run_dir: str, rates: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+    """Refuse numbers that a training could not use, before anything is built, and make its folder.
+
+    Args:
+        run_dir: where the training writes.
+        rates: learning rates by the names of their flags.
+        whole: flags that are whole numbers: `num_workers` of at least 0, the others of at least 1, or None where
+            they follow from the data.
+
+    Raises:
+        BundleError: naming the flag, or if the folder cannot be written.
+    """
+    for flag, rate in rates.items():
+        if number(rate, flag) <= 0.0:
+            raise BundleError(f"--{flag} must be above 0, got {rate}")
+    for flag, value in whole.items():
+        if not (flag == "epoch_length" and is_absent(value)):
+            whole_number(value, flag, least=0 if flag == "num_workers" else 1)
+    if distributed.is_main():
+        make_folder(run_dir)
 
 
 def seed_networks(seed: int, deterministic: Any = False) -> None:

@@ -19,6 +19,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,9 +27,10 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from scripts.checkpointing import Checkpoints, Resume, SaveCheckpoints, save, training_seed, why_damaged
+from scripts.checkpointing import Checkpoints, Progress, Resume, SaveCheckpoints, save, training_seed, why_damaged
 from scripts.errors import BundleError
-from scripts.training import Facts, FiniteLosses, StopOnSignal
+from scripts.repeatable import Stream
+from scripts.training import Facts, FiniteLosses, StopOnSignal, check_options
 
 
 class Run:
@@ -58,7 +60,7 @@ class Run:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.glob("*.pt") if not path.name.startswith("."))
 
 
 def weight(path: Path) -> float:
@@ -101,7 +103,7 @@ def test_stopped_run_goes_on_in_the_middle_of_an_epoch(stopped: int, tmp_path: P
 def test_checkpoint_says_how_it_came_about(tmp_path: Path) -> None:
     Run(tmp_path, seed=7)()
     content = torch.load(tmp_path / "checkpoint_iteration=12.pt", weights_only=True)
-    assert content["trainer"] == {"epoch": 3, "iteration": 12, "seed": 7}
+    assert content["trainer"] == {"epoch": 3, "iteration": 12, "seed": 7, "best": float("-inf")}
     assert content["code"]["torch"] == torch.__version__.split("+")[0] or content["code"]["torch"] == torch.__version__
     assert len(content["code"]["scripts_sha256"]) == 64
 
@@ -126,10 +128,64 @@ def test_damaged_newest_is_skipped_with_a_warning(harm: str, tmp_path: Path, cap
     assert weight(tmp_path / "final.pt") == 16.0
 
 
-def test_without_any_whole_checkpoint_the_training_starts_anew(tmp_path: Path) -> None:
+def test_without_any_whole_checkpoint_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "checkpoint_iteration=8.pt").write_bytes(b"cut")
+    with pytest.raises(BundleError, match="no checkpoint in .* is whole: remove them"):
+        Run(tmp_path)
+    (tmp_path / "checkpoint_iteration=8.pt").rename(tmp_path / "checkpoint_iteration=final.pt")
     Run(tmp_path)()
     assert weight(tmp_path / "final.pt") == 12.0
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_no_damage_to_the_directory_of_the_file_escapes(at: int, tmp_path: Path) -> None:
+    """One flipped bit in the last part of the file, where the names and sizes of its records stand."""
+    save({"network": {"weight": torch.ones(3)}}, tmp_path / "x.pt")
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    content[-200 + 16 * at] ^= 1 << (at % 8)
+    (tmp_path / "x.pt").write_bytes(content)
+    reason = why_damaged(tmp_path / "x.pt")
+    if reason is None:  # it was a bit that says nothing of the content, such as the time
+        assert torch.load(tmp_path / "x.pt", weights_only=True)["network"]["weight"].tolist() == [1.0] * 3
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.checkpoints.lock()
+    with pytest.raises(BundleError, match="another training is at work"):
+        Run(tmp_path)()
+    run.checkpoints.unlock()
+    Run(tmp_path)()
+
+
+def test_what_a_killed_training_left_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / ".123-checkpoint_iteration=4.pt").write_bytes(b"half")
+    Run(tmp_path)()
+    assert not list(tmp_path.glob(".*.pt"))
+
+
+def test_validation_that_was_interrupted_is_had_again(tmp_path: Path) -> None:
+    """The checkpoint of an epoch is from after its validation; the best of an earlier training in the folder is not."""
+    save({"facts": {"best": 99.0}}, tmp_path / "best.pt")
+    measured: list[int] = []
+
+    def attach(run: Run, fails: bool) -> None:
+        @run.engine.on(Events.EPOCH_COMPLETED)
+        def measure(engine: Engine) -> None:
+            if fails and engine.state.epoch == 2:
+                raise KeyboardInterrupt
+            measured.append(engine.state.iteration)
+            engine.state.metrics["psnr"] = float(engine.state.iteration)
+
+    first = Run(tmp_path, metric="psnr")
+    attach(first, fails=True)
+    with pytest.raises(KeyboardInterrupt):
+        first()
+    assert weight(tmp_path / "best.pt") == 4.0
+    second = Run(tmp_path, metric="psnr")
+    attach(second, fails=False)
+    second()
+    assert measured == [4, 8, 12] and weight(tmp_path / "best.pt") == 12.0
 
 
 def test_whole_files_pass(tmp_path: Path) -> None:
@@ -219,17 +275,52 @@ def test_signal_saves_and_stops(number: signal.Signals, tmp_path: Path) -> None:
     assert weight(tmp_path / "final.pt") == 12.0
 
 
-def test_loading_processes_can_still_be_ended(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    stopper = StopOnSignal(run.saver)
+def test_loading_processes_outlive_the_first_signal_only(tmp_path: Path) -> None:
+    """It reaches all processes of a group, and the training still needs its batches for the iteration it is in."""
+    stopper = StopOnSignal(Run(tmp_path).saver)
     stopper.listen()
     child = os.fork()
     if child == 0:
+        while not stopper.caught:
+            time.sleep(0.01)
+        (tmp_path / "lives").touch()
         time.sleep(60.0)
         os._exit(3)
     stopper.stop_listening()
     os.kill(child, signal.SIGTERM)
+    while not (tmp_path / "lives").exists():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_order_of_the_data_that_changes_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def progress(size: int) -> Progress:
+        loader = SimpleNamespace(batch_sampler=Stream(range(size), 2, seed=1))
+        state = SimpleNamespace(iteration=4, epoch=2, epoch_length=2)
+        return Progress(SimpleNamespace(state=state, data_loader=loader), 1)  # type: ignore[arg-type]
+
+    saved = progress(5).state_dict()
+    assert saved["samples"] == 5 and saved["batch"] == 2
+    progress(5).load_state_dict(saved)
+    assert caplog.text == ""
+    progress(7).load_state_dict(saved)
+    assert "going on with 7 samples in the dataset, which were 5" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("max_epochs", 0), ("max_epochs", "x"), ("max_epochs", 1.5), ("epoch_length", 0), ("epoch_length", -3)]
+    + [("batch_size", 0), ("num_workers", -1), ("num_workers", "x"), ("log_every", 0), ("lr", 0), ("lr", "abc")],
+)
+def test_numbers_that_a_training_cannot_use(flag: str, value: Any, tmp_path: Path) -> None:
+    whole = {"max_epochs": 2, "epoch_length": None, "batch_size": 1, "num_workers": 0, "log_every": 20}
+    check_options(str(tmp_path / "run"), {"lr": 1e-4}, whole)
+    given = ({"lr": value}, whole) if flag == "lr" else ({"lr": 1e-4}, {**whole, flag: value})
+    with pytest.raises(BundleError, match=f"--{flag} must be"):
+        check_options(str(tmp_path / "other"), *given)
+    assert not (tmp_path / "other").exists()
 
 
 def test_loss_that_is_not_finite_names_all_there_is_to_know(tmp_path: Path) -> None:
