@@ -38,6 +38,7 @@ from scripts.metrics.kid import polynomial_mmd
 from scripts.metrics.ms_ssim import WEIGHTS, ms_ssim_metric, scales_that_fit
 from scripts.pairs import random_pairs
 from scripts.reconstruction import Reconstruction
+from scripts.values import Values
 from scripts.volume_folders import VolumeFolder
 
 EVALUATE = "configs/evaluate.yaml"
@@ -274,7 +275,7 @@ def reconstruction(folder: Path, autoencoder: nn.Module) -> Reconstruction:
     """The measure with the metrics of the base."""
     config = ConfigParser(ConfigParser.load_config_file(str(ROOT / BASE)))
     metrics = config.get_parsed_content("reconstruction_metrics")
-    return Reconstruction(VolumeFolder(folder, "reconstruct_dir"), autoencoder, metrics)
+    return Reconstruction(VolumeFolder(folder, "reconstruct_dir"), autoencoder, metrics, Values(folder / "values"))
 
 
 def test_reconstruction_metrics_are_numpy_s_and_scikit_image_s(tmp_path: Path) -> None:
@@ -339,7 +340,8 @@ def test_intensities_outside_0_to_1_are_reported_once(tmp_path: Path, caplog: py
     folder = VolumeFolder(tmp_path, "real_dir")
     assert len([folder[0], folder[1], folder[0]]) == 3
     assert [record.message for record in caplog.records if "ranges from 0 to 200" in record.message] == [
-        f"{tmp_path / 'a.nii.gz'} ranges from 0 to 200: the measures are meant for intensities of 0 to 1"
+        f"{tmp_path / 'a.nii.gz'} ranges from 0 to 200: the measures are meant for intensities of 0 to 1, "
+        "and take these as they are"
     ]
 
 
@@ -374,7 +376,7 @@ def test_bad_volumes_are_refused_and_nothing_is_written(tmp_path: Path, message:
     BAD_FILES[message](folder_of(tmp_path / "volumes", 1) / "zzz.nii.gz")
     with pytest.raises(BundleError, match=message):
         run_here(tmp_path / "output", **{flag: str(tmp_path / "volumes")})
-    assert not list((tmp_path / "output").glob("*"))
+    assert not [path for path in (tmp_path / "output").glob("*") if path.name != "values"]
 
 
 BAD_REQUESTS: dict[str, dict[str, Any]] = {
@@ -487,8 +489,10 @@ def test_evaluate_from_the_command_line(tmp_path: Path, tiny: RunTiny, output_di
     flags = ("--synthetic_dir", synthetic, "--real_dir", real, "--reconstruct_dir", real)
     done = tiny([EVALUATE], *flags, "--autoencoder_path", weights, "--load_old", 0, "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    names = ["evaluation.json", "evaluation.tsv", "reconstruction.png", "reconstruction.tsv"]
-    assert sorted(path.name for path in output_dir.iterdir()) == names
+    reports = [f"evaluation.{suffix}" for suffix in ("html", "json", "tsv")]
+    tables = [f"{name}.tsv" for name in ("real_pairs", "reconstruction", "synthetic_pairs", "synthetic_real_pairs")]
+    names = [*reports, *tables, "reconstruction.png", "table_1.tsv", "values"]
+    assert sorted(path.name for path in output_dir.iterdir()) == sorted(names)
 
     measures = json.loads((output_dir / "evaluation.json").read_text())["measures"]
     pairs = measures["synthetic_pairs"]
