@@ -98,12 +98,23 @@ def _timed(entry: Measured) -> Iterator[None]:
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
     """The bundle's warnings within the block, each once."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: None if record.getMessage() in messages else messages.append(record.getMessage())  # type: ignore[method-assign]
+    handler = _Collector(logging.WARNING)
     bundle = logging.getLogger("scripts")
     bundle.addHandler(handler)
     try:
-        yield messages
+        yield handler.messages
     finally:
         bundle.removeHandler(handler)
+
+
+class _Collector(logging.Handler):
+    """Keeps messages, each once."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record's message."""
+        if record.getMessage() not in self.messages:
+            self.messages.append(record.getMessage())

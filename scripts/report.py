@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -171,15 +170,6 @@ def _bundle_version() -> str:
 
 def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def picture_bytes(result: Result) -> bytes | None:
-    """The picture of a measure as PNG, for paper."""
-    if result.picture is None:
-        return None
-    buffer = io.BytesIO()
-    result.picture.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
 
 
 def _rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:

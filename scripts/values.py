@@ -65,7 +65,7 @@ class Values:
         except OSError as error:
             raise BundleError(f"cannot write {path}: {error.strerror or error}") from error
         if self._known is not None:
-            self._known[what, *files] = tuple(map(float, numbers))
+            self._known[(what, *files)] = tuple(map(float, numbers))
 
     def _prepare(self, path: Path) -> None:
         if not self._ready:

@@ -80,7 +80,9 @@ class CopySearch:
         """Raise a `BundleError` unless the volumes of a folder can be laid on the training volumes."""
         self.training.check_same_grid(folder)
         if min(folder.shape) < WINDOW:
-            raise BundleError(f"--{folder.flag}: volumes of {folder.shape} are smaller than the window of SSIM, {WINDOW}")
+            raise BundleError(
+                f"--{folder.flag}: volumes of {folder.shape} are smaller than the window of SSIM, {WINDOW}"
+            )
 
     def prepare(self, folder: VolumeFolder, chosen: Sequence[int], features: np.ndarray, training: np.ndarray) -> None:
         """Compare what was not compared before, as one of several processes if there are any.

@@ -86,12 +86,12 @@ class Privacy:
     """
 
     says = (
-        "Whether samples are copies: the distance of each to its nearest training volume, against the same distance of "
-        "real volumes of other people. A ratio of about 1 and a close share of about 0.05 are expected without copying."
+        "Whether samples are copies: the distance of each to its nearest training volume, against the same distance "
+        "of real volumes of other people. A ratio of about 1 and a close share of about 0.05 are expected without copying."
     )
     pitfall = (
-        "A blurred or average-looking sample is near to everything, and a copy that was changed can be far: look at the "
-        "closest pairs. A set that passes is not thereby proven private."
+        "A blurred or average-looking sample is near to everything, and a copy that was changed can be far: look at "
+        "the closest pairs. A set that passes is not thereby proven private."
     )
 
     def __init__(
@@ -229,9 +229,7 @@ def _of_distances(name: str, distances: np.ndarray, usual: np.ndarray, seed: int
     }
 
 
-def _of_similarities(
-    name: str, likest: list[Likest], usual: np.ndarray, seed: int
-) -> dict[str, Summary | Estimate]:
+def _of_similarities(name: str, likest: list[Likest], usual: np.ndarray, seed: int) -> dict[str, Summary | Estimate]:
     found = _similarities(likest)
     return {
         f"{name}_ssim_synthetic": summarise(found, np.arange(len(found)), seed),
