@@ -10,10 +10,10 @@
 # limitations under the License.
 """Times the evaluation of two folders, and shows that a run that was killed goes on where it stopped.
 
-Makes volumes out of prepared scans (random affine maps, mirror images, contrast; the synthetic ones are blurred as
-well), evaluates them with the command line, kills the process with SIGKILL when the pairs and half of the
-features are there, runs the same command again, and counts what was not computed a second time. The volumes say nothing of any
-model.
+Makes volumes out of prepared scans (random affine maps, mirror images, contrast, noise; the synthetic ones are
+blurred as well), evaluates them with the command line, kills the process with SIGKILL when the pairs and half of the
+features are there, runs the same command again, and counts what was not computed a second time. The volumes say
+nothing of any model.
 
     python -m benchmarks.evaluation --dataset dataset --volumes 60 --num_pairs 200
 """

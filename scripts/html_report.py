@@ -35,7 +35,8 @@ th, td { padding: .2em .7em .2em 0; text-align: left; vertical-align: top; borde
 th { border-bottom: 1px solid #333; } td { overflow-wrap: anywhere; } td.number { white-space: nowrap; }
 img { max-width: 100%; height: auto; } figure { margin: 1em 0; break-inside: avoid; }
 figcaption { font-size: .85em; color: #444; }
-.warning { border-left: 4px solid #b00; padding-left: .8em; } .pitfall { border-left: 4px solid #c90; padding-left: .8em; }
+.warning { border-left: 4px solid #b00; padding-left: 1.5em; }
+.pitfall { border-left: 4px solid #c90; padding-left: .8em; }
 @media print { body { margin: 0; max-width: none; font-size: 10pt; } table, img { break-inside: avoid; } }
 """
 HEADER = ("metric", "value", "95 % interval", "spread", "floor or target", "distance to it", "its 95 % interval", "n")
@@ -137,7 +138,8 @@ def _number(value: Any) -> str:
 def _volumes(report: Report) -> str:
     folders = {model or "synthetic": features.folder for model, features in report.samples.sets.items()}
     others = {f.flag: f for e in report.measures.values() for f in e.measure.inputs if isinstance(f, VolumeFolder)}
-    folders.update({REAL: folder for flag, folder in others.items() if flag == "real_dir"})
+    if "real_dir" in others:
+        folders[REAL] = others["real_dir"]
     asked = {label: folder for label, folder in folders.items() if folder.requested}
     if not asked:
         return ""
@@ -151,8 +153,9 @@ def _section(key: str, entry: Measured, result: Result, report: Report) -> str:
     for name, style in (("says", ""), ("pitfall", " class='pitfall'")):
         text = getattr(entry.measure, name, None)
         parts += [f"<p{style}>{escape(text)}</p>"] if text else []
-    parts += [_table(HEADER, [_cells(metric, found) for metric, found in group], f"{_words(key)}, {name}".rstrip(", "))
-              for name, group in _by_network(facts).items()]  # fmt: skip
+    for name, group in _by_network(facts).items():
+        caption = f"{_words(key)}, network {name}" if name else _words(key)
+        parts.append(_table(HEADER, [_cells(metric, found) for metric, found in group], caption))
     if entry.name == "synthetic_pairs":
         parts += [_figure(picture, note) for picture, note in _histograms(entry, result, report)]
     if result.picture is not None:

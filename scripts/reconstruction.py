@@ -86,7 +86,9 @@ class Reconstruction:
         """
         (folder,) = self.inputs
         self._measure(range(len(folder)))
-        rows = [{"volume": folder.name(index), **self._known(index)} for index in range(len(folder))]
+        rows: list[dict[str, Any]] = [
+            {"volume": folder.name(index), **self._known(index)} for index in range(len(folder))
+        ]
         for index in range(min(PICTURED, len(folder))):
             if index not in self._planes:
                 self._reconstruct(index)
@@ -94,7 +96,7 @@ class Reconstruction:
         summaries = {name: summarise(v, np.arange(len(v)), self.seed) for name, v in values.items()}
         facts = {"seed": self.seed, "settings": settings(self.metrics), folder.flag: folder.summary()}
         planes = [plane for _, plane in sorted(self._planes.items())]
-        return Result(dict(summaries), facts, rows, picture([row["volume"] for row in rows], planes))
+        return Result(dict(summaries), facts, rows, picture([row["volume"] for row in rows[:PICTURED]], planes))
 
     @cached_property
     def _identities(self) -> dict[str, str]:

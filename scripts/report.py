@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -110,7 +110,7 @@ class Report:
         entries = self.entries()
         rows = [self._model_row(model, entries) for model in self.samples.sets]
         rows = [row for row in rows if len(row) > 1]
-        real = _similarities(entries.get("real_pairs", {}))
+        real = {**_floors(rows), **_similarities(entries.get("real_pairs", {}))}
         return [*rows, {"model": REAL, **real}] if real or rows else []
 
     def _model_row(self, model: str, entries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -118,6 +118,13 @@ class Report:
         found = {f"fid_{name}": value for name, metric in fid.get("metrics", {}).items() for value in [_value(metric)]}
         volumes = {"volumes": len(self.samples.sets[model].folder)} if found or pairs.get("metrics") else {}
         return {"model": model or "synthetic", **volumes, **found, **_similarities(pairs)}
+
+
+def _floors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What stands for the real volumes in the columns of halves: the floor, where all models have the same."""
+    columns = dict.fromkeys(name for row in rows for name in row if name.startswith("fid_") and name.endswith("_floor"))
+    found = {name: {row.get(name) for row in rows} for name in columns}
+    return {f"{name.removesuffix('_floor')}_halves": floors.pop() for name, floors in found.items() if len(floors) == 1}
 
 
 def _similarities(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -458,7 +458,9 @@ def test_measures_of_features_are_reported_under_their_network(tmp_path: Path) -
         expected = function(features[:5], features[5:])
         assert found["metrics"]["plain"]["value"] == pytest.approx(expected, rel=1e-3, abs=1e-9)
         assert found["networks"] == {"plain": {"network": "plain"}} and found["volumes_per_half"] == 2
-    assert set(measures["privacy"]["metrics"]) == {f"plain_{n}" for n in ("synthetic", "held_out", "ratio", "close")}
+    distances, similarities = ("synthetic", "held_out", "ratio", "close"), ("synthetic", "held_out", "close")
+    expected = {*(f"plain_{name}" for name in distances), *(f"plain_ssim_{name}" for name in similarities)}
+    assert set(measures["privacy"]["metrics"]) == expected
     rows = read(tmp_path / "output" / "privacy.tsv")
     assert len(rows) == 5 and {row["nearest"] for row in rows} <= {f"volume_{n}.nii.gz" for n in range(10, 15)}
     assert len(list((tmp_path / "output" / "features").glob("plain-*/*.npy"))) == 15
@@ -469,7 +471,7 @@ def test_only_the_first_process_reports(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("scripts.evaluation.process_rank", lambda: (1, 2))
     with pytest.raises(FileNotFoundError):
         run_here(tmp_path / "output", **flags)
-    assert [path.name for path in (tmp_path / "output").iterdir()] == ["features"]
+    assert sorted(path.name for path in (tmp_path / "output").iterdir()) == ["features", "values"]
 
 
 def test_medicalnet_needs_its_file(tmp_path: Path) -> None:
@@ -478,7 +480,7 @@ def test_medicalnet_needs_its_file(tmp_path: Path) -> None:
     for path in (None, str(tmp_path / "gone.pth")):
         with pytest.raises(BundleError, match="give --medicalnet_path resnet_50_23dataset.pth from https"):
             run_here(tmp_path / "output", **flags, medicalnet_path=path)
-    assert not list((tmp_path / "output").glob("*"))
+    assert [path.name for path in (tmp_path / "output").glob("*")] == ["values"]
 
 
 def test_evaluate_from_the_command_line(tmp_path: Path, tiny: RunTiny, output_dir: Path) -> None:

@@ -87,7 +87,8 @@ class Privacy:
 
     says = (
         "Whether samples are copies: the distance of each to its nearest training volume, against the same distance "
-        "of real volumes of other people. A ratio of about 1 and a close share of about 0.05 are expected without copying."
+        "of real volumes of other people. A ratio of about 1 and a close share of about 0.05 are expected without "
+        "copying."
     )
     pitfall = (
         "A blurred or average-looking sample is near to everything, and a copy that was changed can be far: look at "
