@@ -35,12 +35,12 @@ import torch
 from monai.bundle import ConfigParser
 from scipy import ndimage
 
-from benchmarks.full_size import CONFIGS
 from scripts.atomic import write_json
 from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.volume_folders import find_volumes
 from scripts.volumes import read_volume, write_volume
+from scripts.workflow import CONFIGS
 
 SIZES = {"demo": ["inference.json", "demo.yaml"], "tiny": ["inference.json", "tiny.yaml"]}
 SETS = {"synthetic": 1, "real": 2, "training": 3}

@@ -459,8 +459,8 @@ def test_measures_of_features_are_reported_under_their_network(tmp_path: Path) -
         assert found["metrics"]["plain"]["value"] == pytest.approx(expected, rel=1e-3, abs=1e-9)
         assert found["networks"] == {"plain": {"network": "plain"}} and found["volumes_per_half"] == 2
     distances, similarities = ("synthetic", "held_out", "ratio", "close"), ("synthetic", "held_out", "close")
-    expected = {*(f"plain_{name}" for name in distances), *(f"plain_ssim_{name}" for name in similarities)}
-    assert set(measures["privacy"]["metrics"]) == expected
+    names = {*(f"plain_{name}" for name in distances), *(f"plain_ssim_{name}" for name in similarities)}
+    assert set(measures["privacy"]["metrics"]) == names
     rows = read(tmp_path / "output" / "privacy.tsv")
     assert len(rows) == 5 and {row["nearest"] for row in rows} <= {f"volume_{n}.nii.gz" for n in range(10, 15)}
     assert len(list((tmp_path / "output" / "features").glob("plain-*/*.npy"))) == 15

@@ -118,7 +118,7 @@ def test_the_page_says_what_the_report_says(two_models: Path) -> None:
             value = f"{found.get('value', found.get('mean')):.4g}"
             assert [key.replace("_", " "), metric, value] in [row[:3] for row in page.rows], (key, metric)
     assert ["reconstruction", "--reconstruct_dir"] in page.rows
-    assert all(["num_pairs", "3"] in page.rows for _ in range(1)) and report["versions"]["torch"] in str(page.rows)
+    assert ["num_pairs", "3"] in page.rows and ["torch", report["versions"]["torch"]] in page.rows
 
 
 def test_figures_of_different_networks_share_no_column(two_models: Path) -> None:
@@ -145,12 +145,14 @@ def test_nothing_is_measured_twice_and_the_report_is_the_same(tmp_path: Path, mo
     save(synthetic / "x.nii.gz", 2 * volume(4))
     given: dict[str, Any] = {"synthetic_dir": str(synthetic), "value_dir": str(tmp_path / "values")}
     with monkeypatch.context() as patch:
-        compare, done = pairs.PairSimilarity._compare, []
+        compare = pairs.PairSimilarity._compare
+        done: list[tuple[int, int]] = []
 
         def interrupted(self: Any, a: int, b: int) -> None:
             if len(done) == 4:
                 raise KeyboardInterrupt
-            done.append(compare(self, a, b))
+            compare(self, a, b)
+            done.append((a, b))
 
         patch.setattr(pairs.PairSimilarity, "_compare", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -163,9 +165,6 @@ def test_nothing_is_measured_twice_and_the_report_is_the_same(tmp_path: Path, mo
     assert run_here(tmp_path / "third", **given) == finished
     report = json.loads((tmp_path / "third" / "evaluation.json").read_text())
     assert any("ranges from 0 to 2" in line for line in report["warnings"])
-    assert run_here(tmp_path / "fresh", synthetic_dir=str(synthetic) + "/") | {"synthetic_pairs": 0} == (
-        finished | {"synthetic_pairs": 0}
-    )
 
 
 def test_processes_share_the_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

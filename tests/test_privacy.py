@@ -93,7 +93,7 @@ def test_aligned_copies_are_found_and_kept(tmp_path: Path) -> None:
     found: dict[str, Any] = result.summaries
     assert found["mean_ssim_close"].value == 1.0
     assert found["mean_ssim_synthetic"].mean == pytest.approx(1.0, abs=1e-4)
-    assert found["mean_ssim_held_out"].mean < 0.9
+    assert found["mean_ssim_held_out"].mean < 0.98
     for row in result.rows:
         assert row["likest"] == row["volume"] and row["mirrored"] == 1 and row["ssim_held_out_quantile"] == 0.0
         assert row["shift_mm"] == "2 0 -1"
