@@ -144,3 +144,26 @@ def bootstrapped(
     drawn = (generator.integers(len(volumes), size=len(volumes)) for _ in range(REPEATS))
     values = [value for value in (statistic(volumes[index]) for index in drawn) if np.isfinite(value)]
     return _middle(values)
+
+
+def bootstrapped_of_two(
+    first: np.ndarray, second: np.ndarray, statistic: Callable[[np.ndarray, np.ndarray], float], seed: int
+) -> tuple[float, float] | None:
+    """Percentile bootstrap of a statistic of two independent sets of volumes, each drawn anew.
+
+    Args:
+        first, second: (N, ...) and (M, ...), what is known of each volume.
+        statistic: of two such arrays; repeats in which it is NaN are left out.
+        seed: of the bootstrap.
+
+    Returns:
+        The 95 % interval; None for fewer than three volumes in a set, or where the statistic is not defined.
+    """
+    if min(len(first), len(second)) < FEWEST or not np.isfinite(statistic(first, second)):
+        return None
+    generator = np.random.default_rng(seed)
+    repeats = (
+        statistic(*(values[generator.integers(len(values), size=len(values))] for values in (first, second)))
+        for _ in range(REPEATS)
+    )
+    return _middle([value for value in repeats if np.isfinite(value)])

@@ -51,7 +51,7 @@ def start(device: torch.device) -> None:
     dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
     if rank() > 0:
         logging.disable(logging.WARNING)
-    logger.info(f"training in {world_size()} processes")
+    logger.info(f"working in {world_size()} processes")
 
 
 def finish() -> None:

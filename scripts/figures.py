@@ -82,6 +82,22 @@ def sample_picture(labels: Sequence[str], planes: Sequence[np.ndarray]) -> np.nd
     return _pixels(figure)
 
 
+def pair_figure(
+    labels: Sequence[tuple[str, str]], firsts: Sequence[np.ndarray], seconds: Sequence[np.ndarray]
+) -> Figure:
+    """A row for each pair of volumes: the three middle planes of both, side by side.
+
+    Args:
+        labels: of the two volumes of each pair.
+        firsts, seconds: strips of planes as `scripts.volumes.mid_planes` makes them, (height, width) uint8.
+    """
+    figure, rows = _grid(len(labels), (1.0, 1.0), firsts[0].shape)
+    for axes, pair, *strips in zip(rows, labels, firsts, seconds, strict=True):
+        for axis, label, planes in zip(axes, pair, strips, strict=True):
+            _show(axis, planes, label)
+    return figure
+
+
 def strip(volume: np.ndarray) -> np.ndarray:
     """The three middle planes of a volume (X, Y, Z), as the pictures take them."""
     return mid_planes(volume, _PLANE_HEIGHT)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from matplotlib.figure import Figure
 
-from scripts.bootstrap import Estimate, Summary
+from scripts.bootstrap import Difference, Estimate, Summary
 
 Metric = Callable[..., torch.Tensor]
 
@@ -31,6 +31,7 @@ class Result:
     Attributes:
         summaries: name of a metric -> its values in brief, or the one number that it is.
         facts: plain data for the report: how many of what, the metrics' settings, the intensity range.
+        distances: name of a metric -> how far it lies from the value that it should have, where the measure knows.
         rows: a table of the single values, written as `<name of the measure>.tsv` if there are any.
         picture: written as `<name of the measure>.png` if there is one.
     """
@@ -39,6 +40,7 @@ class Result:
     facts: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
     picture: Figure | None = None
+    distances: dict[str, Difference] = field(default_factory=dict)
 
 
 class Input(Protocol):
@@ -58,8 +60,9 @@ class Input(Protocol):
 class Measure(Protocol):
     """One entry of the evaluation's map of measures.
 
-    It may have two attributes more: `prepare()`, which under torchrun every process calls before the first one
-    computes and reports alone; and `target`, the name of the measure whose means its own should equal.
+    It may have more attributes: `prepare()`, which under torchrun every process calls before the first one computes
+    and reports alone; `target`, the name of the measure whose means its own should equal; and `says` and `pitfall`,
+    what it is for and how it misleads, in a sentence or two for the report.
     """
 
     @property

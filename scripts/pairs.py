@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,40 +21,58 @@ import torch
 from tqdm import tqdm
 
 from scripts.bootstrap import summarise
+from scripts.devices import process_rank
 from scripts.errors import BundleError
 from scripts.measures import Metric, Result, missing_flags, settings
+from scripts.metrics.features import FeatureSet, wait_for_all_processes
 from scripts.options import whole_number
-from scripts.volume_folders import VolumeFolder
+from scripts.values import Values, identity
+
+logger = logging.getLogger(__name__)
 
 
 class PairSimilarity:
-    """Metrics of random pairs within one folder, or of pairs with one volume from each of two folders.
+    """Metrics of random pairs within one set of volumes, or of pairs with one volume from each of two sets.
 
     Diversity as Pinaya et al. 2022 measure it: the mean over 1000 pairs within the synthetic volumes is to
-    equal the one within the real volumes. Only the two volumes of a pair are in memory.
+    equal the one within the real volumes. Only the two volumes of a pair are in memory. What was measured is
+    kept: an interrupted run goes on where it stopped, and under torchrun each process measures its share.
 
     Args:
-        folders: one, or two of one shape.
         metrics: name -> function from the volumes' shape to a metric of two (1, 1, X, Y, Z) tensors.
+        values: where what was measured is kept.
+        synthetic, real: one set, or two of one shape.
         num_pairs: how many pairs, or all that there are if these are fewer.
         seed: of the choice of pairs and of the bootstrap.
         device: where to compute.
         target: name of the measure whose means these should equal; None if there is none.
 
     Raises:
-        BundleError: if there is no pair, the folders differ in shape, or a metric refuses that shape.
+        BundleError: if there is no pair, the sets differ in shape, or a metric refuses that shape.
     """
+
+    says = (
+        "How alike random pairs of volumes are, which says how diverse a set is. The target is the value within the "
+        "real volumes: above it, samples are too much alike; below it, they differ too much or hold noise."
+    )
+    pitfall = (
+        "The level depends on preparation (noise in the background, smoothing, registration, resolution): only sets "
+        "that were prepared alike compare. A set that is as diverse as the real one can still look like no brain."
+    )
 
     def __init__(
         self,
-        folders: Sequence[VolumeFolder],
         metrics: Mapping[str, Callable[[Sequence[int]], Metric]],
+        values: Values,
+        synthetic: FeatureSet | None = None,
+        real: FeatureSet | None = None,
         num_pairs: Any = 1000,
         seed: Any = 0,
         device: torch.device | str = "cpu",
         target: str | None = None,
     ) -> None:
-        self.inputs = self.folders = list(folders)
+        self.inputs = self.folders = [features.folder for features in (synthetic, real) if features is not None]
+        self.values = values
         self.target = target
         self.num_pairs = whole_number(num_pairs, "num_pairs", least=1)
         self.seed = whole_number(seed, "seed")
@@ -61,6 +80,7 @@ class PairSimilarity:
         if not missing_flags(self):
             self._check_folders()
             self.metrics = {name: build(self.folders[0].shape) for name, build in metrics.items()}
+            self._identities = {n: identity(n, m, **settings({n: m})[n]) for n, m in self.metrics.items()}
 
     def _check_folders(self) -> None:
         first, last = self.folders[0], self.folders[-1]
@@ -68,22 +88,49 @@ class PairSimilarity:
             raise BundleError(f"--{first.flag}: {first.folder} holds one volume; pairs need two or more")
         first.check_same_grid(last)
 
-    @torch.no_grad()
+    def prepare(self) -> None:
+        """Measure the pairs that were not measured before, as one of several processes if there are any."""
+        rank, processes = process_rank()
+        self._measure(self._pairs()[rank::processes])
+        wait_for_all_processes()
+        self.values.reload()
+
     def compute(self) -> Result:
         """Measure every pair."""
         first, last = self.folders[0], self.folders[-1]
-        pairs = random_pairs([len(folder) for folder in self.folders], self.num_pairs, self.seed)
-        label = "pairs of " + " and ".join(folder.flag for folder in self.folders)
-        values = [self._compare(first[a], last[b]) for a, b in tqdm(pairs.tolist(), label, unit="pair", disable=None)]
+        pairs = self._pairs()
+        rows = self._measure(pairs)
         members = pairs if first is last else pairs + [0, len(first)]
         return Result(
-            {name: summarise(np.array([v[name] for v in values]), members, self.seed) for name in self.metrics},
+            {name: summarise(np.array([row[name] for row in rows]), members, self.seed) for name in self.metrics},
             {"pairs": len(pairs), "seed": self.seed, "settings": settings(self.metrics), **self._sources()},
+            [{"first": first.name(a), "second": last.name(b), **row} for (a, b), row in zip(pairs.tolist(), rows)],
         )
 
-    def _compare(self, first: torch.Tensor, last: torch.Tensor) -> dict[str, float]:
-        first, last = first.to(self.device), last.to(self.device)
-        return {name: float(metric(first, last)) for name, metric in self.metrics.items()}
+    def _pairs(self) -> np.ndarray:
+        return random_pairs([len(folder) for folder in self.folders], self.num_pairs, self.seed)
+
+    def _measure(self, pairs: np.ndarray) -> list[dict[str, float]]:
+        label = "pairs of " + " and ".join(folder.flag for folder in self.folders)
+        missing = [pair for pair in pairs.tolist() if not self._known(*pair).keys() >= self.metrics.keys()]
+        if 0 < len(missing) < len(pairs):
+            logger.info(f"{label}: {len(pairs) - len(missing)} of {len(pairs)} are measured already")
+        for a, b in tqdm(missing, label, unit="pair", disable=None if missing else True):
+            self._compare(a, b)
+        return [self._known(*pair) for pair in pairs.tolist()]
+
+    def _known(self, a: int, b: int) -> dict[str, float]:
+        files = self.folders[0].hashes[a], self.folders[-1].hashes[b]
+        found = {name: self.values.get(what, *files) for name, what in self._identities.items()}
+        return {name: numbers[0] for name, numbers in found.items() if numbers is not None}
+
+    @torch.no_grad()
+    def _compare(self, a: int, b: int) -> None:
+        first, last = self.folders[0], self.folders[-1]
+        one, other = first[a].to(self.device), last[b].to(self.device)
+        for name in self.metrics.keys() - self._known(a, b).keys():
+            value = float(self.metrics[name](one, other))
+            self.values.add(self._identities[name], [first.hashes[a], last.hashes[b]], [value])
 
     def _sources(self) -> dict[str, Any]:
         return {folder.flag: folder.summary() for folder in self.folders}

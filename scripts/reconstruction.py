@@ -12,7 +12,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,12 @@ from monai.networks.nets import AutoencoderKL
 from tqdm import tqdm
 
 from scripts.bootstrap import summarise
+from scripts.devices import process_rank
 from scripts.errors import BundleError
 from scripts.measures import Metric, Result, settings
+from scripts.metrics.features import wait_for_all_processes
 from scripts.options import whole_number
+from scripts.values import Values, identity
 from scripts.volume_folders import VolumeFolder
 
 PICTURED = 6
@@ -41,47 +46,76 @@ class Reconstruction:
         folder: the volumes.
         autoencoder: with its weights, in evaluation mode, on `device`; None where no folder was given.
         metrics: name -> metric of a reconstruction and its original, both (1, 1, X, Y, Z).
+        values: where what was measured is kept.
         seed: of the bootstrap.
         device: where to compute.
     """
+
+    says = "How well the autoencoder gives a volume back, and so a limit on what any sample of the model can look like."
+    pitfall = "A smooth copy scores well: look at the pictures for lost texture. It says nothing about the samples."
 
     def __init__(
         self,
         folder: VolumeFolder,
         autoencoder: AutoencoderKL | None,
         metrics: Mapping[str, Metric],
+        values: Values,
         seed: Any = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.inputs = [folder]
         self.autoencoder = autoencoder
         self.metrics = metrics
+        self.values = values
+        self._planes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.seed = whole_number(seed, "seed")
         self.device = torch.device(device)
 
+    def prepare(self) -> None:
+        """Measure the volumes that were not measured before, as one of several processes if there are any."""
+        rank, processes = process_rank()
+        self._measure(range(len(self.inputs[0]))[rank::processes])
+        wait_for_all_processes()
+        self.values.reload()
+
     def compute(self) -> Result:
-        """Reconstruct and measure every volume.
+        """Measure every volume; the first few are reconstructed in any case, to be drawn.
 
         Raises:
             BundleError: if the autoencoder returns another shape, or NaN.
         """
         (folder,) = self.inputs
-        rows: list[dict[str, Any]] = []
-        planes = []
-        for index in tqdm(range(len(folder)), "reconstructing", unit="volume", disable=None):
-            original, copy = self._reconstruct(index)
-            rows.append({"volume": folder.name(index), **self._compare(copy, original)})
-            if index < PICTURED:
-                planes.append((_mid_plane(original), _mid_plane(copy)))
+        self._measure(range(len(folder)))
+        rows: list[dict[str, Any]] = [
+            {"volume": folder.name(index), **self._known(index)} for index in range(len(folder))
+        ]
+        for index in range(min(PICTURED, len(folder))):
+            if index not in self._planes:
+                self._reconstruct(index)
         values = {name: np.array([row[name] for row in rows]) for name in self.metrics}
         summaries = {name: summarise(v, np.arange(len(v)), self.seed) for name, v in values.items()}
         facts = {"seed": self.seed, "settings": settings(self.metrics), folder.flag: folder.summary()}
-        return Result(
-            dict(summaries),
-            facts,
-            rows,
-            picture([row["volume"] for row in rows], planes),
-        )
+        planes = [plane for _, plane in sorted(self._planes.items())]
+        return Result(dict(summaries), facts, rows, picture([row["volume"] for row in rows[:PICTURED]], planes))
+
+    @cached_property
+    def _identities(self) -> dict[str, str]:
+        assert self.autoencoder is not None
+        weights = weights_hash(self.autoencoder)
+        return {n: identity(n, m, weights=weights, **settings({n: m})[n]) for n, m in self.metrics.items()}
+
+    def _known(self, index: int) -> dict[str, float]:
+        digest = self.inputs[0].hashes[index]
+        found = {name: self.values.get(what, digest) for name, what in self._identities.items()}
+        return {name: numbers[0] for name, numbers in found.items() if numbers is not None}
+
+    def _measure(self, indices: Sequence[int]) -> None:
+        missing = [index for index in indices if not self._known(index).keys() >= self.metrics.keys()]
+        for index in tqdm(missing, "reconstructing", unit="volume", disable=None if missing else True):
+            original, copy = self._reconstruct(index)
+            for name, metric in self.metrics.items():
+                digest = self.inputs[0].hashes[index]
+                self.values.add(self._identities[name], [digest], [float(metric(copy, original))])
 
     @torch.no_grad()
     def _reconstruct(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,10 +130,19 @@ class Reconstruction:
             )
         if not copy.isfinite().all():
             raise BundleError(f"the autoencoder gives NaN or infinite values for {folder.paths[index]}")
+        if index < PICTURED:
+            self._planes[index] = _mid_plane(original), _mid_plane(copy)
         return original, copy
 
-    def _compare(self, copy: torch.Tensor, original: torch.Tensor) -> dict[str, float]:
-        return {name: float(metric(copy, original)) for name, metric in self.metrics.items()}
+
+def weights_hash(network: torch.nn.Module) -> str:
+    """SHA-256 of a network's weights, names and types included."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        array = tensor.detach().cpu().contiguous().numpy()
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def _mid_plane(volume: torch.Tensor) -> np.ndarray:

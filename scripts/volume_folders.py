@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ import numpy as np
 import torch
 
 from scripts.errors import BundleError
+from scripts.packages import file_hash
 from scripts.tables import read_table
+from scripts.values import Values
 from scripts.volumes import UNREADABLE, read_volume
 
 logger = logging.getLogger(__name__)
 
 TABLE = "participants.tsv"
 TOLERANCE = 1e-3
+RANGE = "range"
 
 
 class VolumeFolder:
@@ -41,28 +45,38 @@ class VolumeFolder:
     Args:
         path: the folder; None if none was given.
         flag: the command-line flag that gives it, for messages.
+        values: where the intensity ranges of volumes that were read are kept; None to keep none.
 
     Attributes:
         shape: voxels along x, y, z of every volume; empty if no folder was given.
         spacing: sides of a voxel in mm; empty if no folder was given.
-        lowest, highest: smallest and largest intensity among the volumes read so far.
 
     Raises:
         BundleError: if the folder is missing or has no volumes, or if a volume is missing, unreadable, not
             3D or of another shape or spacing than the first. Only headers are looked at here.
     """
 
-    def __init__(self, path: Any, flag: str) -> None:
+    def __init__(self, path: Any, flag: str, values: Values | None = None) -> None:
         self.flag = flag
+        self.values = values
         self.folder = None if path is None else Path(str(path))
         self.paths = [] if self.folder is None else find_volumes(self.folder, flag)
         self.shape, self.spacing = _common_grid(self.paths)
-        self.lowest, self.highest = float("inf"), float("-inf")
+        self._ranges: dict[int, tuple[float, float]] = {}
+        self._hashes: list[str] = []
+        self._warned = False
 
     @property
     def requested(self) -> bool:
         """Whether a folder was given."""
         return self.folder is not None
+
+    @property
+    def hashes(self) -> list[str]:
+        """SHA-256 of each volume's file."""
+        if not self._hashes:
+            self._hashes = [file_hash(path) for path in self.paths]
+        return self._hashes
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -74,14 +88,26 @@ class VolumeFolder:
             BundleError: if it is cut short or holds NaN.
         """
         volume = torch.from_numpy(read_volume(self.paths[index]))
-        self._note_range(self.paths[index], float(volume.min()), float(volume.max()))
+        self._note_range(index, float(volume.min()), float(volume.max()))
+        if self.values is not None and self.values.get(RANGE, self.hashes[index]) is None:
+            self.values.add(RANGE, [self.hashes[index]], self._ranges[index])
         return volume[None, None]
 
-    def _note_range(self, path: Path, low: float, high: float) -> None:
-        inside = self.lowest >= -TOLERANCE and self.highest <= 1 + TOLERANCE
-        if inside and (low < -TOLERANCE or high > 1 + TOLERANCE):
-            logger.warning(f"{path} ranges from {low:g} to {high:g}: the measures are meant for intensities of 0 to 1")
-        self.lowest, self.highest = min(self.lowest, low), max(self.highest, high)
+    def _note_range(self, index: int, low: float, high: float) -> None:
+        self._ranges[index] = low, high
+        if not self._warned and (low < -TOLERANCE or high > 1 + TOLERANCE):
+            self._warned = True
+            logger.warning(
+                f"{self.paths[index]} ranges from {low:g} to {high:g}: the measures are meant for intensities of 0 to "
+                "1, and take these as they are"
+            )
+
+    def _recall_ranges(self) -> None:
+        if self.values is not None:
+            for index, digest in enumerate(self.hashes):
+                kept = self.values.get(RANGE, digest)
+                if index not in self._ranges and kept is not None:
+                    self._note_range(index, *kept)
 
     def check_same_grid(self, other: VolumeFolder) -> None:
         """Raise a `BundleError` unless another folder's volumes have the shape and spacing of these."""
@@ -92,12 +118,16 @@ class VolumeFolder:
         return os.path.relpath(self.paths[index], self.folder)
 
     def summary(self) -> dict[str, Any]:
-        """Where the volumes are, how many, their shape, and the intensity range of those read."""
+        """Where the volumes are, how many, their shape, and the intensity range of those read, now or earlier."""
+        self._recall_ranges()
+        lows, highs = zip(*self._ranges.values()) if self._ranges else ((), ())
+        outside = sum(low < -TOLERANCE or high > 1 + TOLERANCE for low, high in self._ranges.values())
         return {
             "folder": str(self.folder),
             "volumes": len(self),
             "shape": list(self.shape),
-            "intensities_read": [self.lowest, self.highest],
+            "intensities_read": [min(lows), max(highs)] if lows else None,
+            "volumes_outside_0_to_1": outside,
         }
 
 
@@ -109,10 +139,21 @@ def find_volumes(folder: Path, flag: str) -> list[Path]:
     """
     if not folder.is_dir():
         raise BundleError(f"--{flag}: there is no folder {folder}")
-    paths = _listed(folder) or _searched(folder)
-    if not paths:
+    found = _searched(folder)
+    listed = _listed(folder)
+    if not (listed or found):
         raise BundleError(f"--{flag}: the folder {folder} holds no .nii or .nii.gz file and no {TABLE} that lists any")
-    return paths
+    if listed:
+        _warn_of_others(folder, sorted(set(found) - set(listed)))
+    return listed or found
+
+
+def _warn_of_others(folder: Path, others: list[Path]) -> None:
+    if others:
+        logger.warning(
+            f"{folder / TABLE} has no row for {len(others)} of the volumes in {folder}, {others[0].name} the first: "
+            "left out"
+        )
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -122,6 +163,9 @@ def _listed(folder: Path) -> list[Path]:
     for number, path in enumerate(paths, start=1):
         if not path.is_file():
             raise BundleError(f"row {number} of {folder / TABLE} names a volume that is not there: {path}")
+    twice = next((path for path, rows in Counter(paths).items() if rows > 1), None)
+    if twice is not None:
+        raise BundleError(f"{folder / TABLE} names the volume {twice} in two rows")
     return paths
 
 

@@ -20,9 +20,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from heads import head, write_dataset
+from monai.bundle import ConfigParser
+
+from scripts.errors import BundleError
+from scripts.grid import Grid
+from scripts.volumes import read_volume
 
 pytest.importorskip("generative")
 
+from benchmarks.evaluation import SIZES, make_volumes  # noqa: E402
+from benchmarks.evaluation import run as measured_run  # noqa: E402
 from benchmarks.training_step import fitting  # noqa: E402
 
 PACKAGES = ["monai", "monai-generative"]
@@ -86,3 +94,35 @@ def test_what_fits_into_a_gpu() -> None:
     rows = [{**row, "batch": batch, "peak_gib": peak} for batch, peak in ((1, 12.0), (2, 20.0), (4, 36.0), (8, None))]
     assert fitting(rows) == [{**row, "24 GB": 2, "48 GB": 4, "80 GB": 4}]
     assert fitting(rows[2:])[0]["24 GB"] is None
+
+
+@pytest.mark.network
+def test_evaluation_that_is_killed_computes_nothing_twice(tmp_path: Path) -> None:
+    given = ("--size", "tiny", "--volumes", 4, "--training", 3, "--num_pairs", 3, "--dataset", tmp_path / "heads")
+    config = ConfigParser(ConfigParser.load_config_files([str(ROOT / f"configs/{n}") for n in SIZES["tiny"]]))
+    write_dataset(tmp_path / "heads", config.get_parsed_content("grid"))
+    done = run(*given, "--keep", tmp_path / "work", "--json", tmp_path / "x.json", module="benchmarks.evaluation")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert report["features"] == 11 and report["killed"]["features"] >= 5 and report["values_twice"] == 0
+    assert report["features_not_recomputed"] == report["killed"]["features"]
+    assert report["values_not_recomputed"] == report["killed"]["values"] >= 3 * 3 * 2
+    assert (tmp_path / "work" / "output" / "evaluation.html").is_file()
+
+
+def test_the_evaluation_s_volumes_differ_and_follow_from_the_seed(tmp_path: Path) -> None:
+    grid = Grid([12, 14, 10], [-2.0, 2.0, 2.0], [0.0, 0.0, 0.0])
+    heads = [head(grid, 1).numpy()]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        make_volumes(tmp_path / name, heads, 2, grid, seed, blur_mm=1.0)
+    a, b, c = ([read_volume(path) for path in sorted((tmp_path / name).iterdir())] for name in "abc")
+    assert all((first == second).all() for first, second in zip(a, b)) and 0.0 <= a[0].min() < a[0].max() <= 1.0
+    assert (a[0] != a[1]).any() and (a[0] != c[0]).any()
+
+
+def test_a_command_is_killed_or_must_succeed(tmp_path: Path) -> None:
+    sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
+    assert measured_run(sleeping, tmp_path / "output", kill_when=tmp_path.is_dir)["peak_gib"] > 0
+    for code, when in (("raise SystemExit(3)", None), ("raise SystemExit(3)", (tmp_path / "gone").is_dir)):
+        with pytest.raises(BundleError, match="ended with 3"):
+            measured_run([sys.executable, "-c", code], tmp_path / "output", kill_when=when)

@@ -38,6 +38,7 @@ from scripts.metrics.kid import polynomial_mmd
 from scripts.metrics.ms_ssim import WEIGHTS, ms_ssim_metric, scales_that_fit
 from scripts.pairs import random_pairs
 from scripts.reconstruction import Reconstruction
+from scripts.values import Values
 from scripts.volume_folders import VolumeFolder
 
 EVALUATE = "configs/evaluate.yaml"
@@ -274,7 +275,7 @@ def reconstruction(folder: Path, autoencoder: nn.Module) -> Reconstruction:
     """The measure with the metrics of the base."""
     config = ConfigParser(ConfigParser.load_config_file(str(ROOT / BASE)))
     metrics = config.get_parsed_content("reconstruction_metrics")
-    return Reconstruction(VolumeFolder(folder, "reconstruct_dir"), autoencoder, metrics)
+    return Reconstruction(VolumeFolder(folder, "reconstruct_dir"), autoencoder, metrics, Values(folder / "values"))
 
 
 def test_reconstruction_metrics_are_numpy_s_and_scikit_image_s(tmp_path: Path) -> None:
@@ -339,7 +340,8 @@ def test_intensities_outside_0_to_1_are_reported_once(tmp_path: Path, caplog: py
     folder = VolumeFolder(tmp_path, "real_dir")
     assert len([folder[0], folder[1], folder[0]]) == 3
     assert [record.message for record in caplog.records if "ranges from 0 to 200" in record.message] == [
-        f"{tmp_path / 'a.nii.gz'} ranges from 0 to 200: the measures are meant for intensities of 0 to 1"
+        f"{tmp_path / 'a.nii.gz'} ranges from 0 to 200: the measures are meant for intensities of 0 to 1, "
+        "and take these as they are"
     ]
 
 
@@ -374,7 +376,7 @@ def test_bad_volumes_are_refused_and_nothing_is_written(tmp_path: Path, message:
     BAD_FILES[message](folder_of(tmp_path / "volumes", 1) / "zzz.nii.gz")
     with pytest.raises(BundleError, match=message):
         run_here(tmp_path / "output", **{flag: str(tmp_path / "volumes")})
-    assert not list((tmp_path / "output").glob("*"))
+    assert not [path for path in (tmp_path / "output").glob("*") if path.name != "values"]
 
 
 BAD_REQUESTS: dict[str, dict[str, Any]] = {
@@ -456,7 +458,9 @@ def test_measures_of_features_are_reported_under_their_network(tmp_path: Path) -
         expected = function(features[:5], features[5:])
         assert found["metrics"]["plain"]["value"] == pytest.approx(expected, rel=1e-3, abs=1e-9)
         assert found["networks"] == {"plain": {"network": "plain"}} and found["volumes_per_half"] == 2
-    assert set(measures["privacy"]["metrics"]) == {f"plain_{n}" for n in ("synthetic", "held_out", "ratio", "close")}
+    distances, similarities = ("synthetic", "held_out", "ratio", "close"), ("synthetic", "held_out", "close")
+    names = {*(f"plain_{name}" for name in distances), *(f"plain_ssim_{name}" for name in similarities)}
+    assert set(measures["privacy"]["metrics"]) == names
     rows = read(tmp_path / "output" / "privacy.tsv")
     assert len(rows) == 5 and {row["nearest"] for row in rows} <= {f"volume_{n}.nii.gz" for n in range(10, 15)}
     assert len(list((tmp_path / "output" / "features").glob("plain-*/*.npy"))) == 15
@@ -467,7 +471,7 @@ def test_only_the_first_process_reports(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("scripts.evaluation.process_rank", lambda: (1, 2))
     with pytest.raises(FileNotFoundError):
         run_here(tmp_path / "output", **flags)
-    assert [path.name for path in (tmp_path / "output").iterdir()] == ["features"]
+    assert sorted(path.name for path in (tmp_path / "output").iterdir()) == ["features", "values"]
 
 
 def test_medicalnet_needs_its_file(tmp_path: Path) -> None:
@@ -476,7 +480,7 @@ def test_medicalnet_needs_its_file(tmp_path: Path) -> None:
     for path in (None, str(tmp_path / "gone.pth")):
         with pytest.raises(BundleError, match="give --medicalnet_path resnet_50_23dataset.pth from https"):
             run_here(tmp_path / "output", **flags, medicalnet_path=path)
-    assert not list((tmp_path / "output").glob("*"))
+    assert [path.name for path in (tmp_path / "output").glob("*")] == ["values"]
 
 
 def test_evaluate_from_the_command_line(tmp_path: Path, tiny: RunTiny, output_dir: Path) -> None:
@@ -487,8 +491,10 @@ def test_evaluate_from_the_command_line(tmp_path: Path, tiny: RunTiny, output_di
     flags = ("--synthetic_dir", synthetic, "--real_dir", real, "--reconstruct_dir", real)
     done = tiny([EVALUATE], *flags, "--autoencoder_path", weights, "--load_old", 0, "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    names = ["evaluation.json", "evaluation.tsv", "reconstruction.png", "reconstruction.tsv"]
-    assert sorted(path.name for path in output_dir.iterdir()) == names
+    reports = [f"evaluation.{suffix}" for suffix in ("html", "json", "tsv")]
+    tables = [f"{name}.tsv" for name in ("real_pairs", "reconstruction", "synthetic_pairs", "synthetic_real_pairs")]
+    names = [*reports, *tables, "reconstruction.png", "table_1.tsv", "values"]
+    assert sorted(path.name for path in output_dir.iterdir()) == sorted(names)
 
     measures = json.loads((output_dir / "evaluation.json").read_text())["measures"]
     pairs = measures["synthetic_pairs"]

@@ -19,12 +19,18 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+from scipy import ndimage
 
+from scripts.bootstrap import bootstrapped_of_two
 from scripts.errors import BundleError
+from scripts.measures import Result
 from scripts.metrics import privacy
+from scripts.metrics.alignment import Alignment
 from scripts.metrics.features import FeatureNetworks, FeatureSet
 from scripts.metrics.privacy import Privacy, nearest, quantiles
+from scripts.values import Values
 from scripts.volume_folders import VolumeFolder
 
 
@@ -66,6 +72,59 @@ def features(folder: Path, flag: str, seeds: range, noise: float = 0.0) -> Featu
     return FeatureSet(VolumeFolder(folder, flag), networks, str(folder.parent / "features"))
 
 
+def test_aligned_copies_are_found_and_kept(tmp_path: Path) -> None:
+    """Training volumes that were mirrored and shifted are found again; features do not see that."""
+    folders = {}
+    for flag, seeds in (("synthetic_dir", range(5)), ("training_dir", range(5)), ("real_dir", range(10, 15))):
+        folders[flag] = tmp_path / flag
+        folders[flag].mkdir()
+        for seed in seeds:
+            array = np.pad(ndimage.gaussian_filter(np.random.default_rng(seed).random((12, 14, 13)), 1.0), 4)
+            array = np.roll(array[::-1], (2, 0, -1), (0, 1, 2)) if flag == "synthetic_dir" else array
+            nib.save(nib.Nifti1Image(array.astype(np.float32), np.eye(4)), folders[flag] / f"{seed}.nii.gz")
+
+    def measured() -> Result:
+        networks = FeatureNetworks("mean", {"mean": Mean()})
+        values = Values(tmp_path / "values")
+        sets = [FeatureSet(VolumeFolder(f, flag), networks, str(tmp_path / "f")) for flag, f in folders.items()]
+        return Privacy(sets[0], sets[1], sets[2], alignment=Alignment(1.0, 4.0), candidates=5, values=values).compute()
+
+    result = measured()
+    found: dict[str, Any] = result.summaries
+    assert found["mean_ssim_close"].value == 1.0
+    assert found["mean_ssim_synthetic"].mean == pytest.approx(1.0, abs=1e-4)
+    assert found["mean_ssim_held_out"].mean < 0.98
+    for row in result.rows:
+        assert row["likest"] == row["volume"] and row["mirrored"] == 1 and row["ssim_held_out_quantile"] == 0.0
+        assert row["shift_mm"] == "2 0 -1"
+    assert result.picture is not None and len(result.picture.axes) == 10
+    before = (tmp_path / "values" / "rank-0.tsv").read_text()
+    assert measured().rows == result.rows and (tmp_path / "values" / "rank-0.tsv").read_text() == before
+
+
+class Mean(Voxels):
+    """Stands in for a feature network: the mean of a volume."""
+
+    dimension = 1
+
+    def load(self, device: torch.device) -> Any:
+        return lambda volume: volume.mean()[None]
+
+
+def test_interval_of_a_ratio_of_two_sets_is_scipy_s(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    first, second = generator.gamma(3.0, size=60), generator.gamma(4.0, size=50)
+
+    def ratio(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.median(a) / np.median(b))
+
+    theirs = scipy.stats.bootstrap(
+        (first, second), ratio, vectorized=False, method="percentile", n_resamples=2000, random_state=1
+    ).confidence_interval
+    assert bootstrapped_of_two(first, second, ratio, 0) == pytest.approx(tuple(theirs), abs=0.05)
+    assert bootstrapped_of_two(first, second[:2], ratio, 0) is None
+
+
 def privacy_of(tmp_path: Path, synthetic: range, noise: float) -> Any:
     return Privacy(
         features(tmp_path / "synthetic", "synthetic_dir", synthetic, noise),
@@ -100,7 +159,7 @@ def test_training_volumes_among_the_held_out_are_left_out(tmp_path: Path, caplog
     for path in (tmp_path / "training").glob("*.nii.gz"):
         shutil.copy(path, tmp_path / "real" / f"copy_{path.name}")
     sets[2] = features(tmp_path / "real", "real_dir", range(0))
-    result = Privacy(*sets).compute()
+    result = Privacy(sets[0], sets[1], sets[2]).compute()
     assert result.facts["held_out_volumes"] == 4 and "6 volumes of" in caplog.text
     found: dict[str, Any] = result.summaries
     assert found["voxels_held_out"].count == 4 and found["voxels_held_out"].mean > 0.0

@@ -25,6 +25,7 @@ from monai.bundle import ConfigParser
 
 from scripts.conditions import Conditions
 from scripts.errors import BundleError
+from scripts.metrics.features import FeatureNetworks, FeatureSet
 from scripts.metrics.volumetry import (
     Segmentations,
     Volumetry,
@@ -129,6 +130,10 @@ def test_segmentations_are_told_by_name() -> None:
     }
 
 
+def without_features(folder: VolumeFolder) -> FeatureSet:
+    return FeatureSet(folder, FeatureNetworks(None, {}), "nowhere")
+
+
 @pytest.mark.parametrize(
     ("segmentations", "message"),
     [
@@ -180,7 +185,7 @@ def test_samples_and_label_maps(tmp_path: Path, conditions: Conditions) -> None:
     for index in range(6):
         array = labels(5 * (index + 1), 300 + index, (44, 17))
         save(tmp_path / "labels" / f"sample_seed-1_{index:06d}_synthseg.nii.gz", array, spacing=2.0)
-    result = Volumetry(folder, Segmentations(tmp_path / "labels"), conditions).compute()
+    result = Volumetry(without_features(folder), Segmentations(tmp_path / "labels"), conditions).compute()
     found: dict[str, Any] = result.summaries
     assert found["ventricular_vol_pearson"].value == pytest.approx(1.0)
     assert found["ventricular_vol_slope"].value == pytest.approx(5 * 8 / 10)
@@ -199,7 +204,7 @@ def test_prepared_data_and_a_synthseg_table(tmp_path: Path, conditions: Conditio
     (tmp_path / "data" / "participants.tsv").write_text("\n".join(rows))
     (tmp_path / "vol.csv").write_text("\n".join(table))
     folder = VolumeFolder(tmp_path / "data", "synthetic_dir")
-    result = Volumetry(folder, Segmentations(tmp_path / "vol.csv"), conditions).compute()
+    result = Volumetry(without_features(folder), Segmentations(tmp_path / "vol.csv"), conditions).compute()
     assert result.rows[1]["ventricular_vol_requested_mm3"] == pytest.approx(6995.68 + 0.1 * (171375.0 - 6995.68))
     found: dict[str, Any] = result.summaries
     assert found["brain_vol_pearson"].value == pytest.approx(1.0)
@@ -218,10 +223,10 @@ def test_what_was_asked_for_must_be_known(tmp_path: Path, conditions: Conditions
     ):
         sidecar.write_text(content)
         with pytest.raises(BundleError, match=message):
-            Volumetry(folder, segmentations, conditions).compute()
+            Volumetry(without_features(folder), segmentations, conditions).compute()
     sidecar.unlink()
     with pytest.raises(BundleError, match="no sample_seed-1_000001.json and no row in participants.tsv"):
-        Volumetry(folder, segmentations, conditions).compute()
+        Volumetry(without_features(folder), segmentations, conditions).compute()
 
 
 def test_two_volumes_are_too_few(tmp_path: Path, conditions: Conditions) -> None:
@@ -229,7 +234,7 @@ def test_two_volumes_are_too_few(tmp_path: Path, conditions: Conditions) -> None
     for path in (tmp_path / "samples").glob("*.nii.gz"):
         save(tmp_path / "labels" / path.name, labels(3, 4))
     with pytest.raises(BundleError, match="2 volumes are too few"):
-        Volumetry(folder, Segmentations(tmp_path / "labels"), conditions).compute()
+        Volumetry(without_features(folder), Segmentations(tmp_path / "labels"), conditions).compute()
 
 
 def test_segmentations_that_are_not_there_are_refused(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from scripts.bootstrap import Estimate, Summary
+from scripts.bootstrap import Difference, Estimate, Summary
 from scripts.errors import BundleError
 from scripts.measures import Result
 from scripts.metrics.features import FeatureSet
@@ -74,7 +75,7 @@ class FeatureDistance:
         summaries: dict[str, Summary | Estimate] = {}
         for name in self.synthetic.networks.chosen:
             summaries.update(self._measured(name))
-        return Result(summaries, self._facts())
+        return Result(summaries, self._facts(), distances=_to_floor(summaries))
 
     def _measured(self, name: str) -> dict[str, Summary | Estimate]:
         synthetic, real = self.synthetic.matrix(name), self.real.matrix(name)
@@ -117,6 +118,8 @@ class FeatureDistance:
             "fewer_volumes_than_features": {n: self._fewest < network.dimension for n, network in chosen.items()},
             "synthetic_volumes": len(self.synthetic.folder),
             "real_volumes": len(self.real.folder),
+            "synthetic_dir": self.synthetic.folder.summary(),
+            "real_dir": self.real.folder.summary(),
             "volumes_per_half": self._half,
             "resamplings": self.resamplings,
             "seed": self.seed,
@@ -126,6 +129,15 @@ class FeatureDistance:
     @property
     def _fewest(self) -> int:
         return min(len(self.synthetic.folder), len(self.real.folder))
+
+
+def _to_floor(summaries: Mapping[str, Summary | Estimate]) -> dict[str, Difference]:
+    found = {}
+    for name, halves in summaries.items():
+        floor = summaries.get(f"{name.removesuffix('_halves')}_floor")
+        if name.endswith("_halves") and isinstance(halves, Summary) and isinstance(floor, Summary):
+            found[name] = Difference(floor.mean, halves.mean - floor.mean, None)
+    return found
 
 
 def _spread(values: np.ndarray) -> Summary:

@@ -22,14 +22,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed
+import torch.distributed as dist
 from tqdm import tqdm
 
+from scripts import distributed
 from scripts.atomic import make_folder, replacing, write_json
 from scripts.devices import process_rank
 from scripts.errors import BundleError
 from scripts.measures import Input
-from scripts.packages import file_hash
 from scripts.volume_folders import VolumeFolder
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,6 @@ class FeatureSet:
         self.networks = networks
         self.feature_dir = Path(str(feature_dir))
         self.device = torch.device(device)
-        self._hashes: list[str] = []
 
     @property
     def inputs(self) -> list[Input]:
@@ -129,9 +128,7 @@ class FeatureSet:
     @property
     def hashes(self) -> list[str]:
         """SHA-256 of each volume's file."""
-        if not self._hashes:
-            self._hashes = [file_hash(path) for path in self.folder.paths]
-        return self._hashes
+        return self.folder.hashes
 
     def extract(self) -> None:
         """Compute what is not on disk yet; returns when all processes are done.
@@ -145,6 +142,7 @@ class FeatureSet:
             mine = list(enumerate(self.hashes))[rank::processes]
             missing = [index for index, digest in mine if not (cache / f"{digest}.npy").is_file()]
             if missing:
+                logger.info(f"{name}: {len(mine) - len(missing)} of {len(mine)} features are there already")
                 write_json(cache / "network.json", network.facts())
                 self._compute(name, missing, cache)
         wait_for_all_processes()
@@ -190,11 +188,9 @@ def _read(path: Path, dimension: int) -> np.ndarray:
 
 def wait_for_all_processes() -> None:
     """Return when every process of a `torchrun` has come here; at once without it."""
-    if process_rank()[1] == 1:
-        return
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-    torch.distributed.barrier()
+    distributed.start(torch.device("cpu"))
+    if distributed.world_size() > 1:
+        dist.barrier()
 
 
 def read_weights(path: str | os.PathLike, what: str, source: str) -> dict[str, torch.Tensor]:

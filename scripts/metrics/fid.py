@@ -124,6 +124,17 @@ def _distance(step: np.ndarray, trace: float, other_trace: float, shared: float)
 class FrechetDistance(FeatureDistance):
     """The FID of the synthetic volumes; see `FeatureDistance` for what it comes with."""
 
+    says = (
+        "How far the two sets are apart, as a pretrained network sees them: the squared Frechet distance between "
+        "normal distributions fitted to its features. Read the distance of m synthetic to m real volumes against the "
+        "floor, that of m real to m other real ones."
+    )
+    pitfall = (
+        "It grows as the number of volumes falls, so that it means nothing without that number and the floor; figures "
+        "of different networks or preprocessing do not compare. The spread is over choices from the same volumes and "
+        "is no confidence interval."
+    )
+
     def distance(self, first: np.ndarray, second: np.ndarray) -> float:
         """See `frechet_distance_of_samples`."""
         return frechet_distance_of_samples(first, second)

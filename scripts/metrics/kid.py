@@ -53,6 +53,12 @@ def _kernel(products: np.ndarray, dimension: int) -> np.ndarray:
 class KernelDistance(FeatureDistance):
     """The KID of the synthetic volumes; see `FeatureDistance` for what it comes with."""
 
+    says = (
+        "How far the two sets are apart, as a pretrained network sees them, without the assumption that features are "
+        "normally distributed. 0 is expected of equal distributions at any number of volumes."
+    )
+    pitfall = "It can be negative by chance, and figures of different networks or preprocessing do not compare."
+
     def distance(self, first: np.ndarray, second: np.ndarray) -> float:
         """See `polynomial_mmd`."""
         return polynomial_mmd(first, second)

@@ -13,20 +13,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.spatial.distance import cdist
 
-from scripts.bootstrap import Estimate, Summary, bootstrapped, summarise
+from scripts.bootstrap import Estimate, Summary, bootstrapped, bootstrapped_of_two, summarise
 from scripts.errors import BundleError
+from scripts.figures import pair_figure
 from scripts.measures import Result
+from scripts.metrics.alignment import Alignment
+from scripts.metrics.copies import CopySearch, Likest
 from scripts.metrics.features import FeatureSet
 from scripts.options import whole_number
+from scripts.values import Values
+from scripts.volume_folders import VolumeFolder
 
 logger = logging.getLogger(__name__)
 
 CLOSE = 0.05
+DRAWN = 6
 BLOCK = 1024
 
 
@@ -58,7 +66,13 @@ class Privacy:
     - `n_synthetic`, `n_held_out`: the distances of both, on average;
     - `n_ratio`: the median of the first over that of the second; near 1 for a model that does not copy;
     - `n_close`: the fraction of synthetic volumes nearer than the nearest 5 % of the held-out ones; 0.05 is
-      expected of a model that does not copy.
+      expected of a model that does not copy;
+
+    and, where volumes are aligned, from the highest SSIM of each volume with the training volumes nearest to it in
+    feature space, each laid on it,
+
+    - `n_ssim_synthetic`, `n_ssim_held_out`: these similarities, on average;
+    - `n_ssim_close`: the fraction of synthetic volumes more alike than the most alike 5 % of the held-out ones.
 
     The table lists all synthetic volumes, the nearest to training first.
 
@@ -66,18 +80,59 @@ class Privacy:
         synthetic, training, held_out: features of the samples, of the volumes trained on, and of real volumes of
             other people; files of the last that are among the second, byte by byte, are left out.
         seed: of the bootstrap.
+        alignment: how two volumes are laid on each other; None to look at features alone.
+        candidates: with how many training volumes each is aligned.
+        values: where similarities are kept; needed with `alignment`.
     """
 
-    def __init__(self, synthetic: FeatureSet, training: FeatureSet, held_out: FeatureSet, seed: Any = 0) -> None:
+    says = (
+        "Whether samples are copies: the distance of each to its nearest training volume, against the same distance "
+        "of real volumes of other people. A ratio of about 1 and a close share of about 0.05 are expected without "
+        "copying."
+    )
+    pitfall = (
+        "A blurred or average-looking sample is near to everything, and a copy that was changed can be far: look at "
+        "the closest pairs. A set that passes is not thereby proven private."
+    )
+
+    def __init__(
+        self,
+        synthetic: FeatureSet,
+        training: FeatureSet,
+        held_out: FeatureSet,
+        seed: Any = 0,
+        alignment: Alignment | None = None,
+        candidates: Any = 3,
+        values: Values | None = None,
+    ) -> None:
         self.synthetic, self.training, self.held_out = synthetic, training, held_out
         self.inputs = [synthetic.folder, training.folder, held_out.folder, synthetic.networks]
         self.seed = whole_number(seed, "seed")
+        self.search = None
+        if alignment is not None and values is not None:
+            most = whole_number(candidates, "metrics::privacy::candidates", least=1)
+            self.search = CopySearch(alignment, values, training.folder, most)
 
     def prepare(self) -> None:
-        """Compute the features that are missing, as one of several processes if there are any."""
-        self._others()
+        """Compute features and similarities that are missing, as one of several processes if there are any."""
+        others = self._others()
+        if self.search is not None:
+            for folder in (self.synthetic.folder, self.held_out.folder):
+                self.search.check(folder)
         for features in (self.synthetic, self.training, self.held_out):
             features.extract()
+        if self.search is not None:
+            for name in self.synthetic.networks.chosen:
+                for folder, chosen, *features_of_both in self._sets(name, others):
+                    self.search.prepare(folder, chosen, *features_of_both)
+
+    def _sets(self, name: str, others: list[int]) -> list[tuple[VolumeFolder, list[int], np.ndarray, np.ndarray]]:
+        training = self.training.matrix(name)
+        everything = list(range(len(self.synthetic.folder)))
+        return [
+            (self.synthetic.folder, everything, self.synthetic.matrix(name), training),
+            (self.held_out.folder, others, self.held_out.matrix(name)[others], training),
+        ]
 
     def _others(self) -> list[int]:
         known = set(self.training.hashes)
@@ -97,45 +152,101 @@ class Privacy:
         others = self._others()
         summaries: dict[str, Summary | Estimate] = {}
         rows: list[dict[str, Any]] = []
+        picture = None
         for name in self.synthetic.networks.chosen:
-            training = self.training.matrix(name)
-            positions, distances = nearest(self.synthetic.matrix(name), training)
-            usual = nearest(self.held_out.matrix(name)[others], training)[1]
-            summaries.update(self._summaries(name, distances, usual))
-            rows += self._rows(name, positions, distances, quantiles(distances, usual))
-        facts = {
+            (folder, everything, features, training), held_out = self._sets(name, others)
+            positions, distances = nearest(features, training)
+            usual = nearest(held_out[2], training)[1]
+            summaries.update(_of_distances(name, distances, usual, self.seed))
+            found = self._rows(name, positions, distances, quantiles(distances, usual))
+            if self.search is not None:
+                likest = self.search.likest(folder, everything, features, training)
+                usual = np.array([near.aligned.ssim for near in self.search.likest(*held_out)])
+                summaries.update(_of_similarities(name, likest, usual, self.seed))
+                for row, near, rank in zip(found, likest, quantiles(-_similarities(likest), -usual)):
+                    row.update(self._alike(near), ssim_held_out_quantile=float(rank))
+                picture = picture or self._picture(found, likest)
+            rows += [found[index] for index in np.argsort(distances, kind="stable")]
+        return Result(summaries, self._facts(len(others)), rows, picture)
+
+    def _facts(self, held_out: int) -> dict[str, Any]:
+        return {
             "networks": {name: network.facts() for name, network in self.synthetic.networks.chosen.items()},
             "synthetic_volumes": len(self.synthetic.folder),
             "training_volumes": len(self.training.folder),
-            "held_out_volumes": len(others),
+            "held_out_volumes": held_out,
+            "synthetic_dir": self.synthetic.folder.summary(),
+            "training_dir": self.training.folder.summary(),
+            "real_dir": self.held_out.folder.summary(),
+            "alignment": None if self.search is None else self.search.facts(),
             "seed": self.seed,
-        }
-        return Result(summaries, facts, rows)
-
-    def _summaries(self, name: str, distances: np.ndarray, usual: np.ndarray) -> dict[str, Summary | Estimate]:
-        limit = np.quantile(usual, CLOSE)
-        close = distances < limit
-        return {
-            f"{name}_synthetic": summarise(distances, np.arange(len(distances)), self.seed),
-            f"{name}_held_out": summarise(usual, np.arange(len(usual)), self.seed),
-            f"{name}_ratio": Estimate(_ratio(np.median(distances), np.median(usual)), len(distances)),
-            f"{name}_close": Estimate(
-                float(close.mean()), len(close), bootstrapped(close, lambda drawn: float(drawn.mean()), self.seed)
-            ),
         }
 
     def _rows(self, name: str, positions: np.ndarray, distances: np.ndarray, ranks: np.ndarray) -> list[dict[str, Any]]:
         return [
             {
                 "network": name,
-                "volume": self.synthetic.folder.name(int(index)),
+                "volume": self.synthetic.folder.name(index),
                 "nearest": self.training.folder.name(int(positions[index])),
                 "distance": float(distances[index]),
                 "held_out_quantile": float(ranks[index]),
             }
-            for index in np.argsort(distances, kind="stable")
+            for index in range(len(distances))
         ]
 
+    def _alike(self, near: Likest) -> dict[str, Any]:
+        assert self.search is not None
+        sides = self.search.alignment.sides(self.training.folder)
+        return {
+            "likest": self.training.folder.name(near.position),
+            "ssim": near.aligned.ssim,
+            "mirrored": int(near.aligned.mirrored),
+            "shift_mm": " ".join(f"{side * step:g}" for side, step in zip(sides, near.aligned.shift)),
+        }
 
-def _ratio(distance: float, usual: float) -> float:
-    return float(distance / usual) if usual > 0.0 else float("nan")
+    def _picture(self, rows: list[dict[str, Any]], likest: list[Likest]) -> Figure:
+        assert self.search is not None
+        by_distance = np.argsort([row["distance"] for row in rows], kind="stable")
+        by_similarity = np.argsort(-_similarities(likest), kind="stable")
+        order = [int(index) for both in zip(by_distance, by_similarity) for index in both]
+        drawn = list(dict.fromkeys(order))[:DRAWN]
+        planes = [self.search.planes(self.synthetic.folder, index, likest[index]) for index in drawn]
+        labels = [(f"{rows[i]['volume']}, distance {rows[i]['distance']:.3g}", _label(rows[i])) for i in drawn]
+        return pair_figure(labels, *zip(*planes))
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    mirrored = "mirrored, " if row["mirrored"] else ""
+    return f"{row['likest']}, {mirrored}moved {row['shift_mm']} mm: SSIM {row['ssim']:.3f}"
+
+
+def _of_distances(name: str, distances: np.ndarray, usual: np.ndarray, seed: int) -> dict[str, Summary | Estimate]:
+    interval = bootstrapped_of_two(distances, usual, _ratio_of_medians, seed)
+    return {
+        f"{name}_synthetic": summarise(distances, np.arange(len(distances)), seed),
+        f"{name}_held_out": summarise(usual, np.arange(len(usual)), seed),
+        f"{name}_ratio": Estimate(_ratio_of_medians(distances, usual), len(distances), interval),
+        f"{name}_close": _share(distances < np.quantile(usual, CLOSE), seed),
+    }
+
+
+def _of_similarities(name: str, likest: list[Likest], usual: np.ndarray, seed: int) -> dict[str, Summary | Estimate]:
+    found = _similarities(likest)
+    return {
+        f"{name}_ssim_synthetic": summarise(found, np.arange(len(found)), seed),
+        f"{name}_ssim_held_out": summarise(usual, np.arange(len(usual)), seed),
+        f"{name}_ssim_close": _share(found > np.quantile(usual, 1 - CLOSE), seed),
+    }
+
+
+def _similarities(likest: list[Likest]) -> np.ndarray:
+    return np.array([near.aligned.ssim for near in likest])
+
+
+def _share(close: np.ndarray, seed: int) -> Estimate:
+    return Estimate(float(close.mean()), len(close), bootstrapped(close, lambda drawn: float(drawn.mean()), seed))
+
+
+def _ratio_of_medians(distances: np.ndarray, usual: np.ndarray) -> float:
+    middle = np.median(usual)
+    return float(np.median(distances) / middle) if middle > 0.0 else float("nan")

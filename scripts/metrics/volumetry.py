@@ -30,6 +30,7 @@ from scripts.bootstrap import Estimate, Summary, bootstrapped
 from scripts.conditions import Condition, Conditions
 from scripts.errors import BundleError
 from scripts.measures import Result
+from scripts.metrics.features import FeatureSet
 from scripts.options import whole_number
 from scripts.tables import read_table
 from scripts.volume_folders import TABLE, VolumeFolder, find_volumes
@@ -260,11 +261,21 @@ class Volumetry:
         seed: of the bootstrap.
     """
 
+    says = (
+        "Whether samples have the ventricular and brain volumes that were asked for: correlation and slope of what a "
+        "segmentation measures on what was requested (the paper's Figure 3, left)."
+    )
+    pitfall = (
+        "r rises with the range of what was asked for, and does not notice a constant factor or offset: look at the "
+        "slope too. A segmentation can fail on samples that are no brains."
+    )
+
     def __init__(
-        self, synthetic: VolumeFolder, segmentations: Segmentations, conditions: Conditions, seed: Any = 0
+        self, synthetic: FeatureSet, segmentations: Segmentations, conditions: Conditions, seed: Any = 0
     ) -> None:
-        self.inputs = [synthetic, segmentations]
-        self.synthetic, self.segmentations, self.conditions = synthetic, segmentations, conditions
+        self.synthetic = synthetic.folder
+        self.inputs = [self.synthetic, segmentations]
+        self.segmentations, self.conditions = segmentations, conditions
         self.seed = whole_number(seed, "seed")
 
     def compute(self) -> Result:

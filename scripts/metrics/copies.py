@@ -1,0 +1,142 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The training volume that a volume is most alike, among those nearest to it in feature space."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.spatial.distance import cdist
+from tqdm import tqdm
+
+from scripts.devices import process_rank
+from scripts.errors import BundleError
+from scripts.figures import strip
+from scripts.metrics.alignment import WINDOW, Aligned, Alignment, moved
+from scripts.metrics.features import wait_for_all_processes
+from scripts.values import Values, identity
+from scripts.volume_folders import VolumeFolder
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 1024
+
+
+class Likest(NamedTuple):
+    """The training volume that a volume is most alike.
+
+    Attributes:
+        position: of the training volume in its folder.
+        aligned: how alike it is, and how it was moved.
+    """
+
+    position: int
+    aligned: Aligned
+
+
+def candidates(features: np.ndarray, training: np.ndarray, most: int) -> np.ndarray:
+    """Positions of the nearest training volumes of each volume in Euclidean distance, the nearest first.
+
+    Args:
+        features: (N, d).
+        training: (M, d).
+        most: how many; all M if these are fewer.
+
+    Returns:
+        (N, min(most, M)) integers.
+    """
+    starts = range(0, len(features), BLOCK)
+    orders = [cdist(features[i : i + BLOCK], training).argsort(axis=1, kind="stable")[:, :most] for i in starts]
+    return np.concatenate(orders)
+
+
+class CopySearch:
+    """Aligns volumes with the training volumes nearest to them in feature space, and keeps how alike they are.
+
+    Args:
+        alignment: how two volumes are compared.
+        values: where the similarities are kept.
+        training: the volumes that the model was trained on.
+        nearest: how many candidates each volume has.
+    """
+
+    def __init__(self, alignment: Alignment, values: Values, training: VolumeFolder, nearest: int) -> None:
+        self.alignment, self.values, self.training = alignment, values, training
+        self.nearest = nearest
+        self.identity = identity("aligned_ssim", alignment, **alignment.facts())
+
+    def check(self, folder: VolumeFolder) -> None:
+        """Raise a `BundleError` unless the volumes of a folder can be laid on the training volumes."""
+        self.training.check_same_grid(folder)
+        if min(folder.shape) < WINDOW:
+            raise BundleError(
+                f"--{folder.flag}: volumes of {folder.shape} are smaller than the window of SSIM, {WINDOW}"
+            )
+
+    def prepare(self, folder: VolumeFolder, chosen: Sequence[int], features: np.ndarray, training: np.ndarray) -> None:
+        """Compare what was not compared before, as one of several processes if there are any.
+
+        Args:
+            folder: the volumes.
+            chosen: positions of those that count.
+            features, training: features of these, (N, d), and of the training volumes, (M, d).
+        """
+        rank, processes = process_rank()
+        found = candidates(features, training, self.nearest)
+        self._compare(folder, [(i, j) for i, row in zip(chosen, found.tolist()) for j in row][rank::processes])
+        wait_for_all_processes()
+        self.values.reload()
+
+    def likest(
+        self, folder: VolumeFolder, chosen: Sequence[int], features: np.ndarray, training: np.ndarray
+    ) -> list[Likest]:
+        """For each chosen volume the candidate with the highest similarity; arguments as for `prepare`."""
+        found = candidates(features, training, self.nearest).tolist()
+        self._compare(folder, [(i, j) for i, row in zip(chosen, found) for j in row])
+        return [self._best(folder, i, row) for i, row in zip(chosen, found)]
+
+    def _best(self, folder: VolumeFolder, index: int, positions: Sequence[int]) -> Likest:
+        compared = [(j, self._known(folder, index, j)) for j in positions]
+        return max((Likest(j, a) for j, a in compared if a is not None), key=_similarity)
+
+    def _known(self, folder: VolumeFolder, index: int, position: int) -> Aligned | None:
+        kept = self.values.get(self.identity, folder.hashes[index], self.training.hashes[position])
+        if kept is None:
+            return None
+        ssim, x, y, z, mirrored = kept
+        return Aligned(ssim, (int(x), int(y), int(z)), bool(mirrored))
+
+    def _compare(self, folder: VolumeFolder, pairs: Sequence[tuple[int, int]]) -> None:
+        missing = [pair for pair in pairs if self._known(folder, *pair) is None]
+        label = f"aligning {folder.flag}"
+        if 0 < len(missing) < len(pairs):
+            logger.info(f"{label}: {len(pairs) - len(missing)} of {len(pairs)} are compared already")
+        for i, j in tqdm(missing, label, unit="pair", disable=None if missing else True):
+            volumes = self.alignment.reduced(folder, i), self.alignment.reduced(self.training, j)
+            found = self.alignment.compare(*volumes, self.alignment.sides(folder))
+            files = folder.hashes[i], self.training.hashes[j]
+            self.values.add(self.identity, files, (found.ssim, *found.shift, found.mirrored))
+
+    def facts(self) -> dict[str, Any]:
+        """How volumes are compared, for the report."""
+        return {**self.alignment.facts(), "candidates": self.nearest}
+
+    def planes(self, folder: VolumeFolder, index: int, likest: Likest) -> tuple[np.ndarray, np.ndarray]:
+        """The middle planes of a volume and of the training volume that was laid on it."""
+        training = self.alignment.reduced(self.training, likest.position)
+        return strip(self.alignment.reduced(folder, index)), strip(moved(training, *likest.aligned[1:]))
+
+
+def _similarity(found: Likest) -> float:
+    return found.aligned.ssim

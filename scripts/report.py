@@ -1,0 +1,211 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The evaluation's report as JSON and as tables."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from scripts.atomic import replacing, write_json
+from scripts.bootstrap import Difference, Estimate, Summary, difference
+from scripts.measures import Measure, Result
+from scripts.samples import REAL, Samples
+from scripts.tables import write_table
+from scripts.workflow import CONFIGS
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("monai", "numpy", "torch")
+COLUMNS = (
+    *("measure", "model", "status", "metric", "count", "mean", "value", "standard_deviation", "confidence_low"),
+    *("confidence_high", "target", "distance", "distance_low", "distance_high"),
+)
+
+
+@dataclass
+class Measured:
+    """A measure of the report.
+
+    Attributes:
+        name: of the measure in the configuration.
+        model: whose samples it measures; empty where there is one unnamed model, or none.
+        measure: what measures.
+        result: what it found; None if it was not asked for.
+        seconds: what that took.
+    """
+
+    name: str
+    model: str
+    measure: Measure
+    result: Result | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Report:
+    """All that an evaluation found.
+
+    Attributes:
+        measures: by their keys in the report.
+        missing: key -> flags that the measure lacks.
+        samples: the models' volumes.
+        flags: what was asked for.
+        warnings: what was warned of meanwhile.
+    """
+
+    measures: dict[str, Measured]
+    missing: dict[str, list[str]]
+    samples: Samples
+    flags: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def computed(self) -> Iterator[tuple[str, Measured, Result]]:
+        """Key, measure and result of those that were asked for."""
+        for key, entry in self.measures.items():
+            if entry.result is not None:
+                yield key, entry, entry.result
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Key -> what the JSON says of the measure."""
+        return {key: self._entry(key, entry) for key, entry in self.measures.items()}
+
+    def _entry(self, key: str, entry: Measured) -> dict[str, Any]:
+        model = {"model": entry.model} if entry.model else {}
+        if entry.result is None:
+            return {**model, "status": "not requested", "missing": [f"--{flag}" for flag in self.missing[key]]}
+        distances = self._distances(entry, entry.result)
+        metrics = {name: _in_brief(found, distances.get(name)) for name, found in entry.result.summaries.items()}
+        return {**model, "status": "computed", "metrics": metrics, **entry.result.facts}
+
+    def _distances(self, entry: Measured, result: Result) -> dict[str, Difference]:
+        target = self.measures.get(getattr(entry.measure, "target", None) or "")
+        if target is None or target.result is None:
+            return result.distances
+        both = {name: (found, target.result.summaries.get(name)) for name, found in result.summaries.items()}
+        found = {n: difference(a, b) for n, (a, b) in both.items() if isinstance(a, Summary) and isinstance(b, Summary)}
+        return {**result.distances, **found}
+
+    def table_1(self) -> list[dict[str, Any]]:
+        """One row a model and one of the real volumes: FID of each network, MS-SSIM and 4-G-R-SSIM.
+
+        As the paper's Table 1. A network has three columns: the distance of all volumes, that of as many as the
+        floor has, and the floor.
+        """
+        entries = self.entries()
+        rows = [self._model_row(model, entries) for model in self.samples.sets]
+        rows = [row for row in rows if len(row) > 1]
+        real = {**_floors(rows), **_similarities(entries.get("real_pairs", {}))}
+        return [*rows, {"model": REAL, **real}] if real or rows else []
+
+    def _model_row(self, model: str, entries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        fid, pairs = (entries.get(f"{name}_{model}" if model else name, {}) for name in ("fid", "synthetic_pairs"))
+        found = {f"fid_{name}": value for name, metric in fid.get("metrics", {}).items() for value in [_value(metric)]}
+        volumes = {"volumes": len(self.samples.sets[model].folder)} if found or pairs.get("metrics") else {}
+        return {"model": model or "synthetic", **volumes, **found, **_similarities(pairs)}
+
+
+def _floors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What stands for the real volumes in the columns of halves: the floor, where all models have the same."""
+    columns = dict.fromkeys(name for row in rows for name in row if name.startswith("fid_") and name.endswith("_floor"))
+    found = {name: {row.get(name) for row in rows} for name in columns}
+    return {f"{name.removesuffix('_floor')}_halves": floors.pop() for name, floors in found.items() if len(floors) == 1}
+
+
+def _similarities(entry: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, metric in entry.get("metrics", {}).items():
+        found[name] = _value(metric)
+        found.update({f"{name}_{end}": metric[f"confidence_{end}"] for end in ("low", "high")})
+    return found
+
+
+def _value(metric: Mapping[str, Any]) -> Any:
+    return metric.get("value", metric.get("mean"))
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Write `evaluation.json`, `evaluation.tsv`, `table_1.tsv`, and the tables and pictures of single measures."""
+    for key, _, result in report.computed():
+        if result.rows:
+            write_table(folder / f"{key}.tsv", result.rows)
+        if result.picture is not None:
+            with replacing(folder / f"{key}.png") as temporary:
+                result.picture.savefig(temporary, dpi=150)
+    entries, table_1 = report.entries(), report.table_1()
+    rows = [row for key, entry in entries.items() for row in _rows(key, entry)]
+    columns = [column for column in COLUMNS if any(column in row for row in rows)]
+    write_table(folder / "evaluation.tsv", [{column: row.get(column) for column in columns} for row in rows])
+    if table_1:
+        write_table(folder / "table_1.tsv", table_1)
+    write_json(folder / "evaluation.json", {"measures": entries, "table_1": table_1, **about(report)})
+    _log(report)
+
+
+def about(report: Report) -> dict[str, Any]:
+    """What was asked for, what was warned of, how long it took and with what."""
+    return {
+        "flags": {name: _plain(value) for name, value in report.flags.items()},
+        "warnings": report.warnings,
+        "seconds": {key: round(entry.seconds, 1) for key, entry, _ in report.computed()},
+        "versions": {"bundle": _bundle_version(), "python": platform.python_version(), **_packages()},
+    }
+
+
+def _packages() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES}
+
+
+def _bundle_version() -> str:
+    return str(json.loads((CONFIGS / "metadata.json").read_text(encoding="utf-8"))["version"])
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    row = {"measure": key, "status": entry["status"]}
+    if "model" in entry:
+        row.update(measure=key.removesuffix(f"_{entry['model']}"), model=entry["model"])
+    return [{**row, "metric": metric, **values} for metric, values in entry.get("metrics", {}).items()] or [row]
+
+
+def _in_brief(summary: Summary | Estimate, distance: Difference | None) -> dict[str, Any]:
+    brief: dict[str, Any] = {"count": summary.count}
+    if isinstance(summary, Estimate):
+        brief["value"] = _finite(summary.value)
+    else:
+        brief["mean"] = _finite(summary.mean)
+        brief["standard_deviation"] = _finite(summary.standard_deviation)
+    brief.update(zip(("confidence_low", "confidence_high"), map(_finite, summary.interval or (None, None))))
+    if distance is not None:
+        brief.update(target=_finite(distance.target), distance=_finite(distance.value))
+        brief.update(zip(("distance_low", "distance_high"), map(_finite, distance.interval or (None, None))))
+    return brief
+
+
+def _finite(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+def _log(report: Report) -> None:
+    for key, _, result in report.computed():
+        for metric, summary in result.summaries.items():
+            value = summary.value if isinstance(summary, Estimate) else summary.mean
+            logger.info(f"{key} {metric}: {value:.6g} over {summary.count}")

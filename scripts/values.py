@@ -1,0 +1,101 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Numbers that were computed of files, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.atomic import make_folder
+from scripts.devices import process_rank
+from scripts.errors import BundleError
+from scripts.packages import file_hash
+
+Numbers = tuple[float, ...]
+
+
+class Values:
+    """Numbers by what they are and the hashes of the files they were computed of: nothing is computed twice.
+
+    Every process appends to a file of its own, `<folder>/rank-<number>.tsv`, a line at a time: what, the files'
+    hashes, the numbers. All of these files are read, so that an interrupted run goes on where it stopped, with any
+    number of processes. A last line that was cut short does not count, and is cut off before more is written.
+
+    Args:
+        folder: made when the first number is kept.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(str(folder))
+        self._known: dict[tuple[str, ...], Numbers] | None = None
+        self._ready = False
+
+    def get(self, what: str, *files: str) -> Numbers | None:
+        """The numbers `what` of the files with these hashes; None if they are not known."""
+        if self._known is None:
+            self._known = dict(line for path in sorted(self.folder.glob("rank-*.tsv")) for line in _lines(path))
+        return self._known.get((what, *files))
+
+    def add(self, what: str, files: Sequence[str], numbers: Sequence[float]) -> None:
+        """Keep the numbers `what` of the files with these hashes.
+
+        Raises:
+            BundleError: if they cannot be written.
+        """
+        line = "\t".join([what, "+".join(files), " ".join(repr(float(number)) for number in numbers)])
+        path = self.folder / f"rank-{process_rank()[0]}.tsv"
+        try:
+            self._prepare(path)
+            with open(path, "ab", buffering=0) as file:
+                file.write(f"{line}\n".encode())
+        except OSError as error:
+            raise BundleError(f"cannot write {path}: {error.strerror or error}") from error
+        if self._known is not None:
+            self._known[(what, *files)] = tuple(map(float, numbers))
+
+    def _prepare(self, path: Path) -> None:
+        if not self._ready:
+            make_folder(self.folder)
+            if path.is_file():
+                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+            self._ready = True
+
+    def reload(self) -> None:
+        """Read the files again when they are next asked: other processes may have written."""
+        self._known = None
+
+
+def _lines(path: Path) -> list[tuple[tuple[str, ...], Numbers]]:
+    try:
+        complete = path.read_bytes().decode().split("\n")[:-1]
+        columns = [line.split("\t") for line in complete]
+        return [((what, *files.split("+")), tuple(map(float, numbers.split()))) for what, files, numbers in columns]
+    except (OSError, ValueError) as error:
+        raise BundleError(f"the values in {path} are damaged: remove the file ({error})") from error
+
+
+def identity(name: str, function: Any, **facts: Any) -> str:
+    """A name for what a metric gives: with other settings, or another version of its source file, it differs.
+
+    Args:
+        name: of the metric, with which the result begins.
+        function: an object, its class in a file.
+        facts: plain data on which the numbers depend.
+    """
+    source = file_hash(inspect.getfile(type(function)))
+    content = json.dumps([type(function).__qualname__, source, facts], sort_keys=True)
+    return f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"

@@ -1,0 +1,215 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Several models, the HTML report, what is not computed twice, and what is warned of."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_evaluation import folder_of, run_here, save, volume
+
+from scripts import pairs
+from scripts.errors import BundleError
+from scripts.samples import named_folders
+from scripts.volume_folders import VolumeFolder
+
+
+class Page(HTMLParser):
+    """Tags, tables and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation of two models by two feature networks; its output folder."""
+    work = tmp_path_factory.mktemp("models")
+    seeds = {"a": (1, 2, 3, 4), "b": (5, 6, 7, 8), "real": (11, 12, 13, 14), "training": (21, 22)}
+    folders = {name: str(folder_of(work / name, *chosen)) for name, chosen in seeds.items()}
+    network = {"_target_": "test_evaluation.Plain"}
+    run_here(
+        work / "output",
+        synthetic_dir=f"{folders['a']},{folders['b']}",
+        real_dir=folders["real"],
+        training_dir=folders["training"],
+        features="one,other",
+        feature_networks={"one": network, "other": network},
+        num_pairs=3,
+    )
+    return work / "output"
+
+
+def read(table: Path) -> list[dict[str, str]]:
+    with open(table, newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def test_table_1_has_a_row_a_model_and_one_of_the_real_volumes(two_models: Path) -> None:
+    report = json.loads((two_models / "evaluation.json").read_text())
+    rows = {row["model"]: row for row in read(two_models / "table_1.tsv")}
+    assert list(rows) == ["a", "b", "real"] == [row["model"] for row in report["table_1"]]
+    for model in ("a", "b"):
+        fid, similar = (report["measures"][f"{name}_{model}"] for name in ("fid", "synthetic_pairs"))
+        assert fid["model"] == model and rows[model]["volumes"] == "4"
+        assert float(rows[model]["fid_one"]) == fid["metrics"]["one"]["value"]
+        assert float(rows[model]["ms_ssim"]) == similar["metrics"]["ms_ssim"]["mean"]
+    real = report["measures"]["real_pairs"]["metrics"]
+    assert float(rows["real"]["four_g_r_ssim"]) == real["four_g_r_ssim"]["mean"]
+    assert rows["real"]["fid_one_halves"] == rows["a"]["fid_one_floor"] and rows["real"]["fid_one"] == "n/a"
+    assert {row["model"] for row in read(two_models / "evaluation.tsv")} == {"a", "b", "n/a"}
+
+
+def test_the_page_needs_no_other_file_and_is_well_formed(two_models: Path) -> None:
+    text = (two_models / "evaluation.html").read_text()
+    page = Page(text)
+    assert page.open == [] and not re.search(r"https?://|<script|<link|url\(", text)
+    pictures = [attrs["src"] or "" for tag, attrs in page.tags if tag == "img"]
+    assert len(pictures) == 1 + 2 * 2 + 2  # volumes; histograms of two metrics and closest pairs for each model
+    for picture in pictures:
+        assert picture.startswith("data:image/png;base64,")
+        with Image.open(io.BytesIO(base64.b64decode(picture.split(",")[1]))) as image:
+            assert image.format == "PNG" and np.ptp(np.asarray(image)) > 100
+
+
+def test_the_page_says_what_the_report_says(two_models: Path) -> None:
+    report = json.loads((two_models / "evaluation.json").read_text())
+    page = Page((two_models / "evaluation.html").read_text())
+    for key, entry in report["measures"].items():
+        for metric, found in entry.get("metrics", {}).items():
+            value = f"{found.get('value', found.get('mean')):.4g}"
+            assert [key.replace("_", " "), metric, value] in [row[:3] for row in page.rows], (key, metric)
+    assert ["reconstruction", "--reconstruct_dir"] in page.rows
+    assert ["num_pairs", "3"] in page.rows and ["torch", report["versions"]["torch"]] in page.rows
+
+
+def test_figures_of_different_networks_share_no_column(two_models: Path) -> None:
+    columns = list(read(two_models / "table_1.tsv")[0])
+    assert columns[2:8] == [f"fid_{name}{end}" for name in ("one", "other") for end in ("", "_halves", "_floor")]
+    tables = re.findall(r"<table>.*?</table>", (two_models / "evaluation.html").read_text(), re.S)
+    measured = [table for table in tables if "<th>metric</th>" in table]
+    assert measured and not [table for table in measured if ">one" in table and ">other" in table]
+
+
+def test_names_and_warnings_are_escaped_and_told(tmp_path: Path) -> None:
+    synthetic = folder_of(tmp_path / "<b>odd", 1, 2)
+    save(synthetic / "x.nii.gz", 3 * volume(3))
+    run_here(tmp_path / "output", synthetic_dir=str(synthetic))
+    text = (tmp_path / "output" / "evaluation.html").read_text()
+    assert "<b>" not in text and "&lt;b&gt;odd" in text and "ranges from 0 to 3" in text
+    report = json.loads((tmp_path / "output" / "evaluation.json").read_text())
+    assert len([line for line in report["warnings"] if "ranges from 0 to 3" in line]) == 1
+    assert report["measures"]["synthetic_pairs"]["synthetic_dir"]["volumes_outside_0_to_1"] == 1
+
+
+def test_nothing_is_measured_twice_and_the_report_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synthetic = folder_of(tmp_path / "volumes", 1, 2, 3)
+    save(synthetic / "x.nii.gz", 2 * volume(4))
+    given: dict[str, Any] = {"synthetic_dir": str(synthetic), "value_dir": str(tmp_path / "values")}
+    with monkeypatch.context() as patch:
+        compare = pairs.PairSimilarity._compare
+        done: list[tuple[int, int]] = []
+
+        def interrupted(self: Any, a: int, b: int) -> None:
+            if len(done) == 4:
+                raise KeyboardInterrupt
+            compare(self, a, b)
+            done.append((a, b))
+
+        patch.setattr(pairs.PairSimilarity, "_compare", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_here(tmp_path / "first", **given)
+    kept = (tmp_path / "values" / "rank-0.tsv").read_text()
+    finished = run_here(tmp_path / "second", **given)
+    text = (tmp_path / "values" / "rank-0.tsv").read_text()
+    assert text.startswith(kept) and len(text.splitlines()) == 6 * 2 + 4
+    monkeypatch.setattr(pairs.PairSimilarity, "_compare", None)
+    assert run_here(tmp_path / "third", **given) == finished
+    report = json.loads((tmp_path / "third" / "evaluation.json").read_text())
+    assert any("ranges from 0 to 2" in line for line in report["warnings"])
+
+
+def test_processes_share_the_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {"synthetic_dir": str(folder_of(tmp_path / "volumes", 1, 2, 3))}
+    values = tmp_path / "output" / "values"
+    for rank in (1, 0):
+        for module in ("pairs", "values", "evaluation"):
+            monkeypatch.setattr(f"scripts.{module}.process_rank", lambda rank=rank: (rank, 2))
+        if rank:
+            with pytest.raises(FileNotFoundError):
+                run_here(tmp_path / "output", **given)
+        else:
+            assert run_here(tmp_path / "output", **given)["synthetic_pairs"]["pairs"] == 3
+    lines = {n: [x for x in (values / f"rank-{n}.tsv").read_text().splitlines() if "range" not in x] for n in (0, 1)}
+    assert [len(lines[0]), len(lines[1])] == [4, 2] and len(set(lines[0] + lines[1])) == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (None, {"": None}),
+        ("a", {"": "a"}),
+        ("x/a, x/b", {"a": "x/a", "b": "x/b"}),
+        (("x/a", "b"), {"a": "x/a", "b": "b"}),
+        ({"ldm": "x", "gan": "y"}, {"ldm": "x", "gan": "y"}),
+    ],
+)
+def test_models_are_named_after_their_folders(given: Any, named: dict[str, Any]) -> None:
+    assert named_folders(given) == named
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("x/a,y/a", "two folders are called a: name them with a map"), ({"real": "x"}, "'real' cannot"), ({"a/b": 1}, "")],
+)
+def test_unfit_names_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(BundleError, match=f"--synthetic_dir: .*{message}"):
+        named_folders(given)
+
+
+def test_files_without_a_row_are_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder_of(tmp_path, 1, 2, 3)
+    (tmp_path / "participants.tsv").write_text("participant_id\tpath\na\tvolume_2.nii.gz\n")
+    assert len(VolumeFolder(tmp_path, "real_dir")) == 1
+    assert "has no row for 2 of the volumes" in caplog.text and "volume_1.nii.gz the first: left out" in caplog.text
+    (tmp_path / "participants.tsv").write_text("participant_id\tpath\na\tvolume_2.nii.gz\nb\tvolume_2.nii.gz\n")
+    with pytest.raises(BundleError, match="volume_2.nii.gz in two rows"):
+        VolumeFolder(tmp_path, "real_dir")

@@ -1,0 +1,62 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Kept numbers: found again, also after a run was killed while writing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from monai.metrics import SSIMMetric
+
+from scripts.errors import BundleError
+from scripts.values import Values, identity
+
+
+def test_numbers_are_found_again_exactly(tmp_path: Path) -> None:
+    values = Values(tmp_path / "values")
+    assert values.get("a", "x", "y") is None and not (tmp_path / "values").exists()
+    values.add("a", ["x", "y"], [0.1, 1 / 3, float("inf")])
+    for found in (values, Values(tmp_path / "values")):
+        assert found.get("a", "x", "y") == (0.1, 1 / 3, float("inf"))
+        assert found.get("a", "y", "x") is None and found.get("b", "x", "y") is None
+
+
+def test_a_line_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
+    first = Values(tmp_path)
+    first.add("a", ["x"], [0.125])
+    file = tmp_path / "rank-0.tsv"
+    file.write_bytes(file.read_bytes() + b"a\ty\t0.3")
+    again = Values(tmp_path)
+    assert again.get("a", "x") == (0.125,) and again.get("a", "y") is None
+    again.add("a", ["z"], [0.5])
+    assert file.read_text() == "a\tx\t0.125\na\tz\t0.5\n"
+
+
+def test_numbers_of_all_processes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = Values(tmp_path)
+    assert values.get("a", "x") is None
+    monkeypatch.setattr("scripts.values.process_rank", lambda: (3, 4))
+    Values(tmp_path).add("a", ["x"], [2.0])
+    values.reload()
+    assert values.get("a", "x") == (2.0,) and [path.name for path in tmp_path.iterdir()] == ["rank-3.tsv"]
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rank-0.tsv").write_text("a\tx\tmany\n")
+    with pytest.raises(BundleError, match="rank-0.tsv are damaged: remove the file"):
+        Values(tmp_path).get("a", "x")
+
+
+def test_another_metric_or_setting_has_another_identity() -> None:
+    metric = SSIMMetric(3)
+    names = {identity(*given, k=k) for given in (("a", metric), ("b", metric), ("a", Values("x"))) for k in (1, 2)}
+    assert len(names) == 6 and identity("a", metric, k=1) == identity("a", SSIMMetric(3), k=1)
