@@ -3,8 +3,10 @@ VENV ?= .venv
 WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
+SAMSEG ?= .venv-samseg
+SAMSEG_PYTHON ?= $(PYTHON)
 
-.PHONY: help sample example-data perceptual-weights test lint lock clean
+.PHONY: help sample example-data perceptual-weights samseg test lint lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -26,6 +28,15 @@ example-data: $(INSTALLED) ## Fetch openly licensed scans of real heads and prep
 perceptual-weights: $(INSTALLED) ## Fetch the weights of the perceptual loss, into models/
 	$(RUN) -m scripts.perceptual_weights
 
+samseg: $(SAMSEG)/.installed ## Install samseg for --segment_with samseg, into .venv-samseg/ (Python 3.8 to 3.11)
+
+$(SAMSEG)/.installed:
+	@$(SAMSEG_PYTHON) -c "import sys; sys.exit(not (3, 8) <= sys.version_info < (3, 12))" \
+	    || (echo "samseg needs Python 3.8 to 3.11: make samseg SAMSEG_PYTHON=python3.11" >&2; exit 1)
+	$(SAMSEG_PYTHON) -m venv $(SAMSEG)
+	$(SAMSEG)/bin/python -m pip install --quiet samseg==0.4a0 surfa==0.6.3 "numpy<2"
+	@touch $@
+
 test: $(INSTALLED) ## Run the tests that need no GPU, no network and little time
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
@@ -42,6 +53,6 @@ lock: ## Write requirements.lock anew from pyproject.toml (needs uv)
 	@rm resolved.txt
 	mv requirements.new requirements.lock
 
-clean: ## Remove the environment and the caches; data, models and output stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+clean: ## Remove the environments and the caches; data, models and output stay
+	rm -rf $(VENV) $(SAMSEG) .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

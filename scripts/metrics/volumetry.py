@@ -82,6 +82,9 @@ class Segmentations:
         """Whether one was given."""
         return self.path is not None
 
+    def prepare(self) -> None:
+        """Nothing: they are there."""
+
     def measured(self) -> dict[str, dict[str, float]]:
         """Name of each segmented volume -> the volumes of its structures in mm3, by name of the condition.
 
@@ -252,6 +255,10 @@ class Volumetry:
         self.inputs = [synthetic, segmentations]
         self.synthetic, self.segmentations, self.conditions = synthetic, segmentations, conditions
         self.seed = whole_number(seed, "seed")
+
+    def prepare(self) -> None:
+        """Let a tool segment what is to be segmented; under torchrun, each process its share."""
+        self.segmentations.prepare()
 
     def compute(self) -> Result:
         """Measure and compare.
