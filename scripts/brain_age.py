@@ -210,7 +210,8 @@ class BrainAgeStep:
 
     def __init__(self, optimisation: Optimisation, amp: Any = False) -> None:
         self.optimisation, self.amp = optimisation, amp
-        self.deviation = bare(optimisation.network).deviation
+        network: Any = bare(optimisation.network)
+        self.deviation = network.deviation
 
     def __call__(self, engine: Engine, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Train on one batch: `image` (B, 1, X, Y, Z) with intensities 0..1, `age` (B,) in years.
