@@ -45,6 +45,17 @@ TITLE_INCHES = 0.35
 DPI = 150
 
 
+def cells(figures: Mapping[str, Mapping[str, list[Cell]]], figure: str, axis: str) -> list[Cell]:
+    """The `rows` or the `columns` of a figure.
+
+    Raises:
+        BundleError: if there is no such figure.
+    """
+    if figure not in figures:
+        raise BundleError(f"--figure: there is no '{figure}'; there are {', '.join(figures)}")
+    return figures[figure][axis]
+
+
 class GridRequests(SampleRequests):
     """One sample for each cell of a grid, all from the same noise, so that they differ by their conditions alone.
 
@@ -73,10 +84,10 @@ class GridRequests(SampleRequests):
         for flag in [flag for flag, value in (unused or {}).items() if value is not None]:
             raise BundleError(f"--{flag} does not go with a figure, whose samples --rows and --columns state")
         super().__init__(conditions, latent_shape, None, seed)
-        cells = {"rows": _cells(rows, "rows"), "columns": _cells(columns, "columns")}
-        self.labels = {flag: [_label(cell, conditions, flag) for cell in some] for flag, some in cells.items()}
+        axes = {"rows": _checked(rows, "rows"), "columns": _checked(columns, "columns")}
+        self.labels = {axis: [_label(cell, conditions, axis) for cell in some] for axis, some in axes.items()}
         base = self.vectors[0]
-        pairs = [(row, column) for row in cells["rows"] for column in cells["columns"]]
+        pairs = [(row, column) for row in axes["rows"] for column in axes["columns"]]
         self.vectors = [_with(_with(base, row, conditions, "rows"), col, conditions, "columns") for row, col in pairs]
         self.start()
 
@@ -96,7 +107,7 @@ class GridSaver(SampleSaver):
         self.facts["noise_of_index"] = 0
 
 
-def _cells(given: Any, flag: str) -> list[Cell]:
+def _checked(given: Any, flag: str) -> list[Cell]:
     if not isinstance(given, Sequence) or not given or not all(isinstance(cell, Mapping) for cell in given):
         raise BundleError(f"--{flag} must be a list such as \"[{{'ventricular_vol':0.1}},{{'ventricular_vol':0.9}}]\"")
     return list(given)

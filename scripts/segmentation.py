@@ -107,11 +107,11 @@ class SynthSeg(Segmenter):
                 "--threads",
                 _threads(),
             ]
-            _run(self.name, [program, *options], output_dir / "synthseg.log")
+            _run(self.name, [program, *options], output_dir / f"synthseg{_of_process()}.log")
 
     def table(self, output_dir: Path) -> Path:
-        """See `Segmenter`; it has the volumes of the last run alone."""
-        return output_dir / "synthseg_volumes.csv"
+        """See `Segmenter`; it has the volumes of the last run of this process alone."""
+        return output_dir / f"synthseg_volumes{_of_process()}.csv"
 
 
 class Samseg(Segmenter):
@@ -136,6 +136,12 @@ class Samseg(Segmenter):
         codes = np.rint(np.asanyarray(image.dataobj)).astype(np.int16)
         with replacing(label_map) as temporary:
             nib.save(nib.Nifti1Image(codes, image.affine), temporary)
+
+
+def _of_process() -> str:
+    """What tells the files of several processes apart."""
+    rank, processes = process_rank()
+    return f"_{rank}" if processes > 1 else ""
 
 
 def _threads() -> str:

@@ -76,14 +76,12 @@ def test_cells_share_their_noise(bundle_copy: Path, run_here: RunHere, tmp_path:
     assert a == b
 
 
-def test_samples_that_are_there_are_kept(
-    figure: Path, bundle_copy: Path, run_here: RunHere, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_samples_that_are_there_are_kept(figure: Path, bundle_copy: Path, run_here: RunHere) -> None:
     (figure / "volumes.png").unlink()
     before = (figure / "sample_seed-0_000000.nii.gz").stat().st_mtime_ns
     run_here([BASE, FIGURES, TINY], **flags(bundle_copy, figure))
     assert (figure / "sample_seed-0_000000.nii.gz").stat().st_mtime_ns == before
-    assert (figure / "volumes.png").is_file() and "4 of 4 samples are in" in caplog.text
+    assert (figure / "volumes.png").is_file()
 
 
 def test_figures_of_the_paper(bundle_copy: Path, tmp_path: Path) -> None:
@@ -103,13 +101,15 @@ def test_figures_of_the_paper(bundle_copy: Path, tmp_path: Path) -> None:
         ({"columns": [{"age": "old"}]}, "--age in --columns must be a finite number, got 'old'"),
         ({"columns": 3}, "--columns must be a list such as"),
         ({"rows": []}, "--rows must be a list such as"),
+        ({"figure": "violin", "rows": None}, "--figure: there is no 'violin'; there are volumes, extrapolation"),
         ({"num_samples": 2}, "--num_samples does not go with a figure"),
     ],
 )
 def test_wrong_cells(
     wrong: dict[str, Any], expected: str, bundle_copy: Path, run_here: RunHere, tmp_path: Path
 ) -> None:
-    assert expected in refused(run_here, [BASE, FIGURES, TINY], **flags(bundle_copy, tmp_path, **wrong))
+    given = {name: value for name, value in flags(bundle_copy, tmp_path, **wrong).items() if value is not None}
+    assert expected in refused(run_here, [BASE, FIGURES, TINY], **given)
 
 
 def test_models_side_by_side(run_here: RunHere, tmp_path: Path) -> None:
