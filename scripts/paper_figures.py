@@ -136,7 +136,7 @@ def _label(cell: Cell, conditions: Conditions, axis: str) -> str:
         normalised = condition.parse(flag, value, f" in --{axis}")
         raw, unit = condition.denormalise(normalised), condition.unit
         raw, unit = (raw / 1000, "mL") if unit == "mm3" else (raw, unit)
-        lines.append(f"{condition.name}\n{raw:.5g} {unit} ({normalised:.3g})")
+        lines.append(f"{condition.name}\n{raw:.4g} {unit} ({normalised:.3g})")
     return "\n".join(lines)
 
 
