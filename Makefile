@@ -3,10 +3,12 @@ VENV ?= .venv
 WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
+SAMSEG ?= .venv-samseg
+SAMSEG_PYTHON ?= $(PYTHON)
 
 COMPILE := uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-header pyproject.toml
 
-.PHONY: help sample example-data perceptual-weights tracking test lint lock clean
+.PHONY: help sample example-data perceptual-weights samseg tracking test lint lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -31,6 +33,15 @@ perceptual-weights: $(INSTALLED) ## Fetch the weights of the perceptual loss, in
 tracking: $(INSTALLED) ## Add MLflow to the environment, for --tracking mlflow
 	$(RUN) -m pip install --quiet --requirement requirements-tracking.lock
 
+samseg: $(SAMSEG)/.installed ## Install samseg for --segment_with samseg, into .venv-samseg/ (Python 3.8 to 3.11)
+
+$(SAMSEG)/.installed:
+	@$(SAMSEG_PYTHON) -c "import sys; sys.exit(not (3, 8) <= sys.version_info < (3, 12))" \
+	    || (echo "samseg needs Python 3.8 to 3.11: make samseg SAMSEG_PYTHON=python3.11" >&2; exit 1)
+	$(SAMSEG_PYTHON) -m venv $(SAMSEG)
+	$(SAMSEG)/bin/python -m pip install --quiet samseg==0.4a0 surfa==0.6.3 "numpy<2"
+	@touch $@
+
 test: $(INSTALLED) ## Run the tests that need no GPU, no network and little time
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
@@ -50,6 +61,6 @@ lock: ## Write both lock files anew from pyproject.toml (needs uv)
 	mv requirements.new requirements.lock
 	mv tracking.new requirements-tracking.lock
 
-clean: ## Remove the environment and the caches; data, models and output stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+clean: ## Remove the environments and the caches; data, models and output stay
+	rm -rf $(VENV) $(SAMSEG) .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

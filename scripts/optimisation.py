@@ -27,6 +27,8 @@ from scripts.options import number, whole_number
 from scripts.precision import half_precision
 
 LEAST_SCALE = 2.0**-10  # float16 gradients that are infinite even when divided by 1000 are so for good
+DECAYS = ("constant", "cosine", "exponential")
+LEAST_FACTOR = 1.0e-6  # of one epoch's rate to that before
 
 Batch = Mapping[str, Tensor]
 
@@ -133,24 +135,29 @@ class Optimisation:
 class LearningRate:
     """Handler that sets an optimiser's rate at every iteration, as a function of the iteration alone.
 
-    A linear rise over the first iterations, then constant or half a cosine down to 0 at the end (Loshchilov and Hutter
-    2017). Nothing of it is kept in checkpoints, so a resumed training takes the rate and the length that it is given.
+    A linear rise over the first iterations, then constant, half a cosine down to 0 at the end (Loshchilov and Hutter
+    2017), or the same share less after each epoch. Nothing of it is kept in checkpoints, so a resumed training takes
+    the rate and the length that it is given.
 
     Args:
         optimizer: whose rate to set.
         lr: the highest rate.
-        decay: `constant` or `cosine`.
+        decay: one of `DECAYS`.
         warm_up: iterations of the rise.
+        factor: with `exponential`, of each epoch's rate to that of the epoch before; above 0, at most 1.
 
     Raises:
-        BundleError: for a rate that is no number, or another `decay`.
+        BundleError: for a rate that is no number, another `decay`, or a factor out of range.
     """
 
-    def __init__(self, optimizer: Optimizer, lr: Any, decay: str = "constant", warm_up: Any = 0) -> None:
-        if decay not in ("constant", "cosine"):
-            raise BundleError(f"--lr_decay must be constant or cosine, got '{decay}'")
+    def __init__(
+        self, optimizer: Optimizer, lr: Any, decay: str = "constant", warm_up: Any = 0, factor: Any = 0.97
+    ) -> None:
+        if decay not in DECAYS:
+            raise BundleError(f"--lr_decay must be one of {', '.join(DECAYS)}, got '{decay}'")
         self.optimizer, self.lr, self.decay = optimizer, number(lr, "lr"), decay
         self.warm_up = whole_number(warm_up, "lr_warm_up")
+        self.factor = number(factor, "lr_decay_factor", LEAST_FACTOR, 1.0)
 
     def attach(self, engine: Engine) -> None:
         """Follow a MONAI trainer."""
@@ -158,15 +165,17 @@ class LearningRate:
 
     def __call__(self, engine: Engine) -> None:
         """Set the rate of the iteration that begins."""
-        total = engine.state.max_epochs * engine.state.epoch_length
         for group in self.optimizer.param_groups:
-            group["lr"] = self.at(engine.state.iteration - 1, total)
+            group["lr"] = self.at(engine.state.iteration - 1, engine.state.epoch_length, engine.state.max_epochs)
 
-    def at(self, done: int, total: int) -> float:
-        """The rate after `done` of `total` iterations."""
+    def at(self, done: int, epoch_length: int, epochs: int) -> float:
+        """The rate after `done` iterations of a training of that many epochs."""
+        total = epochs * epoch_length
         if done < self.warm_up:
             return self.lr * (done + 1) / (self.warm_up + 1)
         if self.decay == "constant":
             return self.lr
+        if self.decay == "exponential":
+            return self.lr * self.factor ** (done // epoch_length)
         share = (done - self.warm_up) / max(1, total - self.warm_up)
         return self.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))

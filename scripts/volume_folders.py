@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections import Counter
@@ -70,6 +71,12 @@ class VolumeFolder:
     def requested(self) -> bool:
         """Whether a folder was given."""
         return self.folder is not None
+
+    def part(self, paths: Sequence[Path]) -> VolumeFolder:
+        """The same folder with some of its volumes alone."""
+        some = copy.copy(self)
+        some.paths, some._ranges, some._hashes = list(paths), {}, []
+        return some
 
     @property
     def hashes(self) -> list[str]:

@@ -156,6 +156,19 @@ def test_cosine_is_pytorchs() -> None:
     assert rates(schedule("cosine"), 0, 4) == pytest.approx(expected)
 
 
+def test_exponential_decay_is_pytorchs_by_epoch() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
+    reference = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    expected = []
+    for _ in range(3):
+        expected += reference.get_last_lr() * 5
+        optimizer.step()
+        reference.step()
+    assert rates(LearningRate(optimizer, 0.1, "exponential", factor=0.9), 0, 3) == pytest.approx(expected)
+    with pytest.raises(BundleError, match="--lr_decay_factor must be at most 1, got 1.1"):
+        LearningRate(optimizer, 0.1, "exponential", factor=1.1)
+
+
 def test_rate_of_an_iteration_does_not_depend_on_the_past() -> None:
     whole = rates(schedule("cosine", warm_up=3), 0, 4)
     assert rates(schedule("cosine", warm_up=3), 13, 4) == whole[13:]
@@ -167,7 +180,8 @@ def test_rate_of_an_iteration_does_not_depend_on_the_past() -> None:
     "wrong", [{"decay": "linear"}, {"decay": "constant", "lr": "abc"}, {"decay": "cosine", "lr": float("nan")}]
 )
 def test_rates_that_are_none(wrong: dict[str, Any]) -> None:
-    with pytest.raises(BundleError, match="--lr_decay must be constant or cosine|--lr must be a finite number"):
+    expected = "--lr_decay must be one of constant, cosine, exponential, got|--lr must be a finite number"
+    with pytest.raises(BundleError, match=expected):
         schedule(**wrong)
 
 

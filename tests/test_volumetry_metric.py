@@ -24,18 +24,15 @@ from conftest import BASE, ROOT
 from monai.bundle import ConfigParser
 
 from scripts.conditions import Conditions
+from scripts.correlation import correlations, pearson, slope, spearman
 from scripts.errors import BundleError
 from scripts.metrics.features import FeatureNetworks, FeatureSet
 from scripts.metrics.volumetry import (
     Segmentations,
     Volumetry,
-    correlations,
     label_volumes,
     matched,
-    pearson,
     read_synthseg,
-    slope,
-    spearman,
 )
 from scripts.volume_folders import VolumeFolder
 
@@ -174,7 +171,7 @@ def test_intervals_are_scipy_s_bootstrap() -> None:
 def test_a_constant_request_has_no_correlation(caplog: pytest.LogCaptureFixture) -> None:
     found: dict[str, Any] = correlations("v", np.full(9, 0.1), np.arange(9.0), 0)
     assert all(np.isnan(found[f"v_{s}"].value) and found[f"v_{s}"].interval is None for s in ("pearson", "slope"))
-    assert "asked for the same v" in caplog.text
+    assert "every volume has the same v" in caplog.text
     measured: dict[str, Any] = correlations("v", np.arange(9.0), np.full(9, 0.1), 0)
     assert np.isnan(measured["v_spearman"].value) and measured["v_slope"].value == pytest.approx(0.0, abs=1e-12)
 

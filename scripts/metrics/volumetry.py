@@ -15,19 +15,18 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-import scipy.stats
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from scripts.bootstrap import Estimate, Summary, bootstrapped
+from scripts.bootstrap import Estimate, Summary
 from scripts.conditions import Condition, Conditions
+from scripts.correlation import correlations, pearson
 from scripts.errors import BundleError
 from scripts.measures import Result
 from scripts.metrics.features import FeatureSet
@@ -83,6 +82,9 @@ class Segmentations:
     def requested(self) -> bool:
         """Whether one was given."""
         return self.path is not None
+
+    def prepare(self) -> None:
+        """Nothing: they are there."""
 
     def measured(self) -> dict[str, dict[str, float]]:
         """Name of each segmented volume -> the volumes of its structures in mm3, by name of the condition.
@@ -172,28 +174,41 @@ def requested_volumes(folder: VolumeFolder, conditions: Conditions) -> dict[str,
     for name in names:
         if names.count(name) > 1:
             raise BundleError(f"two volumes in {folder.folder} are called {name}: segmentations are told by name")
-    rows = _rows(folder)
+    rows = table_rows(folder)
     return {name: _stated(path, rows.get(path), conditions) for name, path in zip(names, folder.paths)}
 
 
-def _rows(folder: VolumeFolder) -> dict[Path, dict[str, str]]:
+def table_rows(folder: VolumeFolder) -> dict[Path, dict[str, str]]:
+    """The rows of a folder's `participants.tsv` by the volumes that they name; none where there is no such table."""
     assert folder.folder is not None
     table = folder.folder / TABLE
     rows = read_table(table) if table.is_file() else []
     return {folder.folder / row["path"]: row for row in rows if "path" in row}
 
 
-def _stated(path: Path, row: Mapping[str, str] | None, conditions: Conditions) -> dict[str, float]:
+def stated_conditions(path: Path, row: Mapping[str, str] | None) -> Mapping[str, Any] | None:
+    """What a volume's sidecar says of its conditions, else its row; None if it has neither.
+
+    Raises:
+        BundleError: if the sidecar says nothing of them, and there is no row.
+    """
     sidecar = path.with_name(f"{stem(path)}.json")
-    if sidecar.is_file():
-        try:
-            stated = json.loads(sidecar.read_text(encoding="utf-8"))["conditions"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BundleError(f"{sidecar} does not state the conditions of {path.name}") from error
-    elif row is not None:
-        stated = row
-    else:
-        raise BundleError(f"what was asked for of {path} is not known: it has no {sidecar.name} and no row in {TABLE}")
+    if not sidecar.is_file():
+        return row
+    try:
+        stated = json.loads(sidecar.read_text(encoding="utf-8"))["conditions"]
+    except (ValueError, KeyError, TypeError) as error:
+        if row is not None:
+            return row
+        raise BundleError(f"{sidecar} does not state the conditions of {path.name}") from error
+    return stated
+
+
+def _stated(path: Path, row: Mapping[str, str] | None, conditions: Conditions) -> dict[str, float]:
+    stated = stated_conditions(path, row)
+    if stated is None:
+        name = f"{stem(path)}.json"
+        raise BundleError(f"what was asked for of {path} is not known: it has no {name} and no row in {TABLE}")
     return {c.name: _raw(c, stated, path) for c in conditions if c.name in QUANTITIES}
 
 
@@ -225,32 +240,6 @@ def matched(volumes: Sequence[str], segmentations: Sequence[str]) -> dict[str, s
     return found
 
 
-def pearson(requested: np.ndarray, measured: np.ndarray) -> float:
-    """Pearson's r of two (N,) arrays; NaN where one is constant."""
-    x, y = (values - values.mean() for values in (requested, measured))
-    scale = np.sqrt((x @ x) * (y @ y))
-    constant = np.ptp(requested) == 0.0 or np.ptp(measured) == 0.0
-    return float("nan") if constant or scale == 0.0 else float(np.clip(x @ y / scale, -1.0, 1.0))
-
-
-def spearman(requested: np.ndarray, measured: np.ndarray) -> float:
-    """Spearman's r: Pearson's r of the ranks, ties sharing their mean rank."""
-    return pearson(scipy.stats.rankdata(requested), scipy.stats.rankdata(measured))
-
-
-def slope(requested: np.ndarray, measured: np.ndarray) -> float:
-    """Of the least squares line of what was measured on what was asked for; NaN where that is constant."""
-    x = requested - requested.mean()
-    return float("nan") if np.ptp(requested) == 0.0 else float(x @ measured / (x @ x))
-
-
-def _of_columns(statistic: Callable[[np.ndarray, np.ndarray], float], pairs: np.ndarray) -> float:
-    return statistic(pairs[:, 0], pairs[:, 1])
-
-
-STATISTICS = {"pearson": pearson, "spearman": spearman, "slope": slope}
-
-
 class Volumetry:
     """Pearson's and Spearman's r and the slope of measured on requested volumes, with bootstrap intervals.
 
@@ -277,6 +266,10 @@ class Volumetry:
         self.inputs = [self.synthetic, segmentations]
         self.segmentations, self.conditions = segmentations, conditions
         self.seed = whole_number(seed, "seed")
+
+    def prepare(self) -> None:
+        """Let a tool segment what is to be segmented; under torchrun, each process its share."""
+        self.segmentations.prepare()
 
     def compute(self) -> Result:
         """Measure and compare.
@@ -314,18 +307,6 @@ class Volumetry:
                 row[f"{quantity}_measured_mm3"] = measured[pairs[name]][quantity]
             rows.append(row)
         return rows
-
-
-def correlations(name: str, requested: np.ndarray, measured: np.ndarray, seed: int) -> dict[str, Summary | Estimate]:
-    """The statistics of one quantity: `name_pearson`, `name_spearman` and `name_slope`."""
-    if np.ptp(requested) == 0.0:
-        logger.warning(f"every sample was asked for the same {name}: its correlation is not defined")
-    pairs = np.stack([requested, measured], axis=1)
-    found: dict[str, Summary | Estimate] = {}
-    for label, statistic in STATISTICS.items():
-        interval = bootstrapped(pairs, partial(_of_columns, statistic), seed)
-        found[f"{name}_{label}"] = Estimate(statistic(requested, measured), len(pairs), interval)
-    return found
 
 
 def scatter(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:

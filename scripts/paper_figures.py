@@ -1,0 +1,210 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Figures of the paper (Pinaya et al. 2022): grids of samples over conditions, and samples of models side by side."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from scripts.atomic import make_folder, replacing
+from scripts.conditions import Condition, Conditions
+from scripts.devices import process_rank
+from scripts.errors import BundleError
+from scripts.figures import strip
+from scripts.metrics.features import wait_for_all_processes
+from scripts.options import whole_number
+from scripts.requests import SampleRequests
+from scripts.sampling import SampleSaver
+from scripts.volume_folders import VolumeFolder
+from scripts.volumes import read_volume
+
+logger = logging.getLogger(__name__)
+
+Cell = Mapping[str, Any]
+"""Values of some conditions, by the name of either form: `{"ventricular_vol": 0.5}`."""
+
+CELL_INCHES = 1.3
+LABEL_INCHES = 1.4
+TITLE_INCHES = 0.35
+DPI = 150
+
+
+def cells(figures: Mapping[str, Mapping[str, list[Cell]]], figure: str, axis: str) -> list[Cell]:
+    """The `rows` or the `columns` of a figure.
+
+    Raises:
+        BundleError: if there is no such figure.
+    """
+    if figure not in figures:
+        raise BundleError(f"--figure: there is no '{figure}'; there are {', '.join(figures)}")
+    return figures[figure][axis]
+
+
+class GridRequests(SampleRequests):
+    """One sample for each cell of a grid, all from the same noise, so that they differ by their conditions alone.
+
+    Args:
+        conditions, latent_shape, seed: see `SampleRequests`; the flags' conditions hold where a cell says nothing.
+        rows, columns: what the cells of each row and of each column have in common.
+        unused: flags of sampling that a grid has no use for, with their values.
+
+    Attributes:
+        labels: of rows and of columns.
+
+    Raises:
+        BundleError: for a condition that there is not, a value that is none, a grid without cells, or an unused flag
+            that was given.
+    """
+
+    def __init__(
+        self,
+        conditions: Conditions,
+        latent_shape: Sequence[int],
+        rows: Any,
+        columns: Any,
+        seed: Any = 0,
+        unused: Mapping[str, Any] | None = None,
+    ) -> None:
+        for flag in [flag for flag, value in (unused or {}).items() if value is not None]:
+            raise BundleError(f"--{flag} does not go with a figure, whose samples --rows and --columns state")
+        super().__init__(conditions, latent_shape, None, seed)
+        axes = {"rows": _checked(rows, "rows"), "columns": _checked(columns, "columns")}
+        self.labels = {axis: [_label(cell, conditions, axis) for cell in some] for axis, some in axes.items()}
+        base = self.vectors[0]
+        pairs = [(row, column) for row in axes["rows"] for column in axes["columns"]]
+        self.vectors = [_with(_with(base, row, conditions, "rows"), col, conditions, "columns") for row, col in pairs]
+        self.start()
+
+    def prepare_batch(
+        self, batch: dict[str, Any], device: torch.device, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, None, tuple, dict[str, Any]]:
+        """MONAI's `prepare_batch`, with the noise of sample 0 for all."""
+        same = {**batch, "index": torch.zeros_like(batch["index"])}
+        return super().prepare_batch(same, device, non_blocking, **kwargs)
+
+
+class GridSaver(SampleSaver):
+    """A `SampleSaver` whose sidecars say that the noise is that of sample 0."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.facts["noise_of_index"] = 0
+
+
+def _checked(given: Any, flag: str) -> list[Cell]:
+    if not isinstance(given, Sequence) or not given or not all(isinstance(cell, Mapping) for cell in given):
+        raise BundleError(f"--{flag} must be a list such as \"[{{'ventricular_vol':0.1}},{{'ventricular_vol':0.9}}]\"")
+    return list(given)
+
+
+def _condition(flag: str, conditions: Conditions, axis: str) -> tuple[int, Condition]:
+    found = [(i, c) for i, c in enumerate(conditions) if flag in (c.name, c.raw)]
+    if not found:
+        raise BundleError(f"--{axis}: there is no condition '{flag}'; there are {', '.join(conditions.flags())}")
+    return found[0]
+
+
+def _with(vector: Tensor, cell: Cell, conditions: Conditions, axis: str) -> Tensor:
+    vector = vector.clone()
+    for flag, value in cell.items():
+        index, condition = _condition(flag, conditions, axis)
+        vector[index] = condition.parse(flag, value, f" in --{axis}")
+    return vector
+
+
+def _label(cell: Cell, conditions: Conditions, axis: str) -> str:
+    """Raw value and unit, and the normalised value in brackets, of each condition of a cell."""
+    lines = []
+    for flag, value in cell.items():
+        _, condition = _condition(flag, conditions, axis)
+        normalised = condition.parse(flag, value, f" in --{axis}")
+        raw, unit = condition.denormalise(normalised), condition.unit
+        raw, unit = (raw / 1000, "mL") if unit == "mm3" else (raw, unit)
+        lines.append(f"{condition.name}\n{raw:.4g} {unit} ({normalised:.3g})")
+    return "\n".join(lines)
+
+
+def draw_grid(requests: GridRequests, saver: SampleSaver, name: str) -> None:
+    """Draw the samples of a grid as `<name>.png` beside them, when all processes have sampled theirs.
+
+    Raises:
+        BundleError: if a volume is damaged.
+    """
+    wait_for_all_processes()
+    if process_rank()[0] == 0:
+        paths = [saver.folder / f"sample_seed-{requests.seed}_{i:06d}.nii.gz" for i in range(len(requests.vectors))]
+        width = len(requests.labels["columns"])
+        rows = [[strip(read_volume(path)) for path in paths[i : i + width]] for i in range(0, len(paths), width)]
+        _write(grid_figure(rows, requests.labels["rows"], requests.labels["columns"]), saver.folder / f"{name}.png")
+
+
+def draw_models(models: Any, count: Any, output_dir: str) -> None:
+    """Draw the first volumes of several folders, one row a folder, as `models.png`.
+
+    Args:
+        models: name of a model -> folder of its samples.
+        count: volumes of each.
+        output_dir: where to write.
+
+    Raises:
+        BundleError: if there are no models, or a folder has no volumes or fewer than `count`.
+    """
+    if not isinstance(models, Mapping) or not models:
+        raise BundleError(
+            "--models must map names to folders of samples, such as \"{'LDM':'output','real':'dataset'}\""
+        )
+    wanted = whole_number(count, "count", least=1)
+    rows = []
+    for name, path in models.items():
+        folder = VolumeFolder(path, "models")
+        if len(folder) < wanted:
+            raise BundleError(f"--models: {name} has {len(folder)} volumes in {folder.folder}, --count is {wanted}")
+        rows.append([strip(folder[i][0, 0].numpy()) for i in range(wanted)])
+    _write(grid_figure(rows, [str(name) for name in models], [""] * wanted), make_folder(output_dir) / "models.png")
+
+
+def grid_figure(
+    rows: Sequence[Sequence[np.ndarray]], row_labels: Sequence[str], column_labels: Sequence[str]
+) -> Figure:
+    """A labelled grid of pictures.
+
+    Args:
+        rows: strips of middle planes as `scripts.volumes.mid_planes` makes them, (height, width) uint8.
+        row_labels, column_labels: on the left and on top.
+    """
+    ratio = max(picture.shape[1] / picture.shape[0] for row in rows for picture in row)
+    lines = max(label.count("\n") + 1 for label in column_labels)
+    size = (LABEL_INCHES + len(column_labels) * CELL_INCHES * ratio, len(rows) * CELL_INCHES + lines * TITLE_INCHES)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
+    axes = figure.subplots(len(rows), len(column_labels), squeeze=False)
+    for row, line, label in zip(axes, rows, row_labels):
+        for cell, picture in zip(row, line):
+            cell.imshow(picture, cmap="gray", vmin=0, vmax=255)
+            cell.set_xticks([])
+            cell.set_yticks([])
+        row[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center", labelpad=6)
+    for cell, label in zip(axes[0], column_labels):
+        cell.set_title(label, fontsize=8)
+    return figure
+
+
+def _write(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    logger.info(f"wrote {path}")

@@ -1,0 +1,132 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Figures of the paper: which samples they ask for, and what is drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import BASE, TINY, RunHere
+from heads import refused, write_dataset
+from PIL import Image
+from released import configuration
+
+from scripts.paper_figures import grid_figure
+
+FIGURES, SIDE = "configs/figures.yaml", "configs/side_by_side.yaml"
+ROWS: list[dict[str, float]] = [{"ventricular_vol": -0.5}, {"ventricular_vol_mm3": 89185.34}]
+COLUMNS: list[dict[str, float]] = [{"age_years": 63}, {"age": 1.5, "brain_vol": 0.0}]
+
+
+@pytest.fixture(scope="module")
+def figure(bundle_copy: Path, tmp_path_factory: pytest.TempPathFactory, run_here: RunHere) -> Path:
+    """A figure of four samples. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("figures") / "grid"
+    run_here([BASE, FIGURES, TINY], **flags(bundle_copy, folder))
+    return folder
+
+
+def flags(bundle: Path, folder: Path, **more: Any) -> dict[str, Any]:
+    common = {"bundle_root": str(bundle), "output_dir": str(folder), "num_inference_steps": 2, "sex": "male"}
+    return {**common, "rows": ROWS, "columns": COLUMNS, **more}
+
+
+def sidecar(folder: Path, index: int) -> dict[str, Any]:
+    return json.loads((folder / f"sample_seed-0_{index:06d}.json").read_text())
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("L"))
+
+
+def test_cells_are_rows_times_columns(figure: Path) -> None:
+    stated = [sidecar(figure, index)["conditions"] for index in range(4)]
+    assert not (figure / "sample_seed-0_000004.json").exists()
+    assert [c["ventricular_vol"] for c in stated] == pytest.approx([-0.5, -0.5, 0.5, 0.5], abs=1e-5)
+    assert [c["age"] for c in stated] == pytest.approx([0.5, 1.5, 0.5, 1.5])
+    assert [c["brain_vol"] for c in stated] == pytest.approx([0.5, 0.0, 0.5, 0.0])
+    assert {c["gender"] for c in stated} == {1.0}
+    assert sidecar(figure, 3)["noise_of_index"] == 0
+
+
+def test_picture_has_four_cells(figure: Path) -> None:
+    picture = pixels(figure / "volumes.png")
+    assert picture.shape[0] > 300 and picture.shape[1] > 900
+    assert picture.std() > 10 and np.ptp(picture) == 255
+
+
+def test_cells_share_their_noise(bundle_copy: Path, run_here: RunHere, tmp_path: Path) -> None:
+    """Cells of equal conditions are equal volumes."""
+    same = flags(bundle_copy, tmp_path, rows=[{}], columns=[{"age": 0.3}, {"age": 0.3}])
+    run_here([BASE, FIGURES, TINY], **same)
+    a, b = ((tmp_path / f"sample_seed-0_{index:06d}.png").read_bytes() for index in range(2))
+    assert a == b
+
+
+def test_samples_that_are_there_are_kept(figure: Path, bundle_copy: Path, run_here: RunHere) -> None:
+    (figure / "volumes.png").unlink()
+    before = (figure / "sample_seed-0_000000.nii.gz").stat().st_mtime_ns
+    run_here([BASE, FIGURES, TINY], **flags(bundle_copy, figure))
+    assert (figure / "sample_seed-0_000000.nii.gz").stat().st_mtime_ns == before
+    assert (figure / "volumes.png").is_file()
+
+
+def test_figures_of_the_paper(bundle_copy: Path, tmp_path: Path) -> None:
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser(ConfigParser.load_config_file(f"{bundle_copy}/{FIGURES}"))
+    figures = parser.get_parsed_content("figures")
+    assert len(figures["volumes"]["rows"]) * len(figures["volumes"]["columns"]) == 25
+    cells = figures["extrapolation"]["columns"]
+    assert cells == [{"ventricular_vol": -0.5}, {"ventricular_vol": 1.5}, {"ventricular_vol": 1.9}, {"brain_vol": -0.5}]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"rows": [{"ventricle": 1.0}]}, "--rows: there is no condition 'ventricle'; there are gender, sex, age"),
+        ({"columns": [{"age": "old"}]}, "--age in --columns must be a finite number, got 'old'"),
+        ({"columns": 3}, "--columns must be a list such as"),
+        ({"rows": []}, "--rows must be a list such as"),
+        ({"figure": "violin", "rows": None}, "--figure: there is no 'violin'; there are volumes, extrapolation"),
+        ({"num_samples": 2}, "--num_samples does not go with a figure"),
+    ],
+)
+def test_wrong_cells(
+    wrong: dict[str, Any], expected: str, bundle_copy: Path, run_here: RunHere, tmp_path: Path
+) -> None:
+    given = {name: value for name, value in flags(bundle_copy, tmp_path, **wrong).items() if value is not None}
+    assert expected in refused(run_here, [BASE, FIGURES, TINY], **given)
+
+
+def test_models_side_by_side(run_here: RunHere, tmp_path: Path) -> None:
+    grid = configuration().get_parsed_content("grid")
+    folders = {name: str(write_dataset(tmp_path / name, grid)) for name in ("LDM", "real")}
+    run_here([BASE, SIDE, TINY], models=folders, count=2, output_dir=str(tmp_path / "figures"))
+    picture = pixels(tmp_path / "figures" / "models.png")
+    assert picture.std() > 10 and picture.shape[1] > picture.shape[0]
+    wrong = {"models": folders, "count": 9, "output_dir": str(tmp_path / "figures")}
+    assert "--models: LDM has 4 volumes" in refused(run_here, [BASE, SIDE, TINY], **wrong)
+    assert "--models must map names to folders" in refused(run_here, [BASE, SIDE, TINY])
+    missing = {**wrong, "models": {"LDM": str(tmp_path / "none")}}
+    assert "there is no folder" in refused(run_here, [BASE, SIDE, TINY], **missing)
+
+
+def test_size_follows_the_number_of_cells() -> None:
+    strip = np.full((192, 600), 100, np.uint8)
+    small = grid_figure([[strip]], ["a"], ["b"]).get_size_inches()
+    large = grid_figure([[strip] * 3] * 2, ["a", "a"], ["b"] * 3).get_size_inches()
+    assert large[0] > 2 * small[0] and large[1] > 1.5 * small[1]

@@ -1,0 +1,170 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Running segmentation tools, with scripts in their place."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import ROOT, RunHere
+from heads import refused
+
+from scripts.metrics.features import FeatureNetworks
+from scripts.metrics.volumetry import Segmentations
+from scripts.samples import Samples
+from scripts.segmentation import Samseg, SegmentedNow, SynthSeg, segmentations
+from scripts.values import Values
+from scripts.volume_folders import VolumeFolder
+
+SYNTHSEG = """#!/usr/bin/env python3
+import sys, pathlib
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+output = pathlib.Path(options["--o"])
+lines = ["subject,left lateral ventricle,left inferior lateral ventricle,right lateral ventricle,"
+         "right inferior lateral ventricle,left cerebral cortex"]
+for path in sorted(pathlib.Path(options["--i"]).iterdir()):
+    stem = path.name.removesuffix(".nii.gz")
+    (output / f"{stem}_synthseg.nii.gz").write_bytes(path.read_bytes())
+    lines.append(f"{stem},{10 * int(stem[-1]) + 1},1,2,3,1000")
+pathlib.Path(options["--vol"]).write_text("\\n".join(lines) + "\\n")
+(output / "runs").open("a").write("run\\n")
+"""
+SAMSEG = """#!/usr/bin/env python3
+import os, sys, pathlib, shutil
+assert "PYTHONPATH" not in os.environ
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+source = pathlib.Path(options["--input"])
+if source.name.endswith(os.environ.get("STUB_FAILS", "nothing")):
+    print("working")
+    print("no memory", file=sys.stderr)
+    sys.exit(3)
+shutil.copy(source.with_name(source.name.removesuffix(".nii.gz") + ".mgz"), options["--output"] + "/seg.mgz")
+"""
+
+
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def codes(number: int) -> np.ndarray:
+    array = np.zeros((10, 10, 10), np.int16)
+    array.flat[: 10 * number] = 4
+    array.flat[500:700] = 3
+    return array
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> VolumeFolder:
+    """Four samples, which are their own label maps: in NIfTI for one stub, in MGH for the other."""
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    for number in range(1, 5):
+        for ending, kind in (("nii.gz", nib.Nifti1Image), ("mgz", nib.MGHImage)):
+            nib.save(kind(codes(number), np.eye(4)), samples / f"sample_{number}.{ending}")
+        stated = {"ventricular_vol_mm3": 9 * number, "brain_vol_mm3": 190 + number}
+        (samples / f"sample_{number}.json").write_text(json.dumps({"conditions": stated}))
+    return VolumeFolder(samples, "synthetic_dir")
+
+
+def test_synthseg_runs_once_for_all_volumes(folder: VolumeFolder, tmp_path: Path) -> None:
+    output = tmp_path / "labels"
+    command = str(program(tmp_path / "bin" / "mri_synthseg", SYNTHSEG))
+    found = SegmentedNow(SynthSeg(command), folder, output).measured()
+    assert found["sample_3"] == {"ventricular_vol": 37.0, "brain_vol": 1000.0}
+    again = SegmentedNow(SynthSeg(command), folder, output).measured()
+    assert again == found and (output / "runs").read_text() == "run\n"
+    assert not list(output.glob(".volumes-*"))
+
+
+def test_interrupted_synthseg_segments_what_is_left(folder: VolumeFolder, tmp_path: Path) -> None:
+    output = tmp_path / "labels"
+    runner = SegmentedNow(SynthSeg(str(program(tmp_path / "mri_synthseg", SYNTHSEG))), folder, output)
+    runner.prepare()
+    (output / "sample_1_synthseg.nii.gz").unlink()
+    damaged = output / "sample_2_synthseg.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    found = runner.measured()
+    assert len((output / "synthseg_volumes.csv").read_text().splitlines()) == 3, "the second run had two volumes"
+    assert found["sample_4"] == {"ventricular_vol": 40.0, "brain_vol": 200.0}, "from the label maps"
+
+
+def test_samseg_goes_on_after_a_failure(folder: VolumeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "labels"
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    monkeypatch.setenv("STUB_FAILS", "3.nii.gz")
+    runner = SegmentedNow(Samseg(str(program(tmp_path / "run_samseg", SAMSEG))), folder, output)
+    assert "samseg failed with exit status 3: no memory. All of it:" in refused(runner.measured)
+    first = output / "sample_1_samseg.nii.gz"
+    written = first.stat().st_mtime_ns
+    monkeypatch.delenv("STUB_FAILS")
+    assert runner.measured()["sample_3"] == {"ventricular_vol": 30.0, "brain_vol": 200.0}
+    assert first.stat().st_mtime_ns == written, "what was segmented stays"
+    assert np.array_equal(np.asanyarray(nib.load(first).dataobj), codes(1))
+    later = time.time() + 60
+    os.utime(folder.paths[0], (later, later))
+    runner.prepare()
+    assert first.stat().st_mtime_ns != written, "its volume is newer"
+
+
+@pytest.mark.parametrize(
+    ("segmenter", "expected"),
+    [
+        (SynthSeg("mri_synthseg-is-not-here"), "install FreeSurfer 7.4 or later"),
+        (Samseg("run_samseg-is-not-here"), "`make samseg` installs it"),
+    ],
+)
+def test_missing_programs(segmenter: Any, expected: str, folder: VolumeFolder, tmp_path: Path) -> None:
+    line = refused(SegmentedNow(segmenter, folder, tmp_path / "labels").prepare)
+    assert "there is no program" in line and expected in line
+
+
+def test_choice_of_segmentations(folder: VolumeFolder, tmp_path: Path) -> None:
+    tools = {"synthseg": SynthSeg("mri_synthseg"), "samseg": Samseg("run_samseg")}
+    output = str(tmp_path / "labels")
+
+    def samples(*folders: Path | None) -> Samples:
+        return Samples(list(map(str, folders)), FeatureNetworks(None, {}), output, Values(output))
+
+    one, two = samples(folder.folder), samples(folder.folder, tmp_path)
+    assert type(segmentations(None, None, tools, one, output)) is Segmentations
+    assert segmentations(None, "samseg", tools, one, output).requested
+    assert "give one of them" in refused(segmentations, tmp_path, "samseg", tools, one, output)
+    assert "there are synthseg, samseg" in refused(segmentations, None, "fast", tools, one, output)
+    assert "give one folder" in refused(segmentations, None, "samseg", tools, two, output)
+    inside = str(tmp_path / "samples" / "labels")
+    assert "would be taken for volumes" in refused(segmentations, None, "samseg", tools, one, inside)
+
+
+def test_evaluation_segments_and_correlates(
+    folder: VolumeFolder, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path / "bin" / "mri_synthseg", SYNTHSEG)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    flags: dict[str, Any] = {
+        "synthetic_dir": str(folder.folder),
+        "segment_with": "synthseg",
+        "output_dir": str(tmp_path / "report"),
+    }
+    flags |= {"num_pairs": 1, "pair_metrics": {}}
+    run_here([ROOT / "configs/inference.json", "configs/evaluate.yaml"], **flags)
+    report = json.loads((tmp_path / "report" / "evaluation.json").read_text())["measures"]["volumetry"]
+    assert report["metrics"]["ventricular_vol_pearson"]["value"] == pytest.approx(1.0)
+    assert report["segmentations"] == str(tmp_path / "report" / "segmentations")
