@@ -91,7 +91,7 @@ class Checkpoints:
         """
         self._lock = open(make_folder(self.folder) / LOCK, "w")  # noqa: SIM115
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of those that it forks
         except OSError as error:
             self.unlock()
             raise BundleError(

@@ -16,7 +16,8 @@ import logging
 import os
 import resource
 import signal
-import time
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from ignite.engine import Engine, Events
 from torch import nn
 
@@ -152,10 +154,11 @@ def test_no_damage_to_the_directory_of_the_file_escapes(at: int, tmp_path: Path)
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.checkpoints.lock()
-    with pytest.raises(BundleError, match="another training is at work"):
-        Run(tmp_path)()
+    other = [sys.executable, "-c", f"from scripts.checkpointing import Checkpoints; Checkpoints('{tmp_path}').lock()"]
+    done = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "another training is at work" in done.stderr
     run.checkpoints.unlock()
-    Run(tmp_path)()
+    assert subprocess.run(other, cwd=ROOT, timeout=120).returncode == 0
 
 
 def test_what_a_killed_training_left_is_cleared_away(tmp_path: Path) -> None:
@@ -275,24 +278,33 @@ def test_signal_saves_and_stops(number: signal.Signals, tmp_path: Path) -> None:
     assert weight(tmp_path / "final.pt") == 12.0
 
 
-def test_loading_processes_outlive_the_first_signal_only(tmp_path: Path) -> None:
+LOADING_PROCESS = """
+import os, signal, sys, time
+from scripts.training import StopOnSignal
+stopper = StopOnSignal(saver=None)
+stopper.listen()
+child = os.fork()
+if child == 0:
+    for _ in range(1000):
+        if stopper.caught:
+            print("lives", flush=True)
+            time.sleep(20.0)
+            break
+        time.sleep(0.02)
+    os._exit(3)
+os.kill(child, signal.SIGTERM)
+time.sleep(2.0)
+os.kill(child, signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_loading_processes_outlive_the_first_signal_only() -> None:
     """It reaches all processes of a group, and the training still needs its batches for the iteration it is in."""
-    stopper = StopOnSignal(Run(tmp_path).saver)
-    stopper.listen()
-    child = os.fork()
-    if child == 0:
-        while not stopper.caught:
-            time.sleep(0.01)
-        (tmp_path / "lives").touch()
-        time.sleep(60.0)
-        os._exit(3)
-    stopper.stop_listening()
-    os.kill(child, signal.SIGTERM)
-    while not (tmp_path / "lives").exists():
-        assert os.waitpid(child, os.WNOHANG) == (0, 0)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING_PROCESS], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["lives", str(-signal.SIGTERM)], done.stderr
 
 
 def test_order_of_the_data_that_changes_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
