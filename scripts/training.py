@@ -25,7 +25,6 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from scripts import distributed
-from scripts.atomic import make_folder
 from scripts.checkpointing import Checkpoints, SaveCheckpoints, ends_epoch
 from scripts.errors import BundleError
 from scripts.options import is_absent, number, whole_number, yes_or_no
@@ -184,17 +183,16 @@ def arranged(
     return network.to(device).train()
 
 
-def check_options(run_dir: str, rates: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
-    """Refuse numbers that a training could not use, before anything is built, and make its folder.
+def check_options(rates: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+    """Refuse numbers that a training could not use, before anything is built.
 
     Args:
-        run_dir: where the training writes.
         rates: learning rates by the names of their flags.
         whole: flags that are whole numbers: `num_workers` of at least 0, the others of at least 1, or None where
             they follow from the data.
 
     Raises:
-        BundleError: naming the flag, or if the folder cannot be written.
+        BundleError: naming the flag.
     """
     for flag, rate in rates.items():
         if number(rate, flag) <= 0.0:
@@ -202,8 +200,6 @@ def check_options(run_dir: str, rates: Mapping[str, Any], whole: Mapping[str, An
     for flag, value in whole.items():
         if not (flag == "epoch_length" and is_absent(value)):
             whole_number(value, flag, least=0 if flag == "num_workers" else 1)
-    if distributed.is_main():
-        make_folder(run_dir)
 
 
 def seed_networks(seed: int, deterministic: Any = False) -> None:

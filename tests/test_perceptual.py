@@ -181,7 +181,7 @@ def test_file_of_another_network(tmp_path: Path) -> None:
 
 def test_no_file_is_needed_without_the_loss(tmp_path: Path) -> None:
     assert perceptual_loss(str(tmp_path / "x.safetensors"), 0.0, 0.25, torch.device("cpu")) is None
-    with pytest.raises(BundleError, match="must not be negative"):
+    with pytest.raises(BundleError, match="must be a number of at least 0"):
         perceptual_loss(str(tmp_path / "x.safetensors"), -1.0, 0.25, torch.device("cpu"))
 
 

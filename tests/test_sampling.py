@@ -138,7 +138,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"seed": 1.5}, "--seed must be a whole number"),
     ({"seed": 2**64}, "--seed must be at most"),
     ({"num_inference_steps": 1001}, "--num_inference_steps 1001 is more than the 1000"),
-    ({"amp": "maybe"}, "--amp must be 1 or 0"),
+    ({"amp": "maybe"}, "--amp must be 0, 1, bf16 or fp16"),
     ({"load_old": "maybe"}, "--load_old must be 1 or 0"),
     ({"output_dtype": "float64"}, "--output_dtype must be one of uint8"),
     ({"load_old": 0}, "use --load_old 1"),
@@ -381,7 +381,7 @@ def test_mixed_precision_is_close(sample: Sample, output_dir: Path, tmp_path: Pa
     (rough,), (exact,) = voxels(output_dir).values(), voxels(tmp_path / "float32").values()
     assert not np.array_equal(rough, exact)
     assert np.corrcoef(rough.ravel(), exact.ravel())[0, 1] > 0.99
-    assert sidecars(output_dir)[0]["amp"] is True
+    assert sidecars(output_dir)[0]["amp"] == "bf16"
 
 
 # Running again.
