@@ -278,34 +278,6 @@ def test_signal_saves_and_stops(number: signal.Signals, tmp_path: Path) -> None:
     assert weight(tmp_path / "final.pt") == 12.0
 
 
-LOADING_PROCESS = """
-import os, signal, time
-from scripts.training import StopOnSignal
-stopper = StopOnSignal(saver=None)
-stopper.listen()
-heard, told = os.pipe()
-child = os.fork()
-if child == 0:
-    while not stopper.caught:
-        time.sleep(0.02)
-    os.write(told, b"lives")
-    time.sleep(30.0)
-    os._exit(3)
-os.kill(child, signal.SIGTERM)
-print(os.read(heard, 5).decode())
-os.kill(child, signal.SIGTERM)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-def test_loading_processes_outlive_the_first_signal_only() -> None:
-    """It reaches all processes of a group, and the training still needs its batches for the iteration it is in."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOADING_PROCESS], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.stdout.split() == ["lives", str(-signal.SIGTERM)], done.stderr
-
-
 def test_order_of_the_data_that_changes_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def progress(size: int) -> Progress:
         loader = SimpleNamespace(batch_sampler=Stream(range(size), 2, seed=1))
