@@ -1,0 +1,119 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The small model's training as a whole: what it does in which order, in how many runs, with what it finds."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scripts import demo_training
+from scripts.demo_training import EPOCHS, PROBED, Machine, OutOfTimeError, main
+from scripts.tables import read_table
+
+VERBS: list[str | None] = [
+    "phantoms",
+    "phantoms",
+    "train_autoencoder",
+    "train_autoencoder",
+    "encode_latents",
+    "train_diffusion",
+]
+VERBS += ["train_diffusion", "train_brain_age", "train_brain_age", None, "evaluate"]
+
+
+class Commands:
+    """Stands in for the bundle's commands: writes what they would, and runs out of time where it is told to."""
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[str | None, dict[str, Any]]] = []
+        self.stop_at: int | None = None
+
+    def __call__(self, machine: Machine, verb: str | None, flags: Mapping[str, Any], processes: int = 1) -> None:
+        if len(self.ran) == self.stop_at:
+            raise OutOfTimeError
+        self.ran.append((verb, dict(flags)))
+        folder = Path(flags.get("run_dir") or flags.get("output_dir") or flags["latents_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "participants.tsv").touch()
+        if "run_dir" in flags:
+            network = str(verb).removeprefix("train_")
+            torch.save({network: {"weight": torch.ones(2)}, "facts": {}}, folder / f"{network}.pt")
+            for n in (1, 2):
+                (folder / f"checkpoint_iteration={n * PROBED}.pt").touch()
+                time.sleep(0.02)
+
+    def verbs(self) -> list[str | None]:
+        return [verb for verb, _ in self.ran]
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
+    made = Commands()
+    monkeypatch.setattr(Machine, "run", lambda machine, *args: made(machine, *args))
+    monkeypatch.setattr(demo_training, "losses", lambda run: {})
+    monkeypatch.setattr(demo_training, "draw", lambda *args: None)
+    return made
+
+
+def run(folder: Path, *more: str) -> None:
+    main(["--work_dir", str(folder / "work"), "--deliver_dir", str(folder / "kept"), "--samples", "5", *more])
+
+
+def test_stages_in_their_order(commands: Commands, tmp_path: Path) -> None:
+    run(tmp_path, "--autoencoder_minutes", "0.5")
+    assert commands.verbs() == VERBS
+    planned = commands.ran[3][1]
+    assert planned["max_epochs"] == EPOCHS
+    seconds = 0.5 * 60 / (EPOCHS * planned["epoch_length"])
+    assert 0.02 / PROBED < 2.1 * seconds, "the timed iterations decide how many there are"
+    kept = tmp_path / "kept" / "autoencoder.safetensors"
+    assert kept.is_file() and all(commands.ran[n][1]["autoencoder_path"] == kept for n in (4, 6, 9))
+    rows = read_table(tmp_path / "work" / "conditions.tsv", ("gender", "age", "ventricular_vol", "brain_vol"))
+    assert len(rows) == 5 and {row["gender"] for row in rows} <= {"0", "1"}
+
+
+def test_goes_on_where_the_minutes_ended(commands: Commands, tmp_path: Path) -> None:
+    commands.stop_at = 6
+    run(tmp_path)
+    assert commands.verbs() == VERBS[:6]
+    commands.stop_at = None
+    run(tmp_path)
+    assert commands.verbs() == VERBS, "nothing is timed or done again"
+    run(tmp_path)
+    assert commands.verbs() == VERBS
+
+
+def test_goes_on_from_the_kept_weights_alone(commands: Commands, tmp_path: Path) -> None:
+    commands.stop_at = 6
+    run(tmp_path)
+    shutil.rmtree(tmp_path / "work")
+    shutil.copyfile(tmp_path / "kept" / "autoencoder.safetensors", tmp_path / "kept" / "diffusion.safetensors")
+    commands.stop_at, commands.ran = None, []
+    run(tmp_path)
+    assert commands.verbs() == ["phantoms", "phantoms", "encode_latents", *VERBS[6:]]
+    assert commands.ran[3][1]["pretrained"] == tmp_path / "kept" / "diffusion.safetensors"
+
+
+def test_command_that_fails(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, tmp_path, demo_training._parser().parse_args([]), float("inf"))
+    with pytest.raises(demo_training.BundleError, match="ended with exit code 3"):
+        machine.call([sys.executable, "-c", "raise SystemExit(3)"])
+    machine.deadline = time.monotonic() + demo_training.GRACE_S + 0.5
+    with pytest.raises(OutOfTimeError):
+        machine.call([sys.executable, "-c", "import time; time.sleep(60)"])
