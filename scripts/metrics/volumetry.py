@@ -83,6 +83,10 @@ class Segmentations:
         """Whether one was given."""
         return self.path is not None
 
+    def of(self, folder: VolumeFolder) -> Segmentations:
+        """Those of one model's volumes: these, where there is one model."""
+        return self
+
     def prepare(self) -> None:
         """Nothing: they are there."""
 
@@ -219,8 +223,12 @@ def _raw(condition: Condition, stated: Mapping[str, Any], path: Path) -> float:
     raise BundleError(f"{path} has no value of {condition.raw}")
 
 
-def matched(volumes: Sequence[str], segmentations: Sequence[str]) -> dict[str, str]:
+def matched(volumes: Sequence[str], segmentations: Sequence[str], folder: str = "--synthetic_dir") -> dict[str, str]:
     """Name of each volume -> name of its segmentation: the same, or that with more after a `_`, `-` or `.`.
+
+    Args:
+        volumes, segmentations: their names.
+        folder: of the volumes, for messages.
 
     Raises:
         BundleError: if a volume has none or several, or a segmentation belongs to no volume.
@@ -229,14 +237,14 @@ def matched(volumes: Sequence[str], segmentations: Sequence[str]) -> dict[str, s
     for segmentation in segmentations:
         owners = [v for v in volumes if segmentation == v or segmentation.startswith((f"{v}_", f"{v}-", f"{v}."))]
         if not owners:
-            raise BundleError(f"the segmentation {segmentation} belongs to no volume of --synthetic_dir")
+            raise BundleError(f"the segmentation {segmentation} belongs to no volume of {folder}")
         owner = max(owners, key=len)
         if owner in found:
             raise BundleError(f"two segmentations belong to {owner}: {found[owner]} and {segmentation}")
         found[owner] = segmentation
     lacking = [volume for volume in volumes if volume not in found]
     if lacking:
-        raise BundleError(f"{len(lacking)} volumes of --synthetic_dir have no segmentation, {lacking[0]} the first")
+        raise BundleError(f"{len(lacking)} volumes of {folder} have no segmentation, {lacking[0]} the first")
     return found
 
 
@@ -245,7 +253,7 @@ class Volumetry:
 
     Args:
         synthetic: the samples, with their sidecars or their table.
-        segmentations: of these.
+        segmentations: of these, or of several models.
         conditions: which are known; those called `ventricular_vol` and `brain_vol` are measured.
         seed: of the bootstrap.
     """
@@ -263,8 +271,8 @@ class Volumetry:
         self, synthetic: FeatureSet, segmentations: Segmentations, conditions: Conditions, seed: Any = 0
     ) -> None:
         self.synthetic = synthetic.folder
-        self.inputs = [self.synthetic, segmentations]
-        self.segmentations, self.conditions = segmentations, conditions
+        self.segmentations, self.conditions = segmentations.of(self.synthetic), conditions
+        self.inputs = [self.synthetic, self.segmentations]
         self.seed = whole_number(seed, "seed")
 
     def prepare(self) -> None:
@@ -296,7 +304,7 @@ class Volumetry:
     def _compared(self) -> list[dict[str, Any]]:
         requested = requested_volumes(self.synthetic, self.conditions)
         measured = self.segmentations.measured()
-        pairs = matched(list(requested), list(measured))
+        pairs = matched(list(requested), list(measured), f"--{self.synthetic.flag} {self.synthetic.folder}")
         if len(pairs) < 3:
             raise BundleError(f"--{self.synthetic.flag}: {len(pairs)} volumes are too few for a correlation")
         rows = []
