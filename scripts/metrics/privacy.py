@@ -196,12 +196,13 @@ class Privacy:
 
     def _alike(self, near: Likest) -> dict[str, Any]:
         assert self.search is not None
-        sides = self.search.alignment.sides(self.training.folder)
+        motion = near.aligned.motion
         return {
             "likest": self.training.folder.name(near.position),
             "ssim": near.aligned.ssim,
-            "mirrored": int(near.aligned.mirrored),
-            "shift_mm": " ".join(f"{side * step:g}" for side, step in zip(sides, near.aligned.shift)),
+            "mirrored": int(motion.mirrored),
+            "rotation_degrees": round(motion.angle, 1),
+            "shift_mm": " ".join(str(round(step, 1) + 0.0) for step in motion.shift),
         }
 
     def _picture(self, rows: list[dict[str, Any]], likest: list[Likest]) -> Figure:
@@ -217,7 +218,8 @@ class Privacy:
 
 def _label(row: Mapping[str, Any]) -> str:
     mirrored = "mirrored, " if row["mirrored"] else ""
-    return f"{row['likest']}, {mirrored}moved {row['shift_mm']} mm: SSIM {row['ssim']:.3f}"
+    moved = f"{mirrored}turned {row['rotation_degrees']} degrees, shifted {row['shift_mm']} mm"
+    return f"{row['likest']}, {moved}: SSIM {row['ssim']:.3f}"
 
 
 def _of_distances(name: str, distances: np.ndarray, usual: np.ndarray, seed: int) -> dict[str, Summary | Estimate]:
