@@ -31,6 +31,7 @@ from scripts.errors import BundleError
 from scripts.measures import Result
 from scripts.metrics.features import FeatureSet
 from scripts.options import whole_number
+from scripts.phantom_heads import LABELS
 from scripts.tables import read_table
 from scripts.volume_folders import TABLE, VolumeFolder, find_volumes
 from scripts.volumes import UNREADABLE
@@ -43,10 +44,12 @@ VENTRICLES = (4, 5, 43, 44)
 """Left and right lateral and inferior lateral ventricles in FreeSurfer's and SynthSeg's codes."""
 TISSUE = (2, 3, 7, 8, 10, 11, 12, 13, 16, 17, 18, 26, 28, 41, 42, 46, 47, 49, 50, 51, 52, 53, 54, 58, 60)
 LESIONS_AND_CALLOSUM = (77, 78, 79, 80, 81, 82, 192, 251, 252, 253, 254, 255)
-BRAIN = frozenset((*TISSUE, *LESIONS_AND_CALLOSUM))
-"""Grey and white matter, cerebellum and brain stem in these codes, without any fluid."""
+"""These are grey and white matter, cerebellum and brain stem in these codes, without any fluid."""
 PARCELS = range(1000, 5003)
 """The codes of cortical parcels and of the white matter below them: brain as well."""
+ALWAYS_IN_PHANTOMS = [
+    LABELS[name] for name in ("scalp_and_skull", "outer_fluid", "grey", "white", "lateral_ventricles")
+]
 
 VENTRICLE_COLUMNS = (
     "left lateral ventricle",
@@ -104,7 +107,7 @@ class Segmentations:
 
 
 def label_volumes(path: Path) -> dict[str, float]:
-    """Ventricular and brain volume of a label map in FreeSurfer's or SynthSeg's codes, in mm3.
+    """Ventricular and brain volume of a label map in FreeSurfer's, SynthSeg's or the phantoms' codes, in mm3.
 
     Raises:
         BundleError: if it cannot be read, does not hold whole numbers, or has no ventricle or no brain.
@@ -118,14 +121,25 @@ def label_volumes(path: Path) -> dict[str, float]:
     present, counts = np.unique(codes, return_counts=True)
     if not np.isfinite(present).all() or (present != np.rint(present)).any():
         raise BundleError(f"{path} is no label map: it holds other values than whole numbers")
+    ventricles, brain = _structures_of(present)
     volumes = {
-        "ventricular_vol": voxel * counts[np.isin(present, VENTRICLES)].sum(),
-        "brain_vol": voxel * sum(n for code, n in zip(present, counts) if code in BRAIN or int(code) in PARCELS),
+        "ventricular_vol": voxel * counts[np.isin(present, ventricles)].sum(),
+        "brain_vol": voxel * counts[np.isin(present, brain)].sum(),
     }
     for name, volume in volumes.items():
         if not volume:
             raise BundleError(f"{path} has no label of {name}: codes of FreeSurfer or SynthSeg are expected")
     return {name: float(volume) for name, volume in volumes.items()}
+
+
+def _structures_of(present: np.ndarray) -> tuple[list[int], list[int]]:
+    """The codes of ventricles and brain in a label map with these codes.
+
+    Phantoms have codes of 1 to 7 alone; maps of FreeSurfer and SynthSeg have those of the right hemisphere, above 40.
+    """
+    if np.isin(ALWAYS_IN_PHANTOMS, present).all() and present.max() <= max(LABELS.values()):
+        return [LABELS["lateral_ventricles"]], [LABELS["grey"], LABELS["white"]]
+    return list(VENTRICLES), [*TISSUE, *LESIONS_AND_CALLOSUM, *PARCELS]
 
 
 def read_synthseg(path: Path) -> dict[str, dict[str, float]]:
