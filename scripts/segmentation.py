@@ -185,6 +185,9 @@ class SegmentedNow(Segmentations):
                 "taken for volumes; give another"
             )
 
+    def names(self) -> None:
+        """See `Segmentations`."""
+
     def prepare(self) -> None:
         """Segment what has no label map yet.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,13 @@ class Segmentations:
 
     def prepare(self) -> None:
         """Nothing: they are there."""
+
+    def names(self) -> list[str] | None:
+        """Names of the segmentations that are there; None where a tool is yet to make them."""
+        assert self.path is not None
+        if self.path.is_file():
+            return list(read_synthseg(self.path))
+        return [stem(path) for path in find_volumes(self.path, self.flag)]
 
     def measured(self) -> dict[str, dict[str, float]]:
         """Name of each segmented volume -> the volumes of its structures in mm3, by name of the condition.
@@ -280,6 +287,7 @@ class Volumetry:
         "r rises with the range of what was asked for, and does not notice a constant factor or offset: look at the "
         "slope too. A segmentation can fail on samples that are no brains."
     )
+    shows = "Measured against requested volumes, one point a sample; the line is that of equal volumes."
 
     def __init__(
         self, synthetic: FeatureSet, segmentations: Segmentations, conditions: Conditions, seed: Any = 0
@@ -288,6 +296,18 @@ class Volumetry:
         self.segmentations, self.conditions = segmentations.of(self.synthetic), conditions
         self.inputs = [self.synthetic, self.segmentations]
         self.seed = whole_number(seed, "seed")
+
+    def check(self) -> None:
+        """Raise a `BundleError` if volumes, segmentations and requests do not belong together, or are too few."""
+        requested, names = requested_volumes(self.synthetic, self.conditions), self.segmentations.names()
+        if names is not None:
+            self._matched(requested, names)
+
+    def _matched(self, requested: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+        pairs = matched(list(requested), list(names), f"--{self.synthetic.flag} {self.synthetic.folder}")
+        if len(pairs) < 3:
+            raise BundleError(f"--{self.synthetic.flag}: {len(pairs)} volumes are too few for a correlation")
+        return pairs
 
     def prepare(self) -> None:
         """Let a tool segment what is to be segmented; under torchrun, each process its share."""
@@ -318,9 +338,7 @@ class Volumetry:
     def _compared(self) -> list[dict[str, Any]]:
         requested = requested_volumes(self.synthetic, self.conditions)
         measured = self.segmentations.measured()
-        pairs = matched(list(requested), list(measured), f"--{self.synthetic.flag} {self.synthetic.folder}")
-        if len(pairs) < 3:
-            raise BundleError(f"--{self.synthetic.flag}: {len(pairs)} volumes are too few for a correlation")
+        pairs = self._matched(requested, measured)
         rows = []
         for name, wanted in requested.items():
             row: dict[str, Any] = {"volume": name, "segmentation": pairs[name]}
