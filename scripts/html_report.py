@@ -43,6 +43,7 @@ figcaption { font-size: .85em; color: #444; }
 @media print { body { margin: 0; max-width: none; font-size: 10pt; } table, img { break-inside: avoid; } }
 """
 HEADER = ("metric", "value", "95 % interval", "spread", "floor or target", "distance to it", "its 95 % interval", "n")
+ACRONYMS = {"fid": "FID", "kid": "KID"}
 READING = (
     "n counts the volumes or pairs, for figures over random choices (halves, floor) the choices. Intervals are "
     "bootstraps over volumes, those of shares Wilson's. The spread is the standard deviation of single values, or over "
@@ -158,7 +159,8 @@ def _volumes(report: Report) -> str:
 def _section(key: str, entry: Measured, result: Result, report: Report) -> str:
     facts = report.entries()[key]
     title = _title(entry)
-    parts = [f"<h2>{title}</h2>"]
+    first, _, rest = title.partition(" ")
+    parts = [f"<h2>{ACRONYMS.get(first, first)} {rest}</h2>"]
     for name, style in (("says", ""), ("pitfall", " class='pitfall'")):
         text = getattr(entry.measure, name, None)
         parts += [f"<p{style}>{escape(text)}</p>"] if text else []
@@ -214,7 +216,7 @@ def _about(report: Report) -> str:
 
 
 def _facts(facts: Mapping[str, Any], caption: str) -> str:
-    rows = [[escape(str(name)), escape(_in_words(value))] for name, value in facts.items() if value is not None]
+    rows = [[escape(str(name)), escape(_in_words(value))] for name, value in facts.items() if value not in (None, {})]
     return _table(("", ""), rows, caption, last="text") if rows else ""
 
 

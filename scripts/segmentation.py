@@ -116,7 +116,7 @@ class SynthSeg(Segmenter):
 
 
 class Samseg(Segmenter):
-    """SAMSEG (Puonti et al. 2016) as the package samseg, in an environment of its own: about 12 minutes a volume."""
+    """SAMSEG (Puonti et al. 2016) as the package samseg, in an environment of its own: about 10 minutes a volume."""
 
     name = "samseg"
     source = "`make samseg` installs it"

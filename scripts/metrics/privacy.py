@@ -217,14 +217,14 @@ class Privacy:
         order = [int(index) for both in zip(by_distance, by_similarity) for index in both]
         drawn = list(dict.fromkeys(order))[:DRAWN]
         planes = [self.search.planes(self.synthetic.folder, index, likest[index]) for index in drawn]
-        labels = [(f"{rows[i]['volume']}, distance {rows[i]['distance']:.3g}", _label(rows[i])) for i in drawn]
+        labels = [(f"{rows[i]['volume']}\ndistance {rows[i]['distance']:.3g}", _label(rows[i])) for i in drawn]
         return pair_figure(labels, *zip(*planes))
 
 
 def _label(row: Mapping[str, Any]) -> str:
     mirrored = "mirrored, " if row["mirrored"] else ""
     moved = f"{mirrored}turned {row['rotation_degrees']} degrees, shifted {row['shift_mm']} mm"
-    return f"{row['likest']}, {moved}: SSIM {row['ssim']:.3f}"
+    return f"{row['likest']}\n{moved}: SSIM {row['ssim']:.3f}"
 
 
 def _of_distances(name: str, distances: np.ndarray, usual: np.ndarray, seed: int) -> dict[str, Summary | Estimate]:
