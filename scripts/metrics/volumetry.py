@@ -330,7 +330,6 @@ class Volumetry:
             "segmentations": str(self.segmentations.path),
             "volumes": len(rows),
             "seed": self.seed,
-            "ventricle_labels": list(VENTRICLES),
             self.synthetic.flag: str(self.synthetic.folder),
         }
         return Result(summaries, facts, rows, scatter(rows, names))
