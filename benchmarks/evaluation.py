@@ -27,15 +27,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 from scipy import ndimage
 
-from scripts.atomic import write_json
+from benchmarks.command import configuration, report
 from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.volume_folders import find_volumes
@@ -53,15 +53,7 @@ GIB = 2**30
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark with command-line arguments."""
     options = _options(arguments)
-    try:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            work = Path(options.keep or folder)
-            report = _measure(options, work)
-        _print_report(report)
-        if options.json:
-            write_json(options.json, report)
-    except BundleError as error:
-        sys.exit(f"error: {error}")
+    report(partial(_measure_in_a_folder, options), _print_report, options.json)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -83,10 +75,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _measure_in_a_folder(options: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        return _measure(options, Path(options.keep or folder))
+
+
 def _measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    config = ConfigParser()
-    config.read_config([str(CONFIGS / file) for file in SIZES[options.size]])
-    grid = config.get_parsed_content("grid")
+    grid = configuration(SIZES[options.size]).get_parsed_content("grid")
     heads = [_on(grid, read_volume(path)) for path in find_volumes(Path(options.dataset), "dataset")]
     for name, part in SETS.items():
         count = options.training if name == "training" else options.volumes

@@ -26,24 +26,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 from monai.data import Dataset
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from benchmarks.full_size import CONFIGS, SIZES, fill_with_random_values
+from benchmarks.command import configuration, report
+from benchmarks.full_size import SIZES, fill_with_random_values
 from scripts.atomic import write_json
 from scripts.conditions import Conditions
 from scripts.datasets import TABLE
 from scripts.devices import compute_device
 from scripts.encoding import moments
-from scripts.errors import BundleError
 from scripts.latents import ENCODED, ENCODING, POSTERIORS, SamplePosteriord, array_sha256, latents
 from scripts.precision import autocast
 from scripts.tables import write_table
@@ -55,16 +55,7 @@ WAYS = (ARRAY, FILES)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark with command-line arguments."""
     options = _options(arguments)
-    try:
-        config = ConfigParser()
-        config.read_config([str(CONFIGS / file) for file in SIZES[options.size]])
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            report = _measure(config, options, Path(folder))
-        _print_report(report)
-        if options.json:
-            write_json(options.json, report)
-    except BundleError as error:
-        sys.exit(f"error: {error}")
+    report(partial(_measure_in_a_folder, options), _print_report, options.json)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -93,7 +84,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _measure(config: ConfigParser, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def _measure_in_a_folder(options: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        return _measure(options, Path(folder))
+
+
+def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    config = configuration(SIZES[options.size])
     conditions, shape = config.get_parsed_content("conditions"), config.get_parsed_content("latent_shape")
     write_array(folder, options.latents, shape, conditions)
     start = time.perf_counter()
@@ -204,8 +201,7 @@ def _step(options: argparse.Namespace) -> dict[str, Any]:
 
 def training_step_seconds(size: str, batch_size: int, device: torch.device, repeats: int) -> float:
     """Median time of a step of the diffusion UNet after a first one; in bfloat16 on a GPU."""
-    config = ConfigParser()
-    config.read_config([str(CONFIGS / file) for file in SIZES[size]])
+    config = configuration(SIZES[size])
     network, conditions = (
         config.get_parsed_content("network_def").to(device),
         len(config.get_parsed_content("conditions")),

@@ -25,7 +25,6 @@ import torch
 from ignite.engine import Engine
 from monai.transforms import RandAffined
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from scripts.conditions import Condition, Conditions
 from scripts.correlation import pearson
@@ -38,7 +37,7 @@ from scripts.options import number, probability
 from scripts.precision import autocast
 from scripts.tables import MISSING
 from scripts.training import Facts
-from scripts.validation import HeldOut, Network
+from scripts.validation import HeldOut
 
 CHANNELS = (8, 16, 32, 64, 128)
 AGE = "age"
@@ -237,21 +236,12 @@ class BrainAgeValidation(HeldOut):
     """Mean absolute error (`mae`, years) and Pearson's `r` of the ages of held-out volumes; r only where it is defined.
 
     Args:
-        network, dataset, run_dir, every, limit, num_workers: see `HeldOut`; items hold `image` and `age`.
         amp: precision of the network.
+        held_out: see `HeldOut`; items hold `image` and `age`.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        dataset: Dataset,
-        run_dir: str | os.PathLike,
-        every: Any = 1,
-        limit: Any = None,
-        num_workers: int = 0,
-        amp: Any = False,
-    ) -> None:
-        super().__init__(network, dataset, run_dir, every, limit, num_workers)
+    def __init__(self, *, amp: Any = False, **held_out: Any) -> None:
+        super().__init__(**held_out)
         self.amp = amp
 
     def measure(self, network: nn.Module, device: torch.device, index: int, item: Mapping[str, Any]) -> dict[str, Any]:

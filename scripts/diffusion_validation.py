@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from scripts import figures
 from scripts.conditions import Condition, Conditions
@@ -67,28 +66,18 @@ class DiffusionValidation(HeldOut):
     Values: `loss`, the mean over all draws, and `loss_band0` (nearly clean) to `loss_band4` (nearly noise).
 
     Args:
-        network, dataset, run_dir, every, limit, num_workers: see `HeldOut`. Items hold `image`, the scaled posterior
-            mean (C, x, y, z), and `condition` (n,), where NaN, an unknown value, becomes 0.5.
         hybrid: calls the network with its conditions.
         objective: makes latents noisy and has the loss.
         bands: parts of the schedule.
         draws: timesteps for each row; a multiple of `bands` lets each row visit each band alike.
+        held_out: see `HeldOut`. Items hold `image`, the scaled posterior mean (C, x, y, z), and `condition` (n,), where
+            NaN, an unknown value, becomes 0.5.
     """
 
     def __init__(
-        self,
-        network: Network,
-        dataset: Dataset,
-        hybrid: Denoises,
-        objective: Objective,
-        run_dir: str | os.PathLike,
-        every: Any = 1,
-        limit: Any = None,
-        num_workers: int = 0,
-        bands: int = 5,
-        draws: int = 5,
+        self, *, hybrid: Denoises, objective: Objective, bands: int = 5, draws: int = 5, **held_out: Any
     ) -> None:
-        super().__init__(network, dataset, run_dir, every, limit, num_workers)
+        super().__init__(**held_out)
         self.hybrid, self.objective = hybrid, objective
         self.bands, self.draws = bands, draws
 

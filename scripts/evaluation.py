@@ -58,9 +58,10 @@ def evaluate(
         raise BundleError(f"there is nothing to evaluate: give {_simplest(missing)}")
     folder = make_folder(output_dir)
     with _warnings() as warnings:
+        _check(wanted)
         for entry in wanted.values():
             with _timed(entry):
-                getattr(entry.measure, "prepare", lambda: None)()
+                getattr(entry.measure, "prepare", _nothing)()
         if process_rank()[0] == 0:
             for entry in wanted.values():
                 with _timed(entry):
@@ -80,6 +81,17 @@ def _for_each_model(metrics: Mapping[str, Measure | Callable[..., Measure]], sam
         else:
             found[name] = Measured(name, "", entry)
     return found
+
+
+def _check(wanted: Mapping[str, Measured]) -> None:
+    """Let each measure and each input that has a `check` see at once whether it can be used."""
+    things = [thing for entry in wanted.values() for thing in (*entry.measure.inputs, entry.measure)]
+    for thing in {id(thing): thing for thing in things}.values():
+        getattr(thing, "check", _nothing)()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _simplest(missing: Mapping[str, list[str]]) -> str:

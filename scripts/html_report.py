@@ -29,10 +29,13 @@ STYLE = """
 body { font: 15px/1.45 Georgia, serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #111; }
 h1, h2, h3, th, caption { font-family: Helvetica, Arial, sans-serif; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.25em; border-top: 1px solid #999; padding-top: .7em; margin-top: 2em; }
-table { border-collapse: collapse; margin: .8em 0 1.2em; font-size: .88em; }
+h2::first-letter { text-transform: uppercase; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: .8em 0 1.2em; font-size: .88em; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: bold; padding-bottom: .3em; }
 th, td { padding: .2em .7em .2em 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
-th { border-bottom: 1px solid #333; } td { overflow-wrap: anywhere; } td.number { white-space: nowrap; }
+th { border-bottom: 1px solid #333; vertical-align: bottom; } td { white-space: nowrap; }
+td.text { white-space: normal; overflow-wrap: anywhere; } td small { display: block; color: #444; }
 img { max-width: 100%; height: auto; } figure { margin: 1em 0; break-inside: avoid; }
 figcaption { font-size: .85em; color: #444; }
 .warning { border-left: 4px solid #b00; padding-left: 1.5em; }
@@ -40,9 +43,11 @@ figcaption { font-size: .85em; color: #444; }
 @media print { body { margin: 0; max-width: none; font-size: 10pt; } table, img { break-inside: avoid; } }
 """
 HEADER = ("metric", "value", "95 % interval", "spread", "floor or target", "distance to it", "its 95 % interval", "n")
+ACRONYMS = {"fid": "FID", "kid": "KID"}
 READING = (
     "n counts the volumes or pairs, for figures over random choices (halves, floor) the choices. Intervals are "
-    "bootstraps over volumes. The spread is the standard deviation of single values, or over the choices."
+    "bootstraps over volumes, those of shares Wilson's. The spread is the standard deviation of single values, or over "
+    "the choices."
 )
 
 
@@ -63,17 +68,20 @@ def _models(report: Report) -> str:
     if not rows:
         return ""
     cells = [[_with_interval(row, column) for column in columns] for row in rows]
+    header = [_words(column) for column in columns]
     note = (
         "One row a model, as Table 1 of Pinaya et al. 2022. For FID lower is better, down to the floor; similarities "
         "are to equal those of the real volumes. The name of a column has that of the feature network: columns of "
-        "different networks do not compare. <i>halves</i> is the distance at the number of volumes of the <i>floor</i>."
+        "different networks do not compare. <i>halves</i> is the distance at the number of volumes of the floor, and "
+        "<i>floor</i>, which stands in the row of the real volumes too, that of real volumes to real ones. Below a "
+        "figure is its 95 % interval. Pearson's r is that of measured with requested volumes of structures."
     )
-    return f"<h2>Models</h2><p>{note}</p>{_table(columns, cells)}"
+    return f"<h2>Models</h2><p>{note}</p>{_table(header, cells)}"
 
 
 def _with_interval(row: Mapping[str, Any], column: str) -> str:
     value, low, high = (_number(row.get(name)) for name in (column, f"{column}_low", f"{column}_high"))
-    return f"{value} ({low} to {high})" if row.get(f"{column}_low") is not None else value
+    return f"{value}<small>{low} to {high}</small>" if row.get(f"{column}_low") is not None else value
 
 
 def _warnings(report: Report) -> str:
@@ -85,12 +93,13 @@ def _summary(report: Report) -> str:
     groups: dict[str, list[list[str]]] = {}
     for key, entry in report.entries().items():
         for metric, found in entry.get("metrics", {}).items():
-            groups.setdefault(_network(entry, metric), []).append([_words(key), *_cells(metric, found)])
+            row = [_title(report.measures[key]), *_cells(metric, found)]
+            groups.setdefault(_network(entry, metric), []).append(row)
     networks = _networks(report)
     tables = []
     for name, rows in groups.items():
         caption = f"By the feature network {name}" if name else "Without a feature network"
-        tables.append(_table(("measure", *HEADER), rows, caption) + _described(networks.get(name)))
+        tables.append(_measured(("measure", *HEADER), rows, caption) + _described(networks.get(name)))
     return f"<h2>Summary</h2><p>{READING}</p>" + "".join(tables)
 
 
@@ -149,19 +158,31 @@ def _volumes(report: Report) -> str:
 
 def _section(key: str, entry: Measured, result: Result, report: Report) -> str:
     facts = report.entries()[key]
-    parts = [f"<h2>{_words(key)}</h2>"]
+    title = _title(entry)
+    first, _, rest = title.partition(" ")
+    parts = [f"<h2>{ACRONYMS.get(first, first)} {rest}</h2>"]
     for name, style in (("says", ""), ("pitfall", " class='pitfall'")):
         text = getattr(entry.measure, name, None)
         parts += [f"<p{style}>{escape(text)}</p>"] if text else []
     for name, group in _by_network(facts).items():
-        caption = f"{_words(key)}, network {name}" if name else _words(key)
-        parts.append(_table(HEADER, [_cells(metric, found) for metric, found in group], caption))
+        caption = f"{title}, network {escape(name)}" if name else title
+        parts.append(_measured(HEADER, [_cells(metric, found) for metric, found in group], caption))
     if entry.name == "synthetic_pairs":
         parts += [_figure(picture, note) for picture, note in _histograms(entry, result, report)]
     if result.picture is not None:
-        parts.append(_figure(png(result.picture), f"{_words(key)}: see docs/evaluation.md."))
+        parts.append(_figure(png(result.picture), getattr(entry.measure, "shows", f"{key}.png")))
     plain = {k: v for k, v in facts.items() if k not in ("metrics", "status", "networks")}
     return "".join(parts) + _facts(plain, "How it was measured")
+
+
+def _title(entry: Measured) -> str:
+    return escape(f"{_words(entry.name)} {entry.model}".strip())
+
+
+def _measured(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    """A table of figures without the columns that are empty in all rows."""
+    filled = [place for place in range(len(header)) if any(row[place] for row in rows)]
+    return _table([header[place] for place in filled], [[row[place] for place in filled] for row in rows], caption)
 
 
 def _by_network(facts: Mapping[str, Any]) -> dict[str, list[tuple[str, Any]]]:
@@ -181,7 +202,8 @@ def _histograms(entry: Measured, result: Result, report: Report) -> Iterable[tup
 
 
 def _missing(report: Report) -> str:
-    rows = [[_words(key), escape(", ".join(f"--{flag}" for flag in flags))] for key, flags in report.missing.items()]
+    lacking = {_title(report.measures[key]): flags for key, flags in report.missing.items()}
+    rows = [[title, escape(", ".join(f"--{flag}" for flag in flags))] for title, flags in lacking.items()]
     rows = [row for row in rows if row[1]]
     return f"<h2>Not requested</h2>{_table(('measure', 'needs'), rows)}" if rows else ""
 
@@ -194,8 +216,8 @@ def _about(report: Report) -> str:
 
 
 def _facts(facts: Mapping[str, Any], caption: str) -> str:
-    rows = [[escape(str(name)), escape(_in_words(value))] for name, value in facts.items() if value is not None]
-    return _table(("", ""), rows, caption) if rows else ""
+    rows = [[escape(str(name)), escape(_in_words(value))] for name, value in facts.items() if value not in (None, {})]
+    return _table(("", ""), rows, caption, last="text") if rows else ""
 
 
 def _in_words(value: Any) -> str:
@@ -210,12 +232,15 @@ def _words(key: str) -> str:
     return escape(key.replace("_", " "))
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
-    """A table; captions, header and cells are HTML already."""
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", last: str = "") -> str:
+    """A table; captions, header and cells are HTML already. The last column may be of a class of its own."""
     title = f"<caption>{caption}</caption>" if caption else ""
     top = "".join(f"<th>{name}</th>" for name in header)
-    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table>{title}{f'<thead><tr>{top}</tr></thead>' if any(header) else ''}<tbody>{lines}</tbody></table>"
+    kinds = [""] * (len(header) - 1) + [f" class='{last}'" if last else ""]
+    cells = ("".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row)) for row in rows)
+    head = f"<thead><tr>{top}</tr></thead>" if any(header) else ""
+    lines = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<div class='wide'><table>{title}{head}<tbody>{lines}</tbody></table></div>"
 
 
 def _figure(picture: bytes, caption: str) -> str:

@@ -60,9 +60,11 @@ class Input(Protocol):
 class Measure(Protocol):
     """One entry of the evaluation's map of measures.
 
-    It may have more attributes: `prepare()`, which under torchrun every process calls before the first one computes
-    and reports alone; `target`, the name of the measure whose means its own should equal; and `says` and `pitfall`,
-    what it is for and how it misleads, in a sentence or two for the report.
+    It may have more attributes: `check()`, which is called before anything is computed and raises a `BundleError` if it
+    sees that the inputs cannot be used (an input may have one too); `prepare()`, which under torchrun every process
+    calls before the first one computes and reports alone; `target`, the name of the measure whose means its own should
+    equal; and for the report, in a sentence or two, `says` and `pitfall`, what it is for and how it misleads, and
+    `shows`, what is in its picture.
     """
 
     @property

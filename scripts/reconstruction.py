@@ -51,8 +51,12 @@ class Reconstruction:
         device: where to compute.
     """
 
-    says = "How well the autoencoder gives a volume back, and so a limit on what any sample of the model can look like."
+    says = (
+        "How well the autoencoder gives a volume back, and so a limit on what any sample of the model can look like. "
+        "PSNR is in dB, MAE in units of intensity, which goes from 0 to 1."
+    )
     pitfall = "A smooth copy scores well: look at the pictures for lost texture. It says nothing about the samples."
+    shows = "The middle axial plane of the first volumes, of their reconstructions, and their absolute difference."
 
     def __init__(
         self,

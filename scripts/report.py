@@ -105,19 +105,22 @@ class Report:
         """One row a model and one of the real volumes: FID of each network, MS-SSIM and 4-G-R-SSIM.
 
         As the paper's Table 1. A network has three columns: the distance of all volumes, that of as many as the
-        floor has, and the floor.
+        floor has, and the floor. Where volumes of structures were measured, Pearson's r with what was asked for
+        follows.
         """
         entries = self.entries()
         rows = [self._model_row(model, entries) for model in self.samples.sets]
         rows = [row for row in rows if len(row) > 1]
         real = {**_floors(rows), **_similarities(entries.get("real_pairs", {}))}
-        return [*rows, {"model": REAL, **real}] if real or rows else []
+        return [*rows, {"model": REAL, **real}] if real else rows
 
     def _model_row(self, model: str, entries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        fid, pairs = (entries.get(f"{name}_{model}" if model else name, {}) for name in ("fid", "synthetic_pairs"))
+        names = ("fid", "synthetic_pairs", "volumetry")
+        fid, pairs, volumetry = (entries.get(f"{name}_{model}" if model else name, {}) for name in names)
         found = {f"fid_{name}": value for name, metric in fid.get("metrics", {}).items() for value in [_value(metric)]}
-        volumes = {"volumes": len(self.samples.sets[model].folder)} if found or pairs.get("metrics") else {}
-        return {"model": model or "synthetic", **volumes, **found, **_similarities(pairs)}
+        found = {**found, **_similarities(pairs), **_similarities(volumetry, "_pearson")}
+        volumes = {"volumes": len(self.samples.sets[model].folder)} if found else {}
+        return {"model": model or "synthetic", **volumes, **found}
 
 
 def _floors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -127,11 +130,12 @@ def _floors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {f"{name.removesuffix('_floor')}_halves": floors.pop() for name, floors in found.items() if len(floors) == 1}
 
 
-def _similarities(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _similarities(entry: Mapping[str, Any], ending: str = "") -> dict[str, Any]:
     found = {}
     for name, metric in entry.get("metrics", {}).items():
-        found[name] = _value(metric)
-        found.update({f"{name}_{end}": metric[f"confidence_{end}"] for end in ("low", "high")})
+        if name.endswith(ending):
+            found[name] = _value(metric)
+            found.update({f"{name}_{end}": metric[f"confidence_{end}"] for end in ("low", "high")})
     return found
 
 

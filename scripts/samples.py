@@ -69,7 +69,7 @@ def named_folders(folders: Any) -> dict[str, Any]:
         named = {str(name): path for name, path in folders.items()}
         _check(list(named))
         return named or {"": None}
-    paths = _several(folders)
+    paths = several(folders)
     if len(paths) < 2:
         return {"": paths[0] if paths else None}
     names = [Path(path).resolve().name for path in paths]
@@ -77,7 +77,8 @@ def named_folders(folders: Any) -> dict[str, Any]:
     return dict(zip(names, paths))
 
 
-def _several(folders: Any) -> list[str]:
+def several(folders: Any) -> list[str]:
+    """The paths of a flag that takes one, or several as a list or separated by commas."""
     if folders is None:
         return []
     if isinstance(folders, Sequence) and not isinstance(folders, str):

@@ -33,7 +33,7 @@ from scripts.errors import BundleError
 from scripts.metrics.features import wait_for_all_processes
 from scripts.metrics.volumetry import Segmentations, label_volumes, read_synthseg, stem
 from scripts.options import is_absent
-from scripts.samples import Samples
+from scripts.samples import Samples, several
 from scripts.volume_folders import VolumeFolder
 from scripts.volumes import UNREADABLE
 
@@ -116,7 +116,7 @@ class SynthSeg(Segmenter):
 
 
 class Samseg(Segmenter):
-    """SAMSEG (Puonti et al. 2016) as the package samseg, in an environment of its own: about 12 minutes a volume."""
+    """SAMSEG (Puonti et al. 2016) as the package samseg, in an environment of its own: about 10 minutes a volume."""
 
     name = "samseg"
     source = "`make samseg` installs it"
@@ -185,6 +185,9 @@ class SegmentedNow(Segmentations):
                 "taken for volumes; give another"
             )
 
+    def names(self) -> None:
+        """See `Segmentations`."""
+
     def prepare(self) -> None:
         """Segment what has no label map yet.
 
@@ -233,28 +236,65 @@ def _is_done(label_map: Path, volume: Path) -> bool:
     return True
 
 
+class OfModels(Segmentations):
+    """Segmentations of several models' samples.
+
+    Args:
+        parts: the samples of each model, and their segmentations.
+    """
+
+    def __init__(self, parts: Sequence[tuple[VolumeFolder, Segmentations]]) -> None:
+        super().__init__(None)
+        self.parts = parts
+
+    def of(self, folder: VolumeFolder) -> Segmentations:
+        """Those of one model's samples."""
+        return next(part for owner, part in self.parts if owner is folder)
+
+
 def segmentations(
     path: Any, segment_with: Any, segmenters: Mapping[str, Segmenter], samples: Samples, output_dir: str
 ) -> Segmentations:
     """Those of `--segmentations`, or those that the tool `--segment_with` makes.
 
     Args:
-        path: see `Segmentations`.
+        path: see `Segmentations`; of several models one each, separated by commas or as a list in the order of the
+            models, or a map from their names, or one folder with a folder for each model by its name.
         segment_with: name of a tool, or None.
         segmenters: all that there are, by name.
-        samples: of the one model whose volumes are segmented.
-        output_dir: where label maps go.
+        samples: of the models.
+        output_dir: where label maps go; those of several models into folders by their names.
 
     Raises:
-        BundleError: if both are given, the tool is not known, or there are samples of several models.
+        BundleError: if both are given, the tool is not known, or segmentations are not one for each model.
     """
     if is_absent(segment_with):
-        return Segmentations(path)
+        paths = _paths(path, list(samples.sets))
+        return _of_each(samples, {model: Segmentations(paths[model]) for model in samples.sets})
     if path is not None:
         raise BundleError("--segmentations and --segment_with say both where label maps come from: give one of them")
     if str(segment_with) not in segmenters:
         raise BundleError(f"--segment_with: there is no '{segment_with}'; there are {', '.join(segmenters)}")
-    if len(samples.sets) > 1:
-        raise BundleError("--segment_with segments the samples of one model: give one folder as --synthetic_dir")
-    (features,) = samples.sets.values()
-    return SegmentedNow(segmenters[str(segment_with)], features.folder, output_dir)
+    tool = segmenters[str(segment_with)]
+    folders = {model: features.folder for model, features in samples.sets.items()}
+    return _of_each(samples, {m: SegmentedNow(tool, f, Path(str(output_dir)) / m) for m, f in folders.items()})
+
+
+def _of_each(samples: Samples, found: Mapping[str, Segmentations]) -> Segmentations:
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return OfModels([(features.folder, found[model]) for model, features in samples.sets.items()])
+
+
+def _paths(path: Any, models: Sequence[str]) -> dict[str, Any]:
+    """Model -> what was given for it."""
+    if isinstance(path, Mapping):
+        paths = {str(model): part for model, part in path.items()}
+    else:
+        parts = several(path)
+        if len(parts) == 1 and len(models) > 1 and Path(parts[0]).is_dir():
+            parts = [str(Path(parts[0]) / model) for model in models]
+        paths = dict(zip(models, parts)) if len(parts) == len(models) else {}
+    if path is not None and paths.keys() != set(models):
+        raise BundleError(f"--segmentations {path} is not one for each model: {', '.join(models)}")
+    return {model: paths.get(model) for model in models}

@@ -18,9 +18,15 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pytest
+
+if TYPE_CHECKING:
+    from monai.bundle import ConfigParser
+
+    from scripts.conditions import Conditions
+    from scripts.grid import Grid
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -98,6 +104,26 @@ def run_here() -> RunHere:
         return workflow
 
     return run
+
+
+@pytest.fixture(scope="module")
+def config() -> ConfigParser:
+    """The base at tiny size."""
+    from released import configuration
+
+    return configuration()
+
+
+@pytest.fixture(scope="module")
+def conditions(config: ConfigParser) -> Conditions:
+    """Those of the base."""
+    return config.get_parsed_content("conditions")
+
+
+@pytest.fixture(scope="module")
+def grid(config: ConfigParser) -> Grid:
+    """That of tiny volumes."""
+    return config.get_parsed_content("grid")
 
 
 @pytest.fixture(scope="session")

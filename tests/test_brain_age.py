@@ -20,7 +20,6 @@ import pytest
 import torch
 from conftest import BASE, TINY, RunHere
 from heads import ROWS, head, refused, write_dataset
-from released import configuration
 from torch import nn
 from trained import content, difference
 
@@ -31,16 +30,6 @@ from scripts.tables import read_table, write_table
 from scripts.volumes import write_volume
 
 TRAIN = "configs/train_brain_age.yaml"
-
-
-@pytest.fixture(scope="module")
-def grid() -> Grid:
-    return configuration().get_parsed_content("grid")
-
-
-@pytest.fixture(scope="module")
-def conditions() -> Conditions:
-    return configuration().get_parsed_content("conditions")
 
 
 def bright_heads(folder: Path, grid: Grid, number: int) -> Path:

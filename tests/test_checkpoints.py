@@ -23,7 +23,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.networks.nets import DiffusionModelUNet
-from released import arguments, configuration, generative_network
+from released import arguments, generative_network
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -36,11 +36,6 @@ State = dict[str, Tensor]
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
 HTML = b"<!DOCTYPE html><html>quota exceeded</html>"
 NO_STATE_DICTS = [torch.ones(3), [1, 2], {}, {"a": 1}, {"a": torch.ones(1), "b": "text"}, {0: torch.ones(1)}]
-
-
-@pytest.fixture(scope="module")
-def config() -> ConfigParser:
-    return configuration()
 
 
 @pytest.fixture(scope="module")

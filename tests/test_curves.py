@@ -48,6 +48,23 @@ def test_iterations_that_were_done_again_count_once(tmp_path: Path) -> None:
     assert np.allclose(values, expected, atol=1e-6)
 
 
+def test_order_of_the_files_names_does_not_count(tmp_path: Path) -> None:
+    expected = losses(write_run(tmp_path))["l1"]
+    earlier, later = sorted(tmp_path.glob("events*"), key=lambda path: path.stat().st_mtime_ns)
+    earlier.rename(tmp_path / "events.out.tfevents.1.host.1.9")
+    later.rename(tmp_path / "events.out.tfevents.1.host.1.10")
+    found = losses(tmp_path)["l1"]
+    assert np.array_equal(found, expected)
+
+
+def test_iterations_that_were_not_done_again_are_left_out(tmp_path: Path) -> None:
+    for first, last in ((1, 20), (11, 15)):
+        with SummaryWriter(str(tmp_path)) as writer:
+            for step in range(first, last + 1):
+                writer.add_scalar("l1", 1.0, step)
+    assert losses(tmp_path)["l1"][0].tolist() == list(range(1, 16))
+
+
 def test_validations_are_those_of_the_table(tmp_path: Path) -> None:
     found = validations(write_run(tmp_path))
     assert {name: values.tolist() for name, (_, values) in found.items()} == {

@@ -50,11 +50,6 @@ NEW = {"raw": "education_years", "unit": "years", "minimum": 7, "maximum": 20}
 LATENT = (8, 12, 4)  # three different sizes show a swap of axes
 
 
-@pytest.fixture(scope="module")
-def config() -> ConfigParser:
-    return configuration()
-
-
 def conditions(*names: str, **changes: dict[str, Any]) -> Conditions:
     """Those of that name of the base, and `education`, in the given order."""
     known = {n: {"raw": f"{n}_raw", "unit": "", "minimum": low, "maximum": high} for n, (low, high) in RANGES.items()}

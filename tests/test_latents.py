@@ -58,21 +58,6 @@ ENCODE = "configs/encode_latents.yaml"
 FORK = multiprocessing.get_context("fork")
 
 
-@pytest.fixture(scope="module")
-def config() -> ConfigParser:
-    return configuration()
-
-
-@pytest.fixture(scope="module")
-def conditions(config: ConfigParser) -> Conditions:
-    return config.get_parsed_content("conditions")
-
-
-@pytest.fixture(scope="module")
-def grid(config: ConfigParser) -> Grid:
-    return config.get_parsed_content("grid")
-
-
 NAMES = ("posteriors.npy", "encoded.npy", "participants.tsv", "encoding.json")
 
 

@@ -22,16 +22,20 @@ import pytest
 import scipy.stats
 import torch
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
+from synthetic_head import synthetic_image, synthetic_labels
 
 from scripts.bootstrap import bootstrapped_of_two
 from scripts.errors import BundleError
+from scripts.grid import Grid
 from scripts.measures import Result
 from scripts.metrics import privacy
-from scripts.metrics.alignment import Alignment
+from scripts.metrics.alignment import Alignment, Motion
 from scripts.metrics.features import FeatureNetworks, FeatureSet
 from scripts.metrics.privacy import Privacy, nearest, quantiles
 from scripts.values import Values
 from scripts.volume_folders import VolumeFolder
+from scripts.volumes import write_volume
 
 
 def test_nearest_is_the_plain_search(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,34 +76,70 @@ def features(folder: Path, flag: str, seeds: range, noise: float = 0.0) -> Featu
     return FeatureSet(VolumeFolder(folder, flag), networks, str(folder.parent / "features"))
 
 
-def test_aligned_copies_are_found_and_kept(tmp_path: Path) -> None:
-    """Training volumes that were mirrored and shifted are found again; features do not see that."""
+GRID = Grid((40, 56, 40), (-4.0, 4.0, 4.0), (78.0, -110.0, -78.0))
+
+
+def person(seed: int) -> np.ndarray:
+    """A head of its own size and texture, 0..1."""
+    labels = synthetic_labels(GRID, swell=1.0 - 0.02 * (seed % 4))
+    texture = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=GRID.shape), 1.5)
+    return np.clip(synthetic_image(labels) * (1 + 0.3 * texture / texture.std()), 0, 1)
+
+
+def turned(head: np.ndarray) -> np.ndarray:
+    """The mirror image, turned by 8 degrees and shifted by 6 mm (6.5 where it has the most)."""
+    matrix = Rotation.from_rotvec([5.0, -4.0, 4.8], degrees=True).as_matrix()
+    centre = (np.array(head.shape) - 1) / 2
+    offset = centre - matrix @ (centre + np.array([4.0, -2.0, 4.0]) / 4.0)
+    return np.clip(ndimage.affine_transform(head[::-1], matrix, offset, order=3), 0, 1)
+
+
+def test_turned_copies_are_found_and_kept(tmp_path: Path) -> None:
+    """Training volumes that were mirrored, turned and shifted are found again; features do not see that."""
     folders = {}
-    for flag, seeds in (("synthetic_dir", range(5)), ("training_dir", range(5)), ("real_dir", range(10, 15))):
+    for flag, seeds in (("synthetic_dir", range(3)), ("training_dir", range(4)), ("real_dir", range(10, 13))):
         folders[flag] = tmp_path / flag
         folders[flag].mkdir()
         for seed in seeds:
-            array = np.pad(ndimage.gaussian_filter(np.random.default_rng(seed).random((12, 14, 13)), 1.0), 4)
-            array = np.roll(array[::-1], (2, 0, -1), (0, 1, 2)) if flag == "synthetic_dir" else array
-            nib.save(nib.Nifti1Image(array.astype(np.float32), np.eye(4)), folders[flag] / f"{seed}.nii.gz")
+            head = turned(person(seed)) if flag == "synthetic_dir" and seed else person(seed)
+            write_volume(folders[flag] / f"{seed}.nii.gz", head, GRID)
 
     def measured() -> Result:
         networks = FeatureNetworks("mean", {"mean": Mean()})
         values = Values(tmp_path / "values")
         sets = [FeatureSet(VolumeFolder(f, flag), networks, str(tmp_path / "f")) for flag, f in folders.items()]
-        return Privacy(sets[0], sets[1], sets[2], alignment=Alignment(1.0, 4.0), candidates=5, values=values).compute()
+        return Privacy(sets[0], sets[1], sets[2], alignment=Alignment(4.0), candidates=4, values=values).compute()
 
     result = measured()
     found: dict[str, Any] = result.summaries
     assert found["mean_ssim_close"].value == 1.0
-    assert found["mean_ssim_synthetic"].mean == pytest.approx(1.0, abs=1e-4)
-    assert found["mean_ssim_held_out"].mean < 0.98
-    for row in result.rows:
-        assert row["likest"] == row["volume"] and row["mirrored"] == 1 and row["ssim_held_out_quantile"] == 0.0
-        assert row["shift_mm"] == "2 0 -1"
-    assert result.picture is not None and len(result.picture.axes) == 10
+    rows = {row["volume"]: row for row in result.rows}
+    assert all(row["likest"] == name and row["ssim_held_out_quantile"] == 0.0 for name, row in rows.items())
+    assert rows["0.nii.gz"]["ssim"] == pytest.approx(1.0, abs=1e-6), "a plain copy"
+    for name in ("1.nii.gz", "2.nii.gz"):
+        assert rows[name]["ssim"] > 0.95 and rows[name]["mirrored"] == 1
+        assert rows[name]["rotation_degrees"] == pytest.approx(8.0, abs=0.3)
+        assert np.allclose(np.array(rows[name]["shift_mm"].split(), float), [4.0, -2.0, 4.0], atol=0.3)
+    assert found["mean_ssim_held_out"].mean < found["mean_ssim_synthetic"].mean - 0.2
+    assert result.picture is not None and len(result.picture.axes) == 6
     before = (tmp_path / "values" / "rank-0.tsv").read_text()
     assert measured().rows == result.rows and (tmp_path / "values" / "rank-0.tsv").read_text() == before
+
+
+def test_the_search_keeps_its_limits() -> None:
+    """What lies beyond them is not found; a volume without any contrast is compared as it is."""
+    head = person(1).astype(np.float32)
+    copy = turned(head).astype(np.float32)
+    shapes = (4.0, 4.0, 4.0)
+    for limits in ({"largest_rotation": 5.0}, {"largest_shift": 2.0}, {"largest_rotation": 0.0, "largest_shift": 0.0}):
+        alignment = Alignment(4.0, **limits)
+        found = alignment.compare(copy, head, shapes)
+        assert found.motion.angle <= alignment.largest_rotation
+        assert max(map(abs, found.motion.shift)) <= alignment.largest_shift
+        assert found.ssim < Alignment(4.0).compare(copy, head, shapes).ssim - 0.1
+    flat = np.zeros_like(head)
+    assert Alignment(4.0).compare(flat, flat, shapes) == (1.0, Motion())
+    assert np.isfinite(Alignment(4.0).compare(head, flat, shapes).ssim)
 
 
 class Mean(Voxels):

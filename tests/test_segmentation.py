@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -143,12 +144,16 @@ def test_choice_of_segmentations(folder: VolumeFolder, tmp_path: Path) -> None:
     def samples(*folders: Path | None) -> Samples:
         return Samples(list(map(str, folders)), FeatureNetworks(None, {}), output, Values(output))
 
-    one, two = samples(folder.folder), samples(folder.folder, tmp_path)
+    other = Path(shutil.copytree(folder.paths[0].parent, tmp_path / "other"))
+    one, two = samples(folder.folder), samples(folder.folder, other)
     assert type(segmentations(None, None, tools, one, output)) is Segmentations
     assert segmentations(None, "samseg", tools, one, output).requested
     assert "give one of them" in refused(segmentations, tmp_path, "samseg", tools, one, output)
     assert "there are synthseg, samseg" in refused(segmentations, None, "fast", tools, one, output)
-    assert "give one folder" in refused(segmentations, None, "samseg", tools, two, output)
+    both = segmentations(None, "samseg", tools, two, output)
+    assert [both.of(f.folder).path for f in two.sets.values()] == [tmp_path / "labels" / name for name in two.sets]
+    for given in (str(folder.paths[0]), {"samples": tmp_path / "samples"}, f"{tmp_path},{tmp_path},{tmp_path}"):
+        assert "one for each model: samples, other" in refused(segmentations, given, None, tools, two, output)
     inside = str(tmp_path / "samples" / "labels")
     assert "would be taken for volumes" in refused(segmentations, None, "samseg", tools, one, inside)
 
@@ -168,3 +173,32 @@ def test_evaluation_segments_and_correlates(
     report = json.loads((tmp_path / "report" / "evaluation.json").read_text())["measures"]["volumetry"]
     assert report["metrics"]["ventricular_vol_pearson"]["value"] == pytest.approx(1.0)
     assert report["segmentations"] == str(tmp_path / "report" / "segmentations")
+
+
+def test_evaluation_of_several_models(folder: VolumeFolder, tmp_path: Path, run_here: RunHere) -> None:
+    """One model does as it was asked, the other the opposite; their samples and label maps have the same names."""
+    contrary = tmp_path / "contrary"
+    shutil.copytree(folder.paths[0].parent, contrary)
+    for number in range(1, 5):
+        asked = {"ventricular_vol_mm3": 50 - 9 * number, "brain_vol_mm3": 190}
+        (contrary / f"sample_{number}.json").write_text(json.dumps({"conditions": asked}))
+        for model in ("obedient", "contrary"):
+            (tmp_path / "maps" / model).mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder.paths[number - 1], tmp_path / "maps" / model)
+    flags: dict[str, Any] = {
+        "synthetic_dir": {"obedient": str(folder.folder), "contrary": str(contrary)},
+        "segmentations": str(tmp_path / "maps"),
+        "output_dir": str(tmp_path / "report"),
+        "num_pairs": 1,
+        "pair_metrics": {},
+    }
+    run_here([ROOT / "configs/inference.json", "configs/evaluate.yaml"], **flags)
+    report = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    expected = {"obedient": 1.0, "contrary": -1.0}
+    rows = {row["model"]: row for row in report["table_1"]}
+    assert list(rows) == list(expected)
+    for model, r in expected.items():
+        found = report["measures"][f"volumetry_{model}"]["metrics"]
+        assert found["ventricular_vol_pearson"]["value"] == pytest.approx(r)
+        assert rows[model]["ventricular_vol_pearson"] == pytest.approx(r) and rows[model]["volumes"] == 4
+        assert (tmp_path / "report" / f"volumetry_{model}.png").is_file()

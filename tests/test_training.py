@@ -23,9 +23,7 @@ import pytest
 import torch
 from conftest import BASE, TINY, RunHere
 from heads import head, refused
-from monai.bundle import ConfigParser
 from monai.utils import set_determinism
-from released import configuration
 from trained import Pipeline, content, same, trained_pipeline
 
 from scripts.conditions import Conditions
@@ -36,21 +34,6 @@ from scripts.latents import latents
 from scripts.tables import read_table, write_table
 from scripts.training import Facts
 from scripts.volumes import write_volume
-
-
-@pytest.fixture(scope="module")
-def config() -> ConfigParser:
-    return configuration()
-
-
-@pytest.fixture(scope="module")
-def conditions(config: ConfigParser) -> Conditions:
-    return config.get_parsed_content("conditions")
-
-
-@pytest.fixture(scope="module")
-def grid(config: ConfigParser) -> Grid:
-    return config.get_parsed_content("grid")
 
 
 @pytest.fixture(autouse=True)

@@ -395,7 +395,7 @@ class Zero(nn.Module):
 
 def diffusion(run_dir: Path, network: nn.Module | None = None, rows: int = 3, **options: Any) -> DiffusionValidation:
     given: dict[str, Any] = {"hybrid": Call(), "objective": objective(), **options}
-    return DiffusionValidation(network or Zero(), Rows(latent, rows), run_dir=run_dir, **given)
+    return DiffusionValidation(network=network or Zero(), dataset=Rows(latent, rows), run_dir=run_dir, **given)
 
 
 BANDS = [f"val_loss_band{band}" for band in range(5)]
@@ -437,7 +437,8 @@ def test_weight_of_the_objective_counts(tmp_path: Path) -> None:
 def test_unknown_conditions_are_in_the_middle(tmp_path: Path) -> None:
     hybrid = Call()
     row = {**latent(0), "condition": torch.tensor([float("nan"), 0.9])}
-    run(DiffusionValidation(Zero(), Rows(lambda index: row, 1), hybrid, objective(), tmp_path))
+    rows = Rows(lambda index: row, 1)
+    run(DiffusionValidation(network=Zero(), dataset=rows, hybrid=hybrid, objective=objective(), run_dir=tmp_path))
     assert hybrid.calls[0][2][0].tolist() == pytest.approx([0.5, 0.9])
 
 

@@ -79,6 +79,12 @@ def test_label_maps_are_counted_in_mm3(tmp_path: Path) -> None:
     assert found == {"ventricular_vol": 5 * 8.0, "brain_vol": 6 * 8.0}
 
 
+def test_label_maps_of_phantoms_are_counted_by_their_codes(tmp_path: Path) -> None:
+    array = np.zeros((4, 4, 4), np.uint8)
+    array.flat[:21] = [1] + 2 * [2] + 3 * [3] + 4 * [4] + 5 * [5] + 6 * [6]
+    assert label_volumes(save(tmp_path / "x.nii.gz", array)) == {"ventricular_vol": 5.0, "brain_vol": 7.0}
+
+
 def test_synthseg_s_tables_are_read(tmp_path: Path) -> None:
     (tmp_path / "vol.csv").write_bytes(
         f"{SYNTHSEG}\r\r\n/in/a_0001.nii.gz,999,10,20,1,2,300,400,5,600,30,4,8,7,7\r\r\nb.mgz".encode()

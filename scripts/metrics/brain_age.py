@@ -137,6 +137,7 @@ class BrainAge:
         "The network errs on real people too, and towards the middle of its training's ages: compare with the held-out "
         "real volumes, not with a correlation of 1."
     )
+    shows = "Predicted against stated age in years, one point a volume; the line is that of equal ages."
 
     def __init__(
         self,

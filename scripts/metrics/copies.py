@@ -23,7 +23,7 @@ from tqdm import tqdm
 from scripts.devices import process_rank
 from scripts.errors import BundleError
 from scripts.figures import strip
-from scripts.metrics.alignment import WINDOW, Aligned, Alignment, moved
+from scripts.metrics.alignment import WINDOW, Aligned, Alignment, Motion, moved
 from scripts.metrics.features import wait_for_all_processes
 from scripts.values import Values, identity
 from scripts.volume_folders import VolumeFolder
@@ -114,8 +114,9 @@ class CopySearch:
         kept = self.values.get(self.identity, folder.hashes[index], self.training.hashes[position])
         if kept is None:
             return None
-        ssim, x, y, z, mirrored = kept
-        return Aligned(ssim, (int(x), int(y), int(z)), bool(mirrored))
+        ssim, *motion, mirrored = kept
+        (a, b, c), (x, y, z) = motion[:3], motion[3:]
+        return Aligned(ssim, Motion((a, b, c), (x, y, z), bool(mirrored)))
 
     def _compare(self, folder: VolumeFolder, pairs: Sequence[tuple[int, int]]) -> None:
         missing = [pair for pair in pairs if self._known(folder, *pair) is None]
@@ -126,7 +127,8 @@ class CopySearch:
             volumes = self.alignment.reduced(folder, i), self.alignment.reduced(self.training, j)
             found = self.alignment.compare(*volumes, self.alignment.sides(folder))
             files = folder.hashes[i], self.training.hashes[j]
-            self.values.add(self.identity, files, (found.ssim, *found.shift, found.mirrored))
+            rotation, shift, mirrored = found.motion
+            self.values.add(self.identity, files, (found.ssim, *rotation, *shift, mirrored))
 
     def facts(self) -> dict[str, Any]:
         """How volumes are compared, for the report."""
@@ -135,7 +137,8 @@ class CopySearch:
     def planes(self, folder: VolumeFolder, index: int, likest: Likest) -> tuple[np.ndarray, np.ndarray]:
         """The middle planes of a volume and of the training volume that was laid on it."""
         training = self.alignment.reduced(self.training, likest.position)
-        return strip(self.alignment.reduced(folder, index)), strip(moved(training, *likest.aligned[1:]))
+        laid, _ = moved(training, likest.aligned.motion, self.alignment.sides(self.training))
+        return strip(self.alignment.reduced(folder, index)), strip(laid)
 
 
 def _similarity(found: Likest) -> float:

@@ -87,6 +87,11 @@ class FeatureNetworks:
         """Whether any network was asked for."""
         return bool(self.chosen)
 
+    def check(self) -> None:
+        """Raise a `BundleError` if the weights of a network that was asked for cannot be used."""
+        for network in self.chosen.values():
+            network.load(torch.device("cpu"))
+
 
 def _names(names: Any) -> list[str]:
     if names is None:
@@ -210,8 +215,7 @@ def read_weights(path: str | os.PathLike, what: str, source: str) -> dict[str, t
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BundleError(f"{path} holds no weights of {what}: {source} ({reason})") from error
+        raise BundleError(f"{path} holds no weights of {what}, or was cut short: {source}") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not tensors:

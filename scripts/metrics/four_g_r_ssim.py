@@ -92,12 +92,12 @@ def four_g_r_ssim(
     neither is the reference, so the mean of both orders is taken: the index is symmetric. It is 1 for equal volumes
     and about 0 for unrelated noise.
 
-    One scale, as the name says: Renieblas et al. 2017, from whom the family's names are, call the index with five
-    scales 4-MS-G-r and the one without 4-G-r. The nearest public code, of the paper's group (the fork of
-    pytorch-msssim at github.com/AmigoLab), has these parts (L1 gradients, thresholds of 0.12 and 0.06, exponents of
-    SSIM's three terms), but joins them in no finished function; its sketch of one has one scale too. With several
-    `scale_weights` the volumes are halved by averages of 2^3 voxels between scales, and the result is the product
-    of the scales' indices, where negative taken as 0, to the power of their weights.
+    One scale, as the name says: Renieblas et al. (2017, J. Med. Imaging 4(3):035501), who compare this family of
+    indices, mark several scales by MS, as in 4-MS-G-SSIM beside 4-G-SSIM. The nearest public code, of the paper's
+    group (the fork of pytorch-msssim at github.com/AmigoLab), has these parts (L1 gradients, thresholds of 0.12 and
+    0.06, exponents of SSIM's three terms), but joins them in no finished function; its sketch of one has one scale
+    too. With several `scale_weights` the volumes are halved by averages of 2^3 voxels between scales, and the result is
+    the product of the scales' indices, where negative taken as 0, to the power of their weights.
 
     Args:
         first, second: (1, 1, X, Y, Z), of one shape; each scale at least `kernel_size` + 2 voxels a side.

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.spatial.distance import cdist
+from scipy.stats import binomtest
 
-from scripts.bootstrap import Estimate, Summary, bootstrapped, bootstrapped_of_two, summarise
+from scripts.bootstrap import Estimate, Summary, bootstrapped_of_two, summarise
 from scripts.errors import BundleError
 from scripts.figures import pair_figure
 from scripts.measures import Result
@@ -93,6 +94,10 @@ class Privacy:
     pitfall = (
         "A blurred or average-looking sample is near to everything, and a copy that was changed can be far: look at "
         "the closest pairs. A set that passes is not thereby proven private."
+    )
+    shows = (
+        "Left the samples nearest to a training volume by features and those most alike by SSIM, in turn; right, to "
+        "each, the training volume that it is most alike, turned and shifted onto it."
     )
 
     def __init__(
@@ -196,12 +201,13 @@ class Privacy:
 
     def _alike(self, near: Likest) -> dict[str, Any]:
         assert self.search is not None
-        sides = self.search.alignment.sides(self.training.folder)
+        motion = near.aligned.motion
         return {
             "likest": self.training.folder.name(near.position),
             "ssim": near.aligned.ssim,
-            "mirrored": int(near.aligned.mirrored),
-            "shift_mm": " ".join(f"{side * step:g}" for side, step in zip(sides, near.aligned.shift)),
+            "mirrored": int(motion.mirrored),
+            "rotation_degrees": round(motion.angle, 1),
+            "shift_mm": " ".join(str(round(step, 1) + 0.0) for step in motion.shift),
         }
 
     def _picture(self, rows: list[dict[str, Any]], likest: list[Likest]) -> Figure:
@@ -211,13 +217,14 @@ class Privacy:
         order = [int(index) for both in zip(by_distance, by_similarity) for index in both]
         drawn = list(dict.fromkeys(order))[:DRAWN]
         planes = [self.search.planes(self.synthetic.folder, index, likest[index]) for index in drawn]
-        labels = [(f"{rows[i]['volume']}, distance {rows[i]['distance']:.3g}", _label(rows[i])) for i in drawn]
+        labels = [(f"{rows[i]['volume']}\ndistance {rows[i]['distance']:.3g}", _label(rows[i])) for i in drawn]
         return pair_figure(labels, *zip(*planes))
 
 
 def _label(row: Mapping[str, Any]) -> str:
     mirrored = "mirrored, " if row["mirrored"] else ""
-    return f"{row['likest']}, {mirrored}moved {row['shift_mm']} mm: SSIM {row['ssim']:.3f}"
+    moved = f"{mirrored}turned {row['rotation_degrees']} degrees, shifted {row['shift_mm']} mm"
+    return f"{row['likest']}\n{moved}: SSIM {row['ssim']:.3f}"
 
 
 def _of_distances(name: str, distances: np.ndarray, usual: np.ndarray, seed: int) -> dict[str, Summary | Estimate]:
@@ -226,7 +233,7 @@ def _of_distances(name: str, distances: np.ndarray, usual: np.ndarray, seed: int
         f"{name}_synthetic": summarise(distances, np.arange(len(distances)), seed),
         f"{name}_held_out": summarise(usual, np.arange(len(usual)), seed),
         f"{name}_ratio": Estimate(_ratio_of_medians(distances, usual), len(distances), interval),
-        f"{name}_close": _share(distances < np.quantile(usual, CLOSE), seed),
+        f"{name}_close": _share(distances < np.quantile(usual, CLOSE)),
     }
 
 
@@ -235,7 +242,7 @@ def _of_similarities(name: str, likest: list[Likest], usual: np.ndarray, seed: i
     return {
         f"{name}_ssim_synthetic": summarise(found, np.arange(len(found)), seed),
         f"{name}_ssim_held_out": summarise(usual, np.arange(len(usual)), seed),
-        f"{name}_ssim_close": _share(found > np.quantile(usual, 1 - CLOSE), seed),
+        f"{name}_ssim_close": _share(found > np.quantile(usual, 1 - CLOSE)),
     }
 
 
@@ -243,8 +250,9 @@ def _similarities(likest: list[Likest]) -> np.ndarray:
     return np.array([near.aligned.ssim for near in likest])
 
 
-def _share(close: np.ndarray, seed: int) -> Estimate:
-    return Estimate(float(close.mean()), len(close), bootstrapped(close, lambda drawn: float(drawn.mean()), seed))
+def _share(close: np.ndarray) -> Estimate:
+    low, high = binomtest(int(close.sum()), len(close)).proportion_ci(method="wilson")
+    return Estimate(float(close.mean()), len(close), (low, high))
 
 
 def _ratio_of_medians(distances: np.ndarray, usual: np.ndarray) -> float:

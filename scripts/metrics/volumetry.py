@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from scripts.errors import BundleError
 from scripts.measures import Result
 from scripts.metrics.features import FeatureSet
 from scripts.options import whole_number
+from scripts.phantom_heads import LABELS
 from scripts.tables import read_table
 from scripts.volume_folders import TABLE, VolumeFolder, find_volumes
 from scripts.volumes import UNREADABLE
@@ -43,10 +44,12 @@ VENTRICLES = (4, 5, 43, 44)
 """Left and right lateral and inferior lateral ventricles in FreeSurfer's and SynthSeg's codes."""
 TISSUE = (2, 3, 7, 8, 10, 11, 12, 13, 16, 17, 18, 26, 28, 41, 42, 46, 47, 49, 50, 51, 52, 53, 54, 58, 60)
 LESIONS_AND_CALLOSUM = (77, 78, 79, 80, 81, 82, 192, 251, 252, 253, 254, 255)
-BRAIN = frozenset((*TISSUE, *LESIONS_AND_CALLOSUM))
-"""Grey and white matter, cerebellum and brain stem in these codes, without any fluid."""
+"""These are grey and white matter, cerebellum and brain stem in these codes, without any fluid."""
 PARCELS = range(1000, 5003)
 """The codes of cortical parcels and of the white matter below them: brain as well."""
+ALWAYS_IN_PHANTOMS = [
+    LABELS[name] for name in ("scalp_and_skull", "outer_fluid", "grey", "white", "lateral_ventricles")
+]
 
 VENTRICLE_COLUMNS = (
     "left lateral ventricle",
@@ -83,8 +86,19 @@ class Segmentations:
         """Whether one was given."""
         return self.path is not None
 
+    def of(self, folder: VolumeFolder) -> Segmentations:
+        """Those of one model's volumes: these, where there is one model."""
+        return self
+
     def prepare(self) -> None:
         """Nothing: they are there."""
+
+    def names(self) -> list[str] | None:
+        """Names of the segmentations that are there; None where a tool is yet to make them."""
+        assert self.path is not None
+        if self.path.is_file():
+            return list(read_synthseg(self.path))
+        return [stem(path) for path in find_volumes(self.path, self.flag)]
 
     def measured(self) -> dict[str, dict[str, float]]:
         """Name of each segmented volume -> the volumes of its structures in mm3, by name of the condition.
@@ -100,7 +114,7 @@ class Segmentations:
 
 
 def label_volumes(path: Path) -> dict[str, float]:
-    """Ventricular and brain volume of a label map in FreeSurfer's or SynthSeg's codes, in mm3.
+    """Ventricular and brain volume of a label map in FreeSurfer's, SynthSeg's or the phantoms' codes, in mm3.
 
     Raises:
         BundleError: if it cannot be read, does not hold whole numbers, or has no ventricle or no brain.
@@ -114,14 +128,25 @@ def label_volumes(path: Path) -> dict[str, float]:
     present, counts = np.unique(codes, return_counts=True)
     if not np.isfinite(present).all() or (present != np.rint(present)).any():
         raise BundleError(f"{path} is no label map: it holds other values than whole numbers")
+    ventricles, brain = _structures_of(present)
     volumes = {
-        "ventricular_vol": voxel * counts[np.isin(present, VENTRICLES)].sum(),
-        "brain_vol": voxel * sum(n for code, n in zip(present, counts) if code in BRAIN or int(code) in PARCELS),
+        "ventricular_vol": voxel * counts[np.isin(present, ventricles)].sum(),
+        "brain_vol": voxel * counts[np.isin(present, brain)].sum(),
     }
     for name, volume in volumes.items():
         if not volume:
             raise BundleError(f"{path} has no label of {name}: codes of FreeSurfer or SynthSeg are expected")
     return {name: float(volume) for name, volume in volumes.items()}
+
+
+def _structures_of(present: np.ndarray) -> tuple[list[int], list[int]]:
+    """The codes of ventricles and brain in a label map with these codes.
+
+    Phantoms have codes of 1 to 7 alone; maps of FreeSurfer and SynthSeg have those of the right hemisphere, above 40.
+    """
+    if np.isin(ALWAYS_IN_PHANTOMS, present).all() and present.max() <= max(LABELS.values()):
+        return [LABELS["lateral_ventricles"]], [LABELS["grey"], LABELS["white"]]
+    return list(VENTRICLES), [*TISSUE, *LESIONS_AND_CALLOSUM, *PARCELS]
 
 
 def read_synthseg(path: Path) -> dict[str, dict[str, float]]:
@@ -219,8 +244,12 @@ def _raw(condition: Condition, stated: Mapping[str, Any], path: Path) -> float:
     raise BundleError(f"{path} has no value of {condition.raw}")
 
 
-def matched(volumes: Sequence[str], segmentations: Sequence[str]) -> dict[str, str]:
+def matched(volumes: Sequence[str], segmentations: Sequence[str], folder: str = "--synthetic_dir") -> dict[str, str]:
     """Name of each volume -> name of its segmentation: the same, or that with more after a `_`, `-` or `.`.
+
+    Args:
+        volumes, segmentations: their names.
+        folder: of the volumes, for messages.
 
     Raises:
         BundleError: if a volume has none or several, or a segmentation belongs to no volume.
@@ -229,14 +258,14 @@ def matched(volumes: Sequence[str], segmentations: Sequence[str]) -> dict[str, s
     for segmentation in segmentations:
         owners = [v for v in volumes if segmentation == v or segmentation.startswith((f"{v}_", f"{v}-", f"{v}."))]
         if not owners:
-            raise BundleError(f"the segmentation {segmentation} belongs to no volume of --synthetic_dir")
+            raise BundleError(f"the segmentation {segmentation} belongs to no volume of {folder}")
         owner = max(owners, key=len)
         if owner in found:
             raise BundleError(f"two segmentations belong to {owner}: {found[owner]} and {segmentation}")
         found[owner] = segmentation
     lacking = [volume for volume in volumes if volume not in found]
     if lacking:
-        raise BundleError(f"{len(lacking)} volumes of --synthetic_dir have no segmentation, {lacking[0]} the first")
+        raise BundleError(f"{len(lacking)} volumes of {folder} have no segmentation, {lacking[0]} the first")
     return found
 
 
@@ -245,7 +274,7 @@ class Volumetry:
 
     Args:
         synthetic: the samples, with their sidecars or their table.
-        segmentations: of these.
+        segmentations: of these, or of several models.
         conditions: which are known; those called `ventricular_vol` and `brain_vol` are measured.
         seed: of the bootstrap.
     """
@@ -258,14 +287,27 @@ class Volumetry:
         "r rises with the range of what was asked for, and does not notice a constant factor or offset: look at the "
         "slope too. A segmentation can fail on samples that are no brains."
     )
+    shows = "Measured against requested volumes, one point a sample; the line is that of equal volumes."
 
     def __init__(
         self, synthetic: FeatureSet, segmentations: Segmentations, conditions: Conditions, seed: Any = 0
     ) -> None:
         self.synthetic = synthetic.folder
-        self.inputs = [self.synthetic, segmentations]
-        self.segmentations, self.conditions = segmentations, conditions
+        self.segmentations, self.conditions = segmentations.of(self.synthetic), conditions
+        self.inputs = [self.synthetic, self.segmentations]
         self.seed = whole_number(seed, "seed")
+
+    def check(self) -> None:
+        """Raise a `BundleError` if volumes, segmentations and requests do not belong together, or are too few."""
+        requested, names = requested_volumes(self.synthetic, self.conditions), self.segmentations.names()
+        if names is not None:
+            self._matched(requested, names)
+
+    def _matched(self, requested: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+        pairs = matched(list(requested), list(names), f"--{self.synthetic.flag} {self.synthetic.folder}")
+        if len(pairs) < 3:
+            raise BundleError(f"--{self.synthetic.flag}: {len(pairs)} volumes are too few for a correlation")
+        return pairs
 
     def prepare(self) -> None:
         """Let a tool segment what is to be segmented; under torchrun, each process its share."""
@@ -288,7 +330,6 @@ class Volumetry:
             "segmentations": str(self.segmentations.path),
             "volumes": len(rows),
             "seed": self.seed,
-            "ventricle_labels": list(VENTRICLES),
             self.synthetic.flag: str(self.synthetic.folder),
         }
         return Result(summaries, facts, rows, scatter(rows, names))
@@ -296,9 +337,7 @@ class Volumetry:
     def _compared(self) -> list[dict[str, Any]]:
         requested = requested_volumes(self.synthetic, self.conditions)
         measured = self.segmentations.measured()
-        pairs = matched(list(requested), list(measured))
-        if len(pairs) < 3:
-            raise BundleError(f"--{self.synthetic.flag}: {len(pairs)} volumes are too few for a correlation")
+        pairs = self._matched(requested, measured)
         rows = []
         for name, wanted in requested.items():
             row: dict[str, Any] = {"volume": name, "segmentation": pairs[name]}
