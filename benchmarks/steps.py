@@ -63,10 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         folder = make_folder(options.output_dir)
         rows = distances(options)
+        _write(folder, rows, options)
         if options.measure:
             measured = evaluated(options, folder)
             rows = [{**row, **measured.get(_name(row["sampler"], row["steps"]), {})} for row in rows]
-        _write(folder, rows, options)
+            _write(folder, rows, options)
     except Exception as error:
         known = find_bundle_error(error)
         if known is None:
@@ -224,8 +225,8 @@ def figure_of(rows: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(4.2 * columns, 3.4 * -(-len(titles) // columns)), layout="constrained")
     axes = figure.subplots(-(-len(titles) // columns), columns, squeeze=False).ravel()
     for axis, (key, title) in zip(axes, titles.items()):
-        _draw(axis, rows, key)
         axis.set(title=title, xlabel="steps", xscale="log", yscale="log" if key in DISTANCES else "linear")
+        _draw(axis, rows, key)
     for axis in axes[len(titles) :]:
         axis.set_axis_off()
     axes[0].legend()

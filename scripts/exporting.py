@@ -127,11 +127,18 @@ def exported_program(part: Part) -> ExportedProgram:
 
 
 def _write_onnx(part: Part, program: ExportedProgram, path: Path) -> None:
-    names = {"input_names": list(part.inputs), "output_names": [part.output]}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        onnx = torch.onnx.export(program, (), kwargs=part.inputs, dynamo=True, verbose=False, **names)
+        onnx = torch.onnx.export(
+            program,
+            (),
+            kwargs=part.inputs,
+            dynamo=True,
+            verbose=False,
+            input_names=list(part.inputs),
+            output_names=[part.output],
+        )
     assert onnx is not None
     onnx.save(path)  # above 2 GB, the weights go into a file of their own beside it
 
