@@ -233,9 +233,14 @@ def figure_of(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def _steps(row: dict[str, Any]) -> int:
+    return int(row["steps"])
+
+
 def _draw(axis: Any, rows: Sequence[dict[str, Any]], key: str) -> None:
     for sampler in dict.fromkeys(row["sampler"] for row in rows):
         own = [row for row in rows if row["sampler"] == sampler and row.get(key) not in (None, 0.0)]
+        own.sort(key=_steps)
         if own:
             axis.plot([row["steps"] for row in own], [row[key] for row in own], marker="o", label=sampler)
     ticks = sorted({row["steps"] for row in rows})
