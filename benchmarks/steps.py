@@ -167,10 +167,11 @@ def evaluated(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
 
 def _write_conditions(path: Path, options: argparse.Namespace) -> None:
     config = ConfigParser(ConfigParser.load_config_files([str(ROOT / f) for f in (BASE, *options.overlay)]))
-    names = [condition.name for condition in config.get_parsed_content("conditions")]
-    values = torch.quasirandom.SobolEngine(len(names), scramble=True, seed=options.seed).draw(options.measured)
-    values[:, names.index("gender")] = values[:, names.index("gender")].round() if "gender" in names else 0.0
-    write_table(path, [{name: f"{v:.4f}" for name, v in zip(names, row)} for row in values.tolist()])
+    conditions = list(config.get_parsed_content("conditions"))
+    values = torch.quasirandom.SobolEngine(len(conditions), scramble=True, seed=options.seed).draw(options.measured)
+    columns = {c.name: values[:, i].round() if c.codes else values[:, i] for i, c in enumerate(conditions)}
+    rows = zip(*(column.tolist() for column in columns.values()))
+    write_table(path, [{name: f"{value:.4f}" for name, value in zip(columns, row)} for row in rows])
 
 
 def _run(options: argparse.Namespace, verb: list[str], flags: dict[str, Any], further: Sequence[str] = ()) -> None:
