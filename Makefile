@@ -52,7 +52,7 @@ lint: $(INSTALLED) ## Check style and types
 
 lock: ## Write both lock files anew from pyproject.toml (needs uv)
 	sed '/^[^#]/d' requirements.lock > requirements.new
-	echo torch==2.13.0 | $(COMPILE) --extra download --extra test --extra dev --constraint - > resolved.txt
+	echo torch==2.13.0 | $(COMPILE) --extra download --extra export --extra test --extra dev --constraint - > resolved.txt
 	grep -vE '^(cuda|nvidia|triton)' resolved.txt >> requirements.new
 	$(COMPILE) --extra tracking --constraint resolved.txt | grep -vxFf resolved.txt > tracking.txt
 	sed '/^[^#]/d' requirements-tracking.lock > tracking.new

@@ -29,15 +29,17 @@ class LatentDecoder(nn.Module):
 
     Args:
         autoencoder: MONAI's `AutoencoderKL`.
+        latent_scale: factor that training put on the latents; they are divided by it before decoding.
     """
 
-    def __init__(self, autoencoder: nn.Module) -> None:
+    def __init__(self, autoencoder: nn.Module, latent_scale: float = 1.0) -> None:
         super().__init__()
         self.autoencoder = autoencoder
+        self.latent_scale = latent_scale
 
     def forward(self, latent: Tensor) -> Tensor:
         """Decode; intensities nominally 0..1, not clipped."""
-        return self.autoencoder.decode_stage_2_outputs(latent)  # type: ignore[operator]
+        return self.autoencoder.decode_stage_2_outputs(latent / self.latent_scale)  # type: ignore[operator]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take the state dict of the autoencoder, of monai-generative's or of MONAI core's names.

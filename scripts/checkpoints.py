@@ -203,17 +203,26 @@ def load_network(
     Raises:
         BundleError: if any weight is missing, left over, or of another shape, or the conditions differ.
     """
-    trained = checkpoint.facts.get("conditions")
-    if conditions is not None and trained is not None and list(trained.items()) != list(conditions.as_dict().items()):
-        raise BundleError(
-            f"{checkpoint.path} was trained with other conditions, ranges or order of them than the configured ones"
-        )
+    check_conditions(checkpoint, conditions)
     matches = set(checkpoint.state) == set(network.state_dict())
     if yes_or_no(load_old, "load_old") and not matches:
         _load_old(network, checkpoint)
     else:
         _load_same(network, checkpoint)
     return network.to(device).eval()
+
+
+def check_conditions(checkpoint: Checkpoint, conditions: Conditions | None) -> None:
+    """Refuse weights whose facts say that they were trained with other conditions.
+
+    Raises:
+        BundleError: if names, order or ranges differ.
+    """
+    trained = checkpoint.facts.get("conditions")
+    if conditions is not None and trained is not None and list(trained.items()) != list(conditions.as_dict().items()):
+        raise BundleError(
+            f"{checkpoint.path} was trained with other conditions, ranges or order of them than the configured ones"
+        )
 
 
 def _load_same(network: nn.Module, checkpoint: Checkpoint) -> None:

@@ -107,7 +107,7 @@ class LatentDiffusionSampler(Inferer):
             generators: one for each sample, for samplers that add noise.
 
         Returns:
-            (B, 1, X, Y, Z) float32 on the CPU; intensities nominally 0..1, not clipped.
+            (B, 1, X, Y, Z) float32 on the network's device; intensities nominally 0..1, not clipped.
         """
         return self.decode(self.sample_latent(inputs, network, condition, generators))
 
@@ -143,5 +143,5 @@ class LatentDiffusionSampler(Inferer):
         for one in latent.split(1):
             with autocast(latent.device, self.hybrid.amp):
                 decoded = self.autoencoder.decode_stage_2_outputs(one / self.latent_scale)  # type: ignore[operator]
-            volumes.append(decoded.float().cpu())
+            volumes.append(decoded.float())
         return torch.cat(volumes)

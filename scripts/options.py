@@ -52,6 +52,18 @@ def whole_number(value: Any, flag: str, least: int = 0) -> int:
     return number
 
 
+def checked_steps(value: Any, most: int) -> int:
+    """The length of a trajectory, from 1 to `most`.
+
+    Raises:
+        BundleError: for anything else.
+    """
+    steps = whole_number(value, "num_inference_steps", least=1)
+    if steps > most:
+        raise BundleError(f"--num_inference_steps {steps} is more than the {most} steps of the schedule")
+    return steps
+
+
 def number(value: Any, flag: str, least: float = -math.inf, most: float = math.inf) -> float:
     """A finite number from `least` to `most`.
 

@@ -34,6 +34,7 @@ from scripts.requests import SampleRequests
 from scripts.samplers import Sampler
 from scripts.schedules import check_facts, schedule_facts, target_of
 from scripts.volumes import DTYPES, mid_planes, write_picture, write_volume
+from scripts.writing import BackgroundWriter, HostCopy
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ PACKAGES = ("torch", "monai", "numpy", "nibabel")
 class SampleSaver:
     """Handler that writes each sampled volume: NIfTI, JSON sidecar and a picture of the three mid planes.
 
-    The sidecar comes last, so that a volume with a sidecar is complete.
+    The sidecar comes last, so that a volume with a sidecar is complete. Other threads compress and write, while the
+    device samples the next batch: `finish` waits for them.
 
     Args:
         output_dir: folder to write to.
@@ -51,31 +53,61 @@ class SampleSaver:
         conditions: to state them in both units.
         facts: what the sidecar says of the sampler and of the weights; the same for all samples.
         dtype: of the voxels on disk; see `scripts.volumes.write_volume`.
+        write_threads: how many volumes are written at the same time; 0 writes before the next batch is sampled.
 
     Raises:
-        BundleError: if the folder is not writable or the dtype not known.
+        BundleError: if the folder is not writable, the dtype not known, or the number of threads not whole.
     """
 
     def __init__(
-        self, output_dir: str, grid: Grid, conditions: Conditions, facts: Mapping[str, Any], dtype: str = "uint8"
+        self,
+        output_dir: str,
+        grid: Grid,
+        conditions: Conditions,
+        facts: Mapping[str, Any],
+        dtype: str = "uint8",
+        write_threads: Any = 0,
     ) -> None:
         if dtype not in DTYPES:
             raise BundleError(f"--output_dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
         self.folder = make_folder(output_dir)
         self.grid = grid
         self.conditions = conditions
+        self.writer = BackgroundWriter(write_threads)
         self.facts = {**facts, "grid": {"shape": list(grid.shape), "affine": grid.affine.tolist()}, "dtype": dtype}
 
     def attach(self, engine: Engine) -> None:
         """Save after every batch of a MONAI evaluator."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self.finish)
 
     def __call__(self, engine: Engine) -> None:
-        """Save the batch that the engine has just sampled."""
+        """Have the batch saved that the engine has just sampled.
+
+        Raises:
+            BundleError: if a volume of an earlier batch could not be written.
+        """
         batch, volumes = engine.state.batch, engine.state.output["pred"]
         for position, volume in enumerate(volumes):
             request = {key: values[position] for key, values in batch.items()}
-            self.save(volume[0].numpy(), int(request["seed"]), int(request["index"]), request["condition"])
+            self.writer.submit(
+                self._save_copied,
+                HostCopy(volume[0]),
+                int(request["seed"]),
+                int(request["index"]),
+                request["condition"],
+            )
+
+    def finish(self) -> None:
+        """Wait until all that was sampled is written.
+
+        Raises:
+            BundleError: if a volume could not be written.
+        """
+        self.writer.finish()
+
+    def _save_copied(self, volume: HostCopy, seed: int, index: int, vector: torch.Tensor) -> None:
+        self.save(volume.wait().numpy(), seed, index, vector)
 
     def save(self, volume: Any, seed: int, index: int, vector: torch.Tensor) -> None:
         """Write one volume of the grid's shape with its sidecar and picture."""
@@ -150,8 +182,10 @@ def sampling_facts(
 def sample_all(evaluator: Engine, requests: SampleRequests, saver: SampleSaver) -> None:
     """Sample what is requested and not there yet; under torchrun, each process its share.
 
+    What was sampled before an interruption or an error is still written.
+
     Raises:
-        BundleError: if a sample of other settings stands where one of these would be written.
+        BundleError: if a sample of other settings stands where one of these would be written, or one cannot be written.
     """
     requests.start()
     if requests.fixed_seed is None:
@@ -164,7 +198,10 @@ def sample_all(evaluator: Engine, requests: SampleRequests, saver: SampleSaver) 
     requests.rows = [i for i in requests.rows[rank::processes] if i not in set(done)]
     if requests.rows:
         evaluator.state.epoch_length = len(evaluator.data_loader)
-        evaluator.run()
+        try:
+            evaluator.run()
+        finally:
+            saver.finish()
 
 
 def loader(requests: SampleRequests, batch_size: Any) -> DataLoader:

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from monai.networks.schedulers import RFlowScheduler, Scheduler
@@ -71,6 +71,15 @@ def target_of(schedule: Scheduler) -> str:
 
 def _named(prediction_type: str) -> str:
     return next((target for target, name in PREDICTION_TYPES.items() if name == prediction_type), prediction_type)
+
+
+def signal_and_noise(schedule: Scheduler, timesteps: Iterable[int]) -> list[tuple[float, float]]:
+    """The factors a of the clean latent and s of the noise at each timestep, as in `DiffusionObjective`."""
+    if target_of(schedule) == FLOW:
+        levels = [timestep / schedule.num_train_timesteps for timestep in timesteps]
+        return [(1.0 - level, level) for level in levels]
+    powers = [schedule.alphas_cumprod[timestep].item() for timestep in timesteps]
+    return [(power**0.5, (1.0 - power) ** 0.5) for power in powers]
 
 
 def schedule_facts(schedule: Scheduler) -> dict[str, Any]:

@@ -22,13 +22,16 @@ import torch
 from conftest import ROOT
 from heads import head, write_dataset
 from monai.bundle import ConfigParser
+from PIL import Image
 
 from scripts.errors import BundleError
 from scripts.grid import Grid
-from scripts.volumes import read_volume
+from scripts.tables import read_table
+from scripts.volumes import read_volume, write_volume
 
 pytest.importorskip("generative")
 
+from benchmarks import steps, writing  # noqa: E402
 from benchmarks.evaluation import SIZES, make_volumes  # noqa: E402
 from benchmarks.evaluation import run as measured_run  # noqa: E402
 from benchmarks.training_step import fitting  # noqa: E402
@@ -126,3 +129,51 @@ def test_a_command_is_killed_or_must_succeed(tmp_path: Path) -> None:
     for code, when in (("raise SystemExit(3)", None), ("raise SystemExit(3)", (tmp_path / "gone").is_dir)):
         with pytest.raises(BundleError, match="ended with 3"):
             measured_run([sys.executable, "-c", code], tmp_path / "output", kill_when=when)
+
+
+# Steps and writing, in this process.
+
+
+def test_steps_against_their_distance_to_a_long_trajectory(bundle_copy: Path, tmp_path: Path) -> None:
+    words = "--overlay configs/tiny.yaml --samplers ddim unipc --steps 3 9 --reference ddim:60 --samples 1"
+    steps.main([*words.split(), "--bundle_root", str(bundle_copy), "--output_dir", str(tmp_path)])
+    rows = json.loads((tmp_path / "steps.json").read_text())["steps"]
+    assert [(row["sampler"], row["steps"]) for row in rows] == [
+        ("ddim", 60),
+        *(("ddim", 3), ("ddim", 9), ("unipc", 3), ("unipc", 9)),
+    ]
+    distance = {(row["sampler"], row["steps"]): row["latent_rmse"] for row in rows}
+    assert distance["ddim", 60] == 0.0 < distance["ddim", 9]
+    assert all(0.0 < row["volume_rmse"] < 1.0 for row in rows[1:])
+    assert read_table(tmp_path / "steps.tsv", ["sampler", "steps", "seconds", "volume_rmse"])[0]["reference"] == "yes"
+    with Image.open(tmp_path / "steps.png") as image:
+        assert image.width > image.height > 200
+
+
+def test_measures_are_found_in_an_evaluation(tmp_path: Path) -> None:
+    entry = {"status": "computed", "model": "unipc-20"}
+    measures = {
+        "fid_unipc-20": {**entry, "metrics": {"net": {"value": 2.5}}},
+        "volumetry_unipc-20": {**entry, "metrics": {"ventricular_vol_pearson": {"value": 0.9}}},
+        "real_pairs": {"status": "computed", "metrics": {"ms_ssim": {"mean": 0.6}}},
+        "fid_ddim-20": {"status": "not requested", "model": "ddim-20", "missing": ["--real_dir"]},
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps({"measures": measures}))
+    found = steps.read_measures(tmp_path / "evaluation.json")
+    assert found == {"unipc-20": {"fid net": 2.5, "volumetry ventricular_vol_pearson": 0.9}}
+    rows = [{"sampler": "unipc", "steps": 20, "latent_rmse": 0.1, "volume_rmse": 0.2, **found["unipc-20"]}]
+    assert [axis.get_title() for axis in steps.figure_of(rows).axes if axis.lines] == [
+        *(f"distance {text}" for text in steps.DISTANCES.values()),
+        *found["unipc-20"],
+    ]
+
+
+def test_writing_is_measured(tmp_path: Path) -> None:
+    grid = Grid([12, 14, 10], [-2.0, 2.0, 2.0], [0.0, 0.0, 0.0])
+    write_volume(tmp_path / "x.nii.gz", head(grid, 1).numpy(), grid)
+    given = ["--volumes", tmp_path / "x.nii.gz", "--repeats", 1, "--threads", 0, 2, "--written", 2]
+    writing.main([*map(str, given), "--json", str(tmp_path / "x.json")])
+    (row,) = json.loads((tmp_path / "x.json").read_text())["volumes"]
+    ratios = {found["compressor"]: found["ratio"] for found in row["compressors"]}
+    assert ratios["zlib 6"] >= ratios["zlib 1"] > 1.0
+    assert set(row["volumes_per_second"]) == {"0", "2"} and row["bytes"] == 352 + 12 * 14 * 10

@@ -137,7 +137,7 @@ def test_metadata_names_the_locked_versions() -> None:
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 def test_lock_lies_within_the_declared_ranges(python: str) -> None:
     lock = {**locked(python, "requirements-tracking.lock"), **locked(python)}
-    extras = ("download", "tracking", "test", "dev")
+    extras = ("download", "export", "tracking", "test", "dev")
     for name, entry in {**declared(), **{k: v for extra in extras for k, v in declared(extra).items()}}.items():
         if entry.marker is None or entry.marker.evaluate({"python_version": python}):
             assert entry.specifier.contains(lock[name]), f"{entry} does not admit the locked {lock[name]}"

@@ -18,6 +18,7 @@ import pytest
 import torch
 from released import configuration, generative_network
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scripts.checkpoints import Checkpoint, load_network
 from scripts.guidance import NULL_CONDITION
@@ -178,3 +179,28 @@ def test_timesteps_need_not_be_whole_numbers() -> None:
     )
     assert torch.equal(whole, same)
     assert not torch.allclose(whole, between, rtol=1e-4)
+
+
+class Operators(TorchDispatchMode):
+    """Keeps the names of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm", "unipc", "flow", "midpoint"])
+def test_no_value_is_read_back_while_a_trajectory_runs(name: str) -> None:
+    """Each would have the host wait for a GPU, and the GPU then for the host."""
+    target = "flow" if name in ("flow", "midpoint") else "epsilon"
+    config, given = configuration(target=target, sampler=name, num_inference_steps=4), batch()
+    hybrid, steps = config.get_parsed_content("hybrid_inferer"), config.get_parsed_content("chosen_sampler")
+    sampler = LatentDiffusionSampler(hybrid, steps, Decoder(), guidance=2.0)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    with Operators() as operators:
+        sampler.sample_latent(given["noise"], Linear(), given["condition"], generators)
+    assert "aten::cat" in operators.names and not {"aten::_local_scalar_dense", "aten::item"} & operators.names

@@ -22,7 +22,7 @@ from released import configuration, generative_scheduler
 from torch import Tensor
 
 from scripts.errors import BundleError, find_bundle_error
-from scripts.samplers import DDIMSampler, FlowSampler, LeadingDDIMScheduler, choose_sampler
+from scripts.samplers import DDIMSampler, FlowSampler, LeadingDDIMScheduler, MidpointSampler, choose_sampler
 
 SHAPE = (3, 4, 6, 8)
 
@@ -76,7 +76,9 @@ def test_samplers_of_the_base() -> None:
     assert len(choose_sampler(samplers, "ddim").timesteps) == 50
     assert len(choose_sampler(samplers, "ddpm").timesteps) == 1000
     assert choose_sampler(samplers, "ddpm", "25").timesteps == list(range(960, -1, -40))
-    with pytest.raises(BundleError, match="--sampler must be one of ddim, ddpm, flow, got 'plms'"):
+    with pytest.raises(
+        BundleError, match="--sampler must be one of ddim, ddpm, dpm, unipc, flow, midpoint, got 'plms'"
+    ):
         choose_sampler(samplers, "plms")
 
 
@@ -160,6 +162,17 @@ def test_flow_step_is_eulers() -> None:
     assert torch.allclose(sampler.step(velocity, 33, latent, []), latent + 0.033 * velocity, atol=1e-6)
 
 
+def test_midpoint_takes_the_velocity_of_the_middle() -> None:
+    sampler = MidpointSampler(RFlowScheduler(num_train_timesteps=1000, use_discrete_timesteps=True), 4)
+    latent, first, second = torch.randn(3, 1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    middle = sampler.step(first, 1000, latent, [])
+    assert torch.allclose(middle, latent + 0.25 * first, atol=1e-6)
+    end = sampler.step(second, 750, middle, [])
+    assert torch.allclose(end, latent + 0.5 * second, atol=1e-6)
+    with pytest.raises(BundleError, match="--sampler midpoint must be even, got 5"):
+        MidpointSampler(RFlowScheduler(num_train_timesteps=1000, use_discrete_timesteps=True), 5)
+
+
 @pytest.mark.parametrize(("steps", "told"), [(0, "at least 1"), (1001, "more than the 1000"), ("x", "whole number")])
 def test_impossible_numbers_of_flow_steps(steps: object, told: str) -> None:
     with pytest.raises(BundleError, match=f"--num_inference_steps .*{told}"):
@@ -177,6 +190,7 @@ def test_flow_timesteps_that_monais_step_would_round(option: dict[str, bool]) ->
     [
         ("flow", "ddim", "give --sampler flow"),
         ("flow", "ddpm", "give --sampler flow"),
+        ("flow", "unipc", "give --sampler flow or midpoint"),
         ("epsilon", "flow", "give --sampler ddim, or --target flow"),
         ("velocity", "flow", "give --sampler ddim, or --target flow"),
     ],
@@ -185,3 +199,17 @@ def test_sampler_of_another_schedule(target: str, sampler: str, told: str) -> No
     with pytest.raises(Exception) as caught:
         configuration([], target=target, sampler=sampler).get_parsed_content("chosen_sampler")
     assert told in str(find_bundle_error(caught.value))
+
+
+# On a GPU, waiting for the device once a step would leave it idle.
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm", "unipc", "flow", "midpoint"])
+def test_no_step_waits_for_the_device(name: str) -> None:
+    """Tensors on the device `meta` have no values: whatever needs one on the host fails."""
+    target = "flow" if name in ("flow", "midpoint") else "epsilon"
+    sampler = configuration([], target=target, sampler=name, num_inference_steps=6).get_parsed_content("chosen_sampler")
+    latent = torch.empty(2, *SHAPE, device="meta")
+    for timestep in sampler.timesteps:
+        latent = sampler.step(latent, timestep, latent, generators(1, 2))
+    assert latent.device.type == "meta"

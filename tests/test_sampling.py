@@ -125,7 +125,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"age": 0.5, "age_years": 63}, "--age and --age_years state the same condition"),
     ({"device": "tpu"}, "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     ({"device": "mps"}, "--device must be auto, cpu, cuda or cuda:N, got 'mps'"),
-    ({"sampler": "x"}, "--sampler must be one of ddim, ddpm, flow, got 'x'"),
+    ({"sampler": "x"}, "--sampler must be one of ddim, ddpm, dpm, unipc, flow, midpoint, got 'x'"),
     ({"target": "noise"}, "--target must be one of epsilon, sample, velocity, flow, got 'noise'"),
     ({"target": "flow", "sampler": "ddim"}, "give --sampler flow"),
     ({"sampler": "flow"}, "give --sampler ddim, or --target flow"),
@@ -259,10 +259,15 @@ def with_facts(bundle: Path, folder: Path, **facts: Any) -> str:
     return str(folder / "diffusion.pt")
 
 
-WAYS: list[dict[str, Any]] = [{"sampler": "ddim"}, {"sampler": "ddpm"}, {"target": "flow", "guidance": 2.5}]
+WAYS: list[dict[str, Any]] = [
+    {"sampler": "ddim"},
+    {"sampler": "ddpm"},
+    {"sampler": "unipc"},
+    {"target": "flow", "guidance": 2.5},
+]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=["ddim", "ddpm", "flow with guidance"])
+@pytest.mark.parametrize("way", WAYS, ids=["ddim", "ddpm", "unipc", "flow with guidance"])
 def test_a_sample_does_not_depend_on_the_batch_size(
     way: dict[str, Any], sample: Sample, bundle_copy: Path, tmp_path: Path
 ) -> None:
