@@ -63,6 +63,11 @@ class Template:
         """The brain as a boolean array on the head's own grid."""
         return self.brain_on(self.head.data.shape, self.head.affine)
 
+    @cached_property
+    def centre(self) -> np.ndarray:
+        """The brain's centroid in mm."""
+        return centroid(self.in_brain, self.head.affine)
+
     def near_brain(self, margin: float) -> np.ndarray:
         """The brain and what lies within `margin` mm of it, on the head's own grid."""
         return ndimage.distance_transform_edt(~self.in_brain, sampling=self.head.spacing) <= margin
@@ -86,6 +91,14 @@ class Registration:
     rigid: np.ndarray
     scale: float
     similarity: float
+
+    def with_scale(self, centre: np.ndarray) -> np.ndarray:
+        """4 x 4 matrix from template world to scan world that brings the template to the head's size as well.
+
+        Args:
+            centre: of the template's brain, in mm, which `rigid` takes to the head's.
+        """
+        return self.rigid @ resized_about(centre, self.scale)
 
     @property
     def tilt(self) -> float:
@@ -144,10 +157,27 @@ def thinned(scan: Scan, spacing: float) -> Scan:
 
 
 def seen_fraction(scan: Scan, transform: np.ndarray, mask: np.ndarray, affine: np.ndarray) -> float:
-    """Fraction of the voxels of `mask` (on the grid `affine`) that lie inside the scan's field of view."""
+    """Fraction of the voxels of `mask` (on the grid `affine`) that lie inside the scan's field of view.
+
+    Planes at the array's ends that are constant do not count as seen: they are padding.
+    """
     voxels = _apply(np.linalg.inv(scan.affine) @ transform @ affine, np.argwhere(mask))
-    inside = (voxels >= -0.5) & (voxels <= np.asarray(scan.data.shape) - 0.5)
+    first, last = signal_box(scan.data)
+    inside = (voxels >= first - 0.5) & (voxels <= last + 0.5)
     return float(inside.all(axis=1).mean())
+
+
+def signal_box(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last index along each axis of the planes that hold more than the array's minimum.
+
+    The whole array where it is constant.
+    """
+    above = data > data.min()
+    if not above.any():
+        return np.zeros(3, int), np.asarray(data.shape) - 1
+    profiles = (np.flatnonzero(above.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3))
+    ends = [(profile[0], profile[-1]) for profile in profiles]
+    return np.array([first for first, _ in ends]), np.array([last for _, last in ends])
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -183,7 +213,7 @@ def register(scan: Scan, template: Template, seed: int, enough: float) -> Regist
         around = search.best([turn * tilt for tilt in _tilts()])
         again = _refined(scan, template, seed, around)
         fitted, similarity = again if again[1] > similarity else (fitted, similarity)
-    rigid = _rigid_part(fitted, centroid(template.in_brain, template.head.affine))
+    rigid = _rigid_part(fitted, template.centre)
     return Registration(rigid, float(np.cbrt(np.linalg.det(fitted[:3, :3]))), similarity)
 
 
@@ -246,20 +276,20 @@ class _CoarseSearch:
         return -correlation(ndimage.map_coordinates(self.scan.data, voxels.T, order=1), self.wanted)
 
 
-def _foreground(data: np.ndarray) -> np.ndarray:
+def foreground(data: np.ndarray) -> np.ndarray:
     """What is brighter than the background, by the threshold of Otsu (1979)."""
     return data > threshold_otsu(np.minimum(data, np.percentile(data, 99.5))[::2, ::2, ::2])
 
 
 def without_highlights(scan: Scan) -> Scan:
     """The scan cut a little above white matter: fat and vessels would take up most of the metric's range."""
-    white = np.percentile(scan.data[_foreground(scan.data)], 75)
+    white = np.percentile(scan.data[foreground(scan.data)], 75)
     return Scan(np.clip(scan.data, 0.0, 1.15 * white), scan.affine)
 
 
 def _head_centre(scan: Scan) -> np.ndarray:
     """Centroid, in mm, of what is brighter than the background within the top 180 mm of the head."""
-    voxels = np.argwhere(_foreground(scan.data))
+    voxels = np.argwhere(foreground(scan.data))
     points = _apply(scan.affine, voxels)
     top = np.percentile(points[:, 2], 99.5)
     return points[points[:, 2] > top - HEAD_HEIGHT_MM].mean(axis=0)
@@ -268,6 +298,13 @@ def _head_centre(scan: Scan) -> np.ndarray:
 def centroid(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Mean position, in mm, of the voxels of a mask."""
     return _apply(affine, np.argwhere(mask)).mean(axis=0)
+
+
+def resized_about(centre: np.ndarray, factor: float) -> np.ndarray:
+    """The 4 x 4 matrix that makes everything larger by `factor` and leaves `centre` (mm) where it is."""
+    matrix = np.diag([factor] * 3 + [1.0])
+    matrix[:3, 3] = centre - factor * centre
+    return matrix
 
 
 def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
