@@ -29,6 +29,7 @@ from scripts.volumes import UNREADABLE
 SKULL_MM = 12.0
 VAULT_FROM_MM = -30.0
 CHECK_MM = 4.0
+DOUBTFUL_SIDES = -0.008
 FORM_DEGREES = 3.0
 FORM_MM = 3.0
 
@@ -45,11 +46,11 @@ class FieldOfView:
     brain: float
     vault: float
 
-    def flag(self, least_brain: float = 0.99, least_vault: float = 0.95) -> str:
-        """`cut` if a part of the brain is missing, `tight` if a part of the skull around it is, else `whole`."""
+    def flag(self, least_brain: float = 0.99, least_vault: float = 0.98) -> str:
+        """`cut` if a part of the brain is missing, `skull cut` if a part of what is around it is, else `whole`."""
         if self.brain < least_brain:
             return "cut"
-        return "tight" if self.vault < least_vault else "whole"
+        return "skull cut" if self.vault < least_vault else "whole"
 
 
 def field_of_view(scan: Scan, found: Registration, template: Template) -> FieldOfView:
@@ -88,6 +89,11 @@ class Pose:
     def is_upright(self) -> bool:
         """Whether no turn of the template fits better."""
         return self.upright > self.turned
+
+    @property
+    def sides_are_doubtful(self) -> bool:
+        """Whether the mirrored template fits clearly better: a reason to look, and no proof."""
+        return self.sides < DOUBTFUL_SIDES
 
 
 def pose(volume: np.ndarray, affine: np.ndarray, scale: float, template: Template) -> Pose:
