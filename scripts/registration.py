@@ -35,7 +35,8 @@ COARSE_MM = 6.0
 FINE_MM = 2.0
 SCALE = 0.93
 LIKELY_LOG_SCALE = 0.12
-LIKELY_STARTS = 8
+SHIFTS_MM = (-30.0, -15.0, 0.0, 15.0, 30.0)
+LIKELY_STARTS = 12
 FINISHED_STARTS = 2
 ROUGH = 7
 FOREGROUND_STEP = 101
@@ -270,9 +271,9 @@ class _CoarseSearch:
         return self._start(min(finished, key=lambda found: found.fun).x)
 
     def _starts(self, rotation: Rotation) -> list[np.ndarray]:
-        """Nine places for one rotation: where the head's centre is if it lies so, and up, down, forwards and back."""
+        """Places for one rotation: where the head's centre is if it lies so, and up, down, forwards and back."""
         centre = _head_centre(self.head, rotation)
-        moves = rotation.apply([[0.0, y, z] for y in (-20.0, 0.0, 20.0) for z in (-25.0, 0.0, 25.0)])
+        moves = rotation.apply([[0.0, y, z] for y, z in itertools.product(SHIFTS_MM, SHIFTS_MM)])
         return [np.concatenate([rotation.as_rotvec(), centre + move, [0.0]]) for move in moves]
 
     def _improved(self, start: np.ndarray, evaluations: int) -> optimize.OptimizeResult:
