@@ -29,6 +29,7 @@ from scripts.conditions import Conditions
 from scripts.covariates import Columns, Covariates
 from scripts.devices import process_rank
 from scripts.errors import BundleError
+from scripts.exclusions import Exclusions
 from scripts.options import is_absent, whole_number, yes_or_no
 from scripts.preparation_steps import Step, TargetSpace
 from scripts.prepared_dataset import FAILURES, PreparedDataset, Scan, Splits, Tables, by_reason
@@ -55,6 +56,7 @@ class Preparation:
         columns, words, plausible: see `scripts.covariates.Covariates`.
         splits: fractions of the subjects; see `scripts.prepared_dataset.Splits`.
         split_seed: for another division.
+        exclude: file with names of scans or participants to leave out of the tables; see `scripts.exclusions`.
         learn_ranges: whether to write the conditions' ranges in the training split.
         num_workers: processes besides this one; 0 works in this one.
         shard: `3/20` for the third of twenty parts; None for all, or under torchrun the part of this process.
@@ -78,6 +80,7 @@ class Preparation:
         plausible: Mapping[str, Sequence[float]] | None = None,
         splits: Mapping[str, Any] | None = None,
         split_seed: Any = 0,
+        exclude: str | os.PathLike | None = None,
         learn_ranges: Any = False,
         num_workers: Any = 0,
         shard: Any = None,
@@ -93,10 +96,14 @@ class Preparation:
         sources = find_sources(input_dir, input_table)
         covariates = Covariates(conditions, columns, words, plausible, sources)
         self.scans = [_known(source, covariates) for source in sources]
+        exclusions = Exclusions(exclude)
+        exclusions.check([source.name for source in sources], [source.participant for source in sources])
         self.dataset_dir = make_folder(dataset_dir)
         self.preparer = ScanPreparer(space, steps, self.dataset_dir, yes_or_no(overwrite, "overwrite"))
         ranges, origin = yes_or_no(learn_ranges, "learn_ranges"), Path(str(input_dir or input_table))
-        self.dataset = PreparedDataset(self.dataset_dir, self.preparer, conditions, division, ranges, origin)
+        self.dataset = PreparedDataset(
+            self.dataset_dir, self.preparer, conditions, division, exclusions, ranges, origin
+        )
 
     def run(self) -> None:
         """Prepare this process's share, and write the dataset's tables if nothing is left to do by others.
@@ -112,7 +119,8 @@ class Preparation:
         self._conclude(self.dataset.assemble(self.scans))
 
     def _conclude(self, tables: Tables) -> None:
-        logger.info(f"{len(tables.rows)} scans prepared in {self.dataset_dir}")
+        left_out = f", {len(tables.excluded)} of them excluded from the table" if tables.excluded else ""
+        logger.info(f"{len(tables.rows)} scans prepared in {self.dataset_dir}{left_out}; look at quality.html there")
         if tables.missing:
             count, first = len(tables.missing), tables.missing[0]
             logger.warning(f"{count} scans are not prepared yet, {first} the first: they are not in the tables")

@@ -27,7 +27,7 @@ from scipy import ndimage
 
 from scripts.grid import Grid
 from scripts.packages import file_hash
-from scripts.registration import Registration, Template, blurred, load_template, register, resample, seen_fraction
+from scripts.registration import Registration, Template, blurred, load_template, register, resample
 from scripts.scans import Scan, ScanError, canonical
 
 DEEP_MM = 8.0
@@ -41,6 +41,7 @@ class Record:
     Attributes:
         name: what its results are called.
         scan: the scan, in its own millimetres.
+        original: the scan as it was read.
         lacking: raw names of the conditions that no table states of it.
         row: what the tables say of it, by column.
         raw: the file that was read.
@@ -55,6 +56,7 @@ class Record:
 
     name: str
     scan: Scan
+    original: Scan
     lacking: tuple[str, ...] = ()
     row: Mapping[str, str] = field(default_factory=dict)
     raw: Path = Path()
@@ -250,31 +252,6 @@ class ScaleIntensities:
         space = self.space
         scaled = scale_intensities(record.on_grid(), space.brain, space.grid, self.percentile, self.level)
         return record.updated(volume=scaled)
-
-
-@dataclass(frozen=True)
-class CheckFieldOfView:
-    """Says how much of the brain the scan has seen.
-
-    Args:
-        space: the template's brain.
-        min_seen: below this fraction the scan is flagged as cut.
-    """
-
-    space: TargetSpace
-    min_seen: float = 0.99
-
-    columns: ClassVar[Mapping[str, str]] = {
-        "brain_seen": "fraction of the template's brain inside the scan's field of view",
-        "field_of_view": "`cut` where too little of the brain was seen, else `whole`",
-    }
-
-    def __call__(self, record: Record) -> Record:
-        """The record with its columns."""
-        seen = seen_fraction(record.scan, record.registered().rigid, self.space.brain, self.space.grid.affine)
-        cut = seen < self.min_seen
-        record = record.warned(cut, f"{1 - seen:.1%} of the brain is outside its field of view")
-        return record.with_measured(brain_seen=round(seen, 4), field_of_view="cut" if cut else "whole")
 
 
 def scale_intensities(image: np.ndarray, brain: np.ndarray, grid: Grid, percentile: float, level: float) -> np.ndarray:

@@ -26,8 +26,10 @@ from scripts.condition_ranges import learned_ranges
 from scripts.conditions import Conditions
 from scripts.datasets import SPLITS, TABLE, place
 from scripts.errors import BundleError
+from scripts.exclusions import Exclusions
 from scripts.options import number
 from scripts.prepared_scan import PreparedFiles, ScanPreparer, read_json
+from scripts.quality_page import scan_name, write_page
 from scripts.scan_sources import Source
 from scripts.tables import MISSING, write_table
 
@@ -54,9 +56,17 @@ class Scan:
 
 @dataclass(frozen=True)
 class Tables:
-    """What the tables of a dataset say: its rows, its failures, and the names of scans that are not there yet."""
+    """What the tables of a dataset say.
+
+    Attributes:
+        rows: of all prepared scans.
+        excluded: names of those that are to be left out.
+        failures: one a scan that could not be prepared.
+        missing: names of scans that are not there yet.
+    """
 
     rows: list[dict[str, Any]]
+    excluded: set[str]
     failures: list[dict[str, Any]]
     missing: list[str]
 
@@ -109,6 +119,7 @@ class PreparedDataset:
         preparer: what made its scans; those of other settings are not counted in.
         conditions: the covariates.
         splits: which subject is in which split.
+        exclusions: scans that a person has found bad; they stay on the quality page, but not in the table.
         learn_ranges: whether to write the conditions' ranges in the training split.
         origin: path of the raw data, for provenance.
     """
@@ -119,11 +130,13 @@ class PreparedDataset:
         preparer: ScanPreparer,
         conditions: Conditions,
         splits: Splits,
+        exclusions: Exclusions,
         learn_ranges: bool,
         origin: Path,
     ) -> None:
         self.dataset_dir, self.preparer, self.conditions = dataset_dir, preparer, conditions
-        self.splits, self.learn_ranges, self.origin = splits, learn_ranges, origin
+        self.splits, self.exclusions = splits, exclusions
+        self.learn_ranges, self.origin = learn_ranges, origin
 
     def is_complete(self, scans: Sequence[Scan]) -> bool:
         """Whether every scan of the input is prepared, or noted as failed."""
@@ -140,20 +153,23 @@ class PreparedDataset:
             BundleError: if a table cannot be written.
         """
         found = self.tables(scans)
-        if found.rows:
-            write_table(self.dataset_dir / TABLE, found.rows)
-            write_json(self.dataset_dir / "participants.json", self._columns(found.rows[0]))
+        kept = [row for row in found.rows if scan_name(row["path"]) not in found.excluded]
+        if kept:
+            write_table(self.dataset_dir / TABLE, kept)
+            write_json(self.dataset_dir / "participants.json", self._columns(kept))
             write_json(self.dataset_dir / "dataset_description.json", self._description())
             write_text(self.dataset_dir / ".bidsignore", "".join(f"{line}\n" for line in IGNORED))
         self._write_failures(found.failures)
-        self._write_ranges(found.rows)
+        self._write_ranges(kept)
+        full = [{**failure, "reason": failure["message"]} for failure in found.failures]
+        write_page(self.dataset_dir, found.rows, full, excluded=self.exclusions)
         return found
 
     def tables(self, scans: Sequence[Scan]) -> Tables:
         """What the tables say, read from the scans' own files."""
         of_subject = self.splits.of([scan.source for scan in scans])
         with_sessions = any(scan.source.session for scan in scans)
-        tables = Tables([], [], [])
+        tables = Tables([], set(), [], [])
         for scan in scans:
             files = PreparedFiles(self.dataset_dir, scan.source)
             noted = _failure(scan) if scan.fault else read_json(files.failure)
@@ -162,6 +178,8 @@ class PreparedDataset:
                 tables.failures.append({key: noted.get(key) for key in ("participant_id", "path", "reason", "message")})
             elif known:
                 tables.rows.append(self._row(scan, files, known, of_subject, with_sessions))
+                if self.exclusions.reason(scan.source.name, scan.source.participant):
+                    tables.excluded.add(scan.source.name)
             else:
                 tables.missing.append(scan.source.name)
         return tables
@@ -200,7 +218,7 @@ class PreparedDataset:
         elif not self.learn_ranges:
             path.unlink(missing_ok=True)
 
-    def _columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _columns(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         described: dict[str, Any] = {
             "session_id": {"Description": "session of the scan"},
             "path": {"Description": "the prepared scan, relative to this table"},
@@ -211,7 +229,8 @@ class PreparedDataset:
         for step in self.preparer.steps.values():
             for column, words in getattr(step, "columns", {}).items():
                 described[column] = {"Description": words}
-        return {name: described[name] for name in row if name in described}
+        there = {name for row in rows for name in row}
+        return {name: words for name, words in described.items() if name in there}
 
     def _description(self) -> dict[str, Any]:
         version = json.loads(METADATA.read_text(encoding="utf-8"))["version"]

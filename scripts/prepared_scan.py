@@ -19,21 +19,23 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from scipy import ndimage
 
 from scripts.atomic import make_folder, replacing, write_json, write_text
 from scripts.errors import BundleError
 from scripts.packages import file_hash
 from scripts.preparation_steps import Record, Step, TargetSpace, step_settings
+from scripts.quality_page import FIGURES
+from scripts.quality_pictures import QualityPictures
 from scripts.registration import LPS
 from scripts.scan_sources import Source
 from scripts.scans import Scan, ScanError, read_scan
-from scripts.volumes import MNI152, mid_planes, write_picture, write_volume
+from scripts.volumes import MNI152, write_volume
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,6 @@ class PreparedFiles:
         self.sidecar = Path(f"{stem}_T1w.json")
         self.labels = Path(f"{stem}_dseg.nii.gz")
         self.transform = dataset_dir / source.folder / f"{source.name}_from-T1w_to-{SPACE}_mode-image_xfm.txt"
-        self.picture = dataset_dir / "figures" / f"{source.name}.png"
         self.failure = dataset_dir / "logs" / f"{source.name}.json"
 
 
@@ -99,6 +100,11 @@ class ScanPreparer:
         self.dataset_dir, self.overwrite = dataset_dir, overwrite
         settings = {name: step_settings(step) for name, step in self.steps.items()}
         self.recipe: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **space.facts, "steps": settings}))
+
+    @cached_property
+    def pictures(self) -> QualityPictures:
+        """What draws scans with the template's outline, made once in each process."""
+        return QualityPictures(self.space.template)
 
     def __call__(self, work: Work) -> Outcome:
         """Prepare one scan, unless it already is; what goes wrong is written into `logs/` and returned."""
@@ -129,7 +135,7 @@ class ScanPreparer:
         source = work.source
         sha256 = file_hash(source.path) if source.path.is_file() else ""
         scan = read_scan(source.path)
-        record = Record(source.name, scan, work.lacking, source.row, source.path)
+        record = Record(source.name, scan, scan, work.lacking, source.row, source.path)
         for step in self.steps.values():
             record = step(record)
         files.sidecar.unlink(missing_ok=True)  # until the volume that it describes is written
@@ -139,13 +145,13 @@ class ScanPreparer:
         return record.warnings
 
     def _write(self, record: Record, files: PreparedFiles) -> None:
-        for file in (files.volume, files.picture):
-            make_folder(file.parent)
+        make_folder(files.volume.parent)
         write_volume(files.volume, record.on_grid(), self.space.grid)
         if record.labels is not None:
             write_labels(files.labels, record.labels)
-        write_picture(files.picture, outlined(record.on_grid(), self.space.brain))
-        write_text(files.transform, itk_transform(record.registered().rigid))
+        found = record.registered()
+        self.pictures.write(self.dataset_dir / FIGURES, record.name, record.on_grid(), self.space.grid, found.scale)
+        write_text(files.transform, itk_transform(found.rigid))
 
 
 def _bids(record: Record) -> dict[str, Any]:
@@ -223,14 +229,6 @@ def itk_transform(rigid: np.ndarray) -> str:
         "FixedParameters: 0 0 0",
     )
     return "\n".join(lines) + "\n"
-
-
-def outlined(volume: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """The mid planes of a volume with the template's brain outlined in red: (height, width, 3) uint8."""
-    inside = mid_planes(brain.astype(np.float32), 448) > 127
-    picture = np.repeat(mid_planes(volume, 448)[..., None], 3, axis=2)
-    picture[inside ^ ndimage.binary_erosion(inside)] = (255, 40, 40)
-    return picture
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,10 +20,11 @@ import nibabel as nib
 import numpy as np
 from stand_ins import KnownPose
 
+from scripts.check_step import CheckScan
 from scripts.conditions import Conditions
 from scripts.grid import Grid
 from scripts.preparation import Preparation
-from scripts.preparation_steps import CheckFieldOfView, Reorient, Resample, ScaleIntensities, TargetSpace
+from scripts.preparation_steps import Reorient, Resample, ScaleIntensities, TargetSpace
 
 GRID = Grid((20, 28, 20), (-8.0, 8.0, 8.0), (76.0, -120.0, -56.0))
 CONDITIONS = Conditions(
@@ -66,7 +67,7 @@ def steps(target: TargetSpace, **more: Any) -> dict[str, Any]:
         **more,
         "resample": Resample(target, order=1),
         "scale": ScaleIntensities(target),
-        "check": CheckFieldOfView(target),
+        "check": CheckScan(target),
     }
 
 

@@ -163,11 +163,11 @@ def test_a_cut_field_of_view_is_flagged(
 
 def test_what_does_not_match_is_refused(coarse: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scripts.preparation_steps.register", lambda *_: Registration(np.eye(4), 0.9, 0.24))
-    step = Register(TargetSpace(GRID, coarse["template"], coarse["template_brain"]))
+    scan, step = load_scan(coarse["scan"]), Register(TargetSpace(GRID, coarse["template"], coarse["template_brain"]))
     with pytest.raises(BundleError, match="does not match the template"):
-        step(Record("noise", load_scan(coarse["scan"])))
+        step(Record("noise", scan, scan))
     with pytest.raises(BundleError, match="before the scan is registered|before it is registered"):
-        Record("noise", load_scan(coarse["scan"])).registered()
+        Record("noise", scan, scan).registered()
 
 
 def test_seen_fraction_counts_voxels() -> None:
