@@ -187,13 +187,18 @@ class MeasureVolumes:
         self.chosen = None if is_absent(segment_with) else str(segment_with)
         self.way = _way(self.chosen, segmentations, ways)
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Raw names of the conditions that are measured where they lack."""
+        return tuple(self.names) if self.way else ()
+
     def __call__(self, record: Record) -> Record:
         """The record with its `covariates`.
 
         Raises:
             BundleError: if they cannot be measured.
         """
-        lacking = [raw for raw in record.lacking if raw in self.names]
+        lacking = [raw for raw in record.lacking if raw in self.measures]
         if self.way is None or not lacking:
             return record
         volumes, labels = self.way.measure(record, self.space)

@@ -135,7 +135,7 @@ class TargetSpace:
         return {"grid": self.grid, "files": self.files}
 
 
-def step_settings(step: Step) -> dict[str, Any]:
+def step_settings(step: Any) -> dict[str, Any]:
     """Plain data that decide what a step does: its name and its numbers and words.
 
     They stand in the sidecars, and a scan that was prepared by other ones is prepared again. A step that has more to

@@ -98,6 +98,7 @@ class ScanPreparer:
     def __init__(self, space: TargetSpace, steps: Mapping[str, Step], dataset_dir: Path, overwrite: bool) -> None:
         self.space, self.steps = space, dict(steps)
         self.dataset_dir, self.overwrite = dataset_dir, overwrite
+        self.measures = {raw for step in self.steps.values() for raw in getattr(step, "measures", ())}
         settings = {name: step_settings(step) for name, step in self.steps.items()}
         self.recipe: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **space.facts, "steps": settings}))
 
@@ -123,9 +124,13 @@ class ScanPreparer:
     def known(self, files: PreparedFiles, lacking: Sequence[str]) -> dict[str, Any] | None:
         """The sidecar of a scan that these very steps have prepared; None if there is none."""
         known = read_json(files.sidecar)
-        made_by = {**self.recipe, "lacking": list(lacking)}
+        made_by = self._made_by(lacking)
         same = {key: known.get(key) for key in made_by} == made_by
         return known if same and files.volume.is_file() else None
+
+    def _made_by(self, lacking: Sequence[str]) -> dict[str, Any]:
+        """The recipe, and which of the conditions that no table states it is to measure."""
+        return {**self.recipe, "lacking": [raw for raw in lacking if raw in self.measures]}
 
     def _is_done(self, work: Work, files: PreparedFiles) -> bool:
         known = self.known(files, work.lacking)
@@ -140,8 +145,8 @@ class ScanPreparer:
             record = step(record)
         files.sidecar.unlink(missing_ok=True)  # until the volume that it describes is written
         self._write(record, files)
-        made_by = {"source": source.origin, "source_sha256": sha256, **self.recipe, "lacking": list(work.lacking)}
-        write_json(files.sidecar, {**_bids(record), **made_by, **_results(record)})
+        origin = {"source": source.origin, "source_sha256": sha256}
+        write_json(files.sidecar, {**_bids(record), **origin, **self._made_by(work.lacking), **_results(record)})
         return record.warnings
 
     def _write(self, record: Record, files: PreparedFiles) -> None:

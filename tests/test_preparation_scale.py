@@ -38,8 +38,12 @@ from stand_ins import FailsOn, KilledOn, KnownPose
 from scripts.conditions import Conditions
 from scripts.datasets import participants, split
 from scripts.errors import BundleError
+from scripts.grid import Grid
+from scripts.optional_steps import CorrectBiasField, StripSkull, SuperResolve
 from scripts.preparation_steps import Record, TargetSpace
 from scripts.registration import write_ants_map
+from scripts.scans import Scan
+from scripts.skull_stripping import Stripper
 from scripts.tables import read_table, write_table
 
 NUMBER = 6
@@ -161,6 +165,9 @@ def test_only_what_is_missing_or_changed_is_done(
     (raw / "participants.tsv").write_text((raw / "participants.tsv").read_text().replace("70", "71"))
     prepare(input_dir=raw)
     assert len(calls) == 5 and read_table(dataset / "participants.tsv")[2]["age_years"] == "71"
+    write_table(raw / "participants.tsv", [{"participant_id": f"sub-0{i}", "sex": "F"} for i in range(3)])
+    prepare(input_dir=raw)
+    assert len(calls) == 5 and read_table(dataset / "participants.tsv")[2]["age_years"] == "n/a"
     prepare(input_dir=raw, steps={**steps(target), "register": KnownPose(1.1)})
     assert len(calls) == 8
     prepare(input_dir=raw, steps={**steps(target), "register": KnownPose(1.1)}, overwrite=1)
@@ -341,6 +348,65 @@ def test_words_of_a_table_are_translated(prepare: Prepare, tmp_path: Path) -> No
         prepare(input_dir=raw, columns=columns, words={"sex": {1: "male", 2: "female"}}) / "participants.tsv"
     )
     assert [(row["sex"], row["age_years"]) for row in rows] == [("male", "50"), ("female", "51.5")]
+
+
+class TopHalf(Stripper):
+    def mask(self, volume: np.ndarray, grid: Grid, scale: float = 1.0) -> np.ndarray:
+        half = np.zeros(grid.shape, bool)
+        half[:, :, grid.shape[2] // 2 :] = True
+        return half
+
+
+def test_steps_that_are_off_do_nothing_and_stand_in_the_sidecar(
+    prepare: Prepare, target: TargetSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = write_bids(tmp_path / "raw", 1)
+
+    def run(**flags: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        chain = steps(
+            target,
+            super_resolve=SuperResolve(flags.get("method"), {"double": lambda s: Scan(2 * s.data, s.affine)}),
+            bias_field=CorrectBiasField(flags.get("bias_field", 0)),
+        )
+        chain["strip"] = StripSkull(target, flags.get("stripper"), {"half": TopHalf})
+        folder = prepare(input_dir=raw, steps=chain) / "sub-00/anat"
+        sidecar = json.loads((folder / "sub-00_space-MNI152_T1w.json").read_text())
+        return nib.load(folder / "sub-00_space-MNI152_T1w.nii.gz").get_fdata(), sidecar
+
+    monkeypatch.setattr("scripts.optional_steps.without_bias_field", lambda s, seed: Scan(s.data**2, s.affine))
+    plain, sidecar = run()
+    assert sidecar["steps"]["bias_field"]["enabled"] is False and sidecar["steps"]["strip"]["stripper"] is None
+    assert np.abs(run(method="double")[0] - plain).max() < 1.5 / 255
+    corrected, sidecar = run(bias_field="yes")
+    assert np.abs(corrected - plain).max() > 0.05 and sidecar["steps"]["bias_field"]["enabled"] is True
+    stripped, sidecar = run(stripper="half")
+    assert sidecar["SkullStripped"] is True and not stripped[:, :, :10].any()
+    assert np.array_equal(stripped[:, :, 10:], plain[:, :, 10:])
+    for wrong in ({"method": "sharp"}, {"stripper": "knife"}):
+        with pytest.raises(BundleError, match="there is no '(sharp|knife)'; there are (double|half)"):
+            run(**wrong)
+
+
+def test_excluded_scans_leave_the_table_and_stay_on_the_page(prepare: Prepare, raw: Path, tmp_path: Path) -> None:
+    dataset = prepare(input_dir=raw)
+    (tmp_path / "list.txt").write_text("sub-02  # moved\n")
+    prepare(input_dir=raw, exclude=tmp_path / "list.txt", assemble=1)
+    assert "sub-02" not in {row["participant_id"] for row in read_table(dataset / "participants.tsv")}
+    assert (dataset / "sub-02/anat/sub-02_space-MNI152_T1w.nii.gz").is_file()
+    page = (dataset / "quality.html").read_text()
+    assert page.count('"name":"sub-') == NUMBER and "moved" in page
+    (tmp_path / "list.txt").write_text("sub-99\n")
+    with pytest.raises(BundleError, match="sub-99"):
+        prepare(input_dir=raw, exclude=tmp_path / "list.txt", assemble=1)
+
+
+def test_tables_of_what_is_there_so_far(
+    prepare: Prepare, raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(input_dir=raw, shard="1/2")
+    dataset = prepare(input_dir=raw, assemble=1)
+    assert len(read_table(dataset / "participants.tsv")) == 3
+    assert "3 scans are not prepared yet, sub-01 the first" in caplog.text
 
 
 def test_ranges_are_learned_from_the_training_split(
