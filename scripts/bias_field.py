@@ -18,14 +18,14 @@ from scipy import ndimage
 from scripts.registration import as_ants_image, deterministic_ants, foreground, thinned
 from scripts.scans import Scan
 
-FIELD_MM = 4.0
-ITERATIONS = (50, 50, 50, 50)
+FIELD_MM = 6.0
+ITERATIONS = (40, 30, 20)
 
 
 def without_bias_field(scan: Scan, seed: int = 1) -> Scan:
     """The scan divided by its bias field, as N4 estimates it (Tustison et al. 2010).
 
-    The field is fitted to what is brighter than the background of the scan thinned to 4 mm, where it is as smooth as
+    The field is fitted to what is brighter than the background of the scan thinned to 6 mm, where it is as smooth as
     before, and interpolated linearly. It is 1 on average (geometrically) in this foreground.
 
     Args:
@@ -41,7 +41,7 @@ def without_bias_field(scan: Scan, seed: int = 1) -> Scan:
 
 
 def bias_field(scan: Scan, seed: int = 1) -> Scan:
-    """The field by which the true brightness was multiplied, at 4 mm; positive, its geometric mean in the head 1."""
+    """The field by which the true brightness was multiplied, at 6 mm; positive, its geometric mean in the head 1."""
     ants = deterministic_ants(seed)
     coarse = thinned(scan, FIELD_MM)
     inside = foreground(coarse.data)
@@ -50,7 +50,7 @@ def bias_field(scan: Scan, seed: int = 1) -> Scan:
         as_ants_image(positive),
         mask=as_ants_image(Scan(inside.astype(np.float32), coarse.affine)),
         shrink_factor=1,
-        convergence={"iters": list(ITERATIONS), "tol": 1e-6},
+        convergence={"iters": list(ITERATIONS), "tol": 1e-5},
         return_bias_field=True,
     ).numpy()
     return Scan((found / np.exp(np.log(found[inside]).mean())).astype(np.float32), coarse.affine)
