@@ -47,7 +47,7 @@ FILES = ("inference.json", "prepare.yaml")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark with command-line arguments."""
     options = _options(arguments)
-    logging.disable(logging.WARNING)
+    logging.getLogger().setLevel(logging.ERROR)
     try:
         with tempfile.TemporaryDirectory() as folder:
             rows = [_timed(options, workers, Path(folder) / str(workers)) for workers in options.workers]

@@ -28,6 +28,7 @@ from scripts.volumes import mid_planes
 BRAIN_COLOUR = (255, 60, 40)
 HEAD_COLOUR = (80, 170, 255)
 THUMBNAILS = "thumbnails"
+HEAD_LEVEL = 0.2
 
 
 class QualityPictures:
@@ -46,7 +47,8 @@ class QualityPictures:
         self.height, self.thumbnail_height = height, thumbnail_height
         self.centre = template.centre
         self.brain = Scan(template.in_brain.astype(np.float32), template.head.affine)
-        self.head = Scan(_filled(template.head.data > 0).astype(np.float32), template.head.affine)
+        bright = template.head.data > HEAD_LEVEL * template.head.data.max()  # an average of heads fades into the air
+        self.head = Scan(_filled(bright).astype(np.float32), template.head.affine)
 
     def write(self, folder: str | os.PathLike, name: str, volume: np.ndarray, grid: Grid, scale: float) -> None:
         """Write `<folder>/<name>.jpg` and `<folder>/thumbnails/<name>.jpg`.
