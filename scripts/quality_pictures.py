@@ -21,14 +21,13 @@ from scipy import ndimage
 
 from scripts.atomic import make_folder, replacing
 from scripts.grid import Grid
-from scripts.registration import Template, resized_about
+from scripts.registration import Template, foreground, resized_about
 from scripts.scans import Scan
 from scripts.volumes import mid_planes
 
 BRAIN_COLOUR = (255, 60, 40)
 HEAD_COLOUR = (80, 170, 255)
 THUMBNAILS = "thumbnails"
-HEAD_LEVEL = 0.2
 
 
 class QualityPictures:
@@ -47,8 +46,7 @@ class QualityPictures:
         self.height, self.thumbnail_height = height, thumbnail_height
         self.centre = template.centre
         self.brain = Scan(template.in_brain.astype(np.float32), template.head.affine)
-        bright = template.head.data > HEAD_LEVEL * template.head.data.max()  # an average of heads fades into the air
-        self.head = Scan(_filled(bright).astype(np.float32), template.head.affine)
+        self.head = Scan(_filled(foreground(template.head.data)).astype(np.float32), template.head.affine)
 
     def write(self, folder: str | os.PathLike, name: str, volume: np.ndarray, grid: Grid, scale: float) -> None:
         """Write `<folder>/<name>.jpg` and `<folder>/thumbnails/<name>.jpg`.
@@ -97,8 +95,10 @@ def _on_mid_planes(mask: Scan, transform: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def _filled(mask: np.ndarray) -> np.ndarray:
-    """The mask closed over gaps of 6 mm, its holes filled in each axial plane."""
-    closed = ndimage.binary_closing(np.pad(mask, 4), iterations=3)[4:-4, 4:-4, 4:-4]
+    """The largest part of the mask, closed over gaps of 6 voxels, its holes filled in each axial plane."""
+    parts, _ = ndimage.label(mask)
+    largest = parts == np.argmax(np.bincount(parts.ravel())[1:]) + 1
+    closed = ndimage.binary_closing(np.pad(largest, 4), iterations=3)[4:-4, 4:-4, 4:-4]
     return np.stack([ndimage.binary_fill_holes(plane) for plane in np.moveaxis(closed, 2, 0)], axis=2)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.affines import apply_affine
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
@@ -42,7 +43,7 @@ def template() -> Template:
     """Two balls: a head and the brain in it."""
     affine = np.diag([4.0, 4.0, 4.0, 1.0])
     affine[:3, 3] = (-80, -128, -64)
-    world = nib.affines.apply_affine(affine, np.indices((41, 56, 42)).reshape(3, -1).T)
+    world = apply_affine(affine, np.indices((41, 56, 42)).reshape(3, -1).T)
     radius = np.linalg.norm(world - (0, -18, 10), axis=1).reshape(41, 56, 42)
     return Template(*(Scan((radius < r).astype(np.float32), affine) for r in (72.0, 56.0)))
 
@@ -165,13 +166,13 @@ def test_labels_go_to_native_space_and_back() -> None:
     for code in (4, 43):
         one, other = labels == code, again == code
         assert 2 * (one & other).sum() / (one.sum() + other.sum()) > 0.93
-        centres = [nib.affines.apply_affine(GRID.affine, np.argwhere(part)).mean(axis=0) for part in (one, other)]
+        centres = [apply_affine(GRID.affine, np.argwhere(part)).mean(axis=0) for part in (one, other)]
         assert np.linalg.norm(centres[0] - centres[1]) < 0.7
 
 
 def test_a_smooth_volume_comes_back_as_it_was() -> None:
     shape, affine, motion = native()
-    world = nib.affines.apply_affine(GRID.affine, np.indices(GRID.shape).reshape(3, -1).T)
+    world = apply_affine(GRID.affine, np.indices(GRID.shape).reshape(3, -1).T)
     smooth = np.exp(-((world - (5, -20, 15)) ** 2).sum(axis=1) / (2 * 25.0**2)).reshape(GRID.shape).astype(np.float32)
     there = to_native(smooth, GRID.affine, motion, shape, affine)
     again = to_native(there, affine, np.linalg.inv(motion), GRID.shape, GRID.affine)
@@ -189,10 +190,8 @@ def test_the_command_writes_onto_the_raw_scans_voxels(tmp_path: Path) -> None:
     carry_back(tmp_path / "labels.nii.gz", tmp_path / "raw.nii.gz", sidecar, tmp_path / "out.nii.gz", labels=True)
     got = nib.load(tmp_path / "out.nii.gz")
     assert got.shape == shape and np.allclose(got.affine, affine, atol=1e-4)
-    inside = nib.affines.apply_affine(np.linalg.inv(motion) @ got.affine, np.argwhere(got.get_fdata() == 17)).mean(
-        axis=0
-    )
-    wanted = nib.affines.apply_affine(GRID.affine, np.argwhere(labels == 17)).mean(axis=0)
+    inside = apply_affine(np.linalg.inv(motion) @ got.affine, np.argwhere(got.get_fdata() == 17)).mean(axis=0)
+    wanted = apply_affine(GRID.affine, np.argwhere(labels == 17)).mean(axis=0)
     assert np.linalg.norm(inside - wanted) < 0.7
     nib.save(nib.Nifti1Image(np.full(GRID.shape, 0.5, np.float32), GRID.affine), tmp_path / "half.nii.gz")
     with pytest.raises(BundleError, match="holds no labels"):
