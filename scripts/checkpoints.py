@@ -221,7 +221,8 @@ def check_conditions(checkpoint: Checkpoint, conditions: Conditions | None) -> N
     trained = checkpoint.facts.get("conditions")
     if conditions is not None and trained is not None and list(trained.items()) != list(conditions.as_dict().items()):
         raise BundleError(
-            f"{checkpoint.path} was trained with other conditions, ranges or order of them than the configured ones"
+            f"{checkpoint.path} was trained with other conditions, ranges or order of them than the configured ones: "
+            "where its ranges were learned from a dataset, add the dataset's conditions.json to --config_file"
         )
 
 

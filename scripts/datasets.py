@@ -162,14 +162,15 @@ def _stated_splits(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _hashed_splits(rows: Sequence[Mapping[str, Any]], fraction: float, seed: int) -> dict[str, str]:
-    places = {subject: _place(subject, seed) for subject in map(_subject, rows)}
+    places = {subject: place(subject, seed) for subject in map(_subject, rows)}
     chosen = {subject for subject, place in places.items() if place < fraction}
     if not chosen and fraction > 0.0 and len(places) > 1:
         chosen = {min(places, key=lambda subject: places[subject])}
     return {subject: "validation" if subject in chosen else "train" for subject in places}
 
 
-def _place(subject: str, seed: int) -> float:
+def place(subject: str, seed: int) -> float:
+    """A number from 0 to 1 that follows from a hash of a subject's name, uniform over names."""
     digest = hashlib.sha256(f"{seed} {subject}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 

@@ -35,6 +35,7 @@ from monai.transforms import MapTransform
 from torch import Tensor
 
 from scripts.checkpoints import file_sha256
+from scripts.condition_ranges import check_learned_ranges
 from scripts.conditions import Conditions
 from scripts.datasets import TABLE, with_conditions
 from scripts.errors import BundleError
@@ -112,9 +113,10 @@ def latents(
         row's number in the array and the table's other cells are left out.
 
     Raises:
-        BundleError: if the folder is incomplete or damaged, the latents have another shape, or a condition is
-            missing or malformed.
+        BundleError: if the folder is incomplete or damaged, the latents have another shape, a condition is
+            missing or malformed, or the dataset's learned ranges are not the configured ones.
     """
+    check_learned_ranges(folder, conditions)
     encoding, table = read_encoding(folder), Path(str(folder)) / TABLE
     posteriors = Posteriors(folder).array
     shape = tuple(posteriors.shape[2:])

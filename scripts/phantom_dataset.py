@@ -34,7 +34,7 @@ from scripts.grid import Grid
 from scripts.options import whole_number
 from scripts.phantom_covariates import RAW, Covariates, as_raw
 from scripts.phantoms import Phantom, Phantoms
-from scripts.preparation import SPACE
+from scripts.prepared_scan import SPACE
 from scripts.tables import read_table, write_table
 from scripts.volumes import MNI152, mid_planes, read_volume, write_picture, write_volume
 from scripts.workflow import current_config

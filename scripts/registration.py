@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,12 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 COARSE_MM = 6.0
 FINE_MM = 2.0
 SCALE = 0.93
-LIKELY_STARTS = 8
+LIKELY_LOG_SCALE = 0.12
+SHIFTS_MM = (-30.0, -15.0, 0.0, 15.0, 30.0)
+LIKELY_STARTS = 12
+FINISHED_STARTS = 2
+ROUGH = 7
+FOREGROUND_STEP = 101
 _SIMPLEX = np.vstack([np.zeros(7), np.diag([0.15, 0.15, 0.15, 8.0, 8.0, 8.0, 0.05])])
 SKULL_MARGIN_MM = 10.0
 SCALP_MARGIN_MM = 20.0
@@ -63,6 +68,11 @@ class Template:
         """The brain as a boolean array on the head's own grid."""
         return self.brain_on(self.head.data.shape, self.head.affine)
 
+    @cached_property
+    def centre(self) -> np.ndarray:
+        """The brain's centroid in mm."""
+        return centroid(self.in_brain, self.head.affine)
+
     def near_brain(self, margin: float) -> np.ndarray:
         """The brain and what lies within `margin` mm of it, on the head's own grid."""
         return ndimage.distance_transform_edt(~self.in_brain, sampling=self.head.spacing) <= margin
@@ -86,6 +96,14 @@ class Registration:
     rigid: np.ndarray
     scale: float
     similarity: float
+
+    def with_scale(self, centre: np.ndarray) -> np.ndarray:
+        """4 x 4 matrix from template world to scan world that brings the template to the head's size as well.
+
+        Args:
+            centre: of the template's brain, in mm, which `rigid` takes to the head's.
+        """
+        return self.rigid @ resized_about(centre, self.scale)
 
     @property
     def tilt(self) -> float:
@@ -144,10 +162,27 @@ def thinned(scan: Scan, spacing: float) -> Scan:
 
 
 def seen_fraction(scan: Scan, transform: np.ndarray, mask: np.ndarray, affine: np.ndarray) -> float:
-    """Fraction of the voxels of `mask` (on the grid `affine`) that lie inside the scan's field of view."""
+    """Fraction of the voxels of `mask` (on the grid `affine`) that lie inside the scan's field of view.
+
+    Planes at the array's ends that are constant do not count as seen: they are padding.
+    """
     voxels = _apply(np.linalg.inv(scan.affine) @ transform @ affine, np.argwhere(mask))
-    inside = (voxels >= -0.5) & (voxels <= np.asarray(scan.data.shape) - 0.5)
+    first, last = signal_box(scan.data)
+    inside = (voxels >= first - 0.5) & (voxels <= last + 0.5)
     return float(inside.all(axis=1).mean())
+
+
+def signal_box(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last index along each axis of the planes that hold more than the array's minimum.
+
+    The whole array where it is constant.
+    """
+    above = data > data.min()
+    if not above.any():
+        return np.zeros(3, int), np.asarray(data.shape) - 1
+    profiles = (np.flatnonzero(above.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3))
+    ends = [(profile[0], profile[-1]) for profile in profiles]
+    return np.array([first for first, _ in ends]), np.array([last for _, last in ends])
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -164,7 +199,7 @@ def register(scan: Scan, template: Template, seed: int, enough: float) -> Regist
     shift and one scale (Avants et al. 2011): the mutual information of Mattes et al. (2003) in the template's brain
     and up to its scalp, at 4 and then 2 mm. The scale is left out of the result: without it a small brain would have
     no clear place in the large template, and with a scale for each axis the brain is pulled over its own rim. If the
-    similarity stays below `enough`, this is done again from every quarter turn, for files whose header names the axes
+    similarity stays below `enough`, this is done again over every rotation, for files whose header names the axes
     wrongly. One thread and a fixed seed make the result the same each time.
 
     Args:
@@ -177,13 +212,11 @@ def register(scan: Scan, template: Template, seed: int, enough: float) -> Regist
     scan = thinned(without_highlights(scan), FINE_MM)
     template = template.thinned
     search = _CoarseSearch(scan, template)
-    fitted, similarity = _refined(scan, template, seed, search.best(_tilts()))
+    fitted, similarity = _refined(scan, template, seed, search.best(NODS))
     if similarity < enough:
-        turn = _rotation(search.best(Rotation.create_group("O")))
-        around = search.best([turn * tilt for tilt in _tilts()])
-        again = _refined(scan, template, seed, around)
+        again = _refined(scan, template, seed, search.best(ALL_ROUND))
         fitted, similarity = again if again[1] > similarity else (fitted, similarity)
-    rigid = _rigid_part(fitted, centroid(template.in_brain, template.head.affine))
+    rigid = _rigid_part(fitted, template.centre)
     return Registration(rigid, float(np.cbrt(np.linalg.det(fitted[:3, :3]))), similarity)
 
 
@@ -206,9 +239,15 @@ def _rigid_part(fitted: np.ndarray, centre: np.ndarray) -> np.ndarray:
     return rigid
 
 
-def _tilts() -> list[Rotation]:
-    angles = itertools.product((-40, -20, 0, 20, 40), (-20, 0, 20), (-20, 0, 20))
-    return [Rotation.from_euler("xyz", three, degrees=True) for three in angles]
+def _tilts(*angles: Sequence[int]) -> list[Rotation]:
+    """Rotations by every combination of the angles, in degrees, about x, y and z."""
+    return [Rotation.from_euler("xyz", three, degrees=True) for three in itertools.product(*angles)]
+
+
+NODS = _tilts(range(-60, 61, 20), range(-40, 41, 20), range(-40, 41, 20))
+"""How heads lie in a scanner whose header is right, and more."""
+ALL_ROUND = [turn * tilt for turn in Rotation.create_group("O") for tilt in _tilts(*[(-30, 0, 30)] * 3)]
+"""Every rotation there is, in steps of some 30 degrees."""
 
 
 class _CoarseSearch:
@@ -220,19 +259,25 @@ class _CoarseSearch:
         self.points = _apply(coarse.head.affine, np.argwhere(near))
         self.wanted = coarse.head.data[near]
         self.scan = thinned(scan, COARSE_MM)
-        self.pivot = _head_centre(template.head)
-        self.centres = [_head_centre(scan) + [0.0, y, z] for y in (-20.0, 0.0, 20.0) for z in (-25.0, 0.0, 25.0)]
+        self.pivot = _head_centre(_foreground_points(template.head), Rotation.identity())
+        self.head = _foreground_points(scan)
 
     def best(self, rotations: Iterable[Rotation]) -> np.ndarray:
         """The best start, template world to scan world: the likeliest of the grid, each improved, then compared."""
-        grid = [
-            np.concatenate([rotation.as_rotvec(), centre, [0.0]]) for rotation in rotations for centre in self.centres
-        ]
-        likely = sorted(grid, key=self._loss)[:LIKELY_STARTS]
-        return self._start(min((self._improved(start) for start in likely), key=lambda found: found.fun).x)
+        nearest = [min(self._starts(rotation), key=self._rough_loss) for rotation in rotations]
+        likely = sorted(nearest, key=self._rough_loss)[:LIKELY_STARTS]
+        improved = sorted((self._improved(start, 120) for start in likely), key=lambda found: found.fun)
+        finished = (self._improved(found.x, 400) for found in improved[:FINISHED_STARTS])
+        return self._start(min(finished, key=lambda found: found.fun).x)
 
-    def _improved(self, start: np.ndarray) -> optimize.OptimizeResult:
-        options = {"maxfev": 400, "xatol": 0.02, "fatol": 1e-4, "initial_simplex": start + _SIMPLEX}
+    def _starts(self, rotation: Rotation) -> list[np.ndarray]:
+        """Places for one rotation: where the head's centre is if it lies so, and up, down, forwards and back."""
+        centre = _head_centre(self.head, rotation)
+        moves = rotation.apply([[0.0, y, z] for y, z in itertools.product(SHIFTS_MM, SHIFTS_MM)])
+        return [np.concatenate([rotation.as_rotvec(), centre + move, [0.0]]) for move in moves]
+
+    def _improved(self, start: np.ndarray, evaluations: int) -> optimize.OptimizeResult:
+        options = {"maxfev": evaluations, "xatol": 0.02, "fatol": 1e-4, "initial_simplex": start + _SIMPLEX}
         return optimize.minimize(self._loss, start, method="Nelder-Mead", options=options)
 
     def _start(self, parameters: np.ndarray) -> np.ndarray:
@@ -241,33 +286,52 @@ class _CoarseSearch:
         start[:3, 3] = parameters[3:6] - start[:3, :3] @ self.pivot
         return start
 
+    def _seen(self, parameters: np.ndarray, every: int = 1) -> np.ndarray:
+        voxels = _apply(np.linalg.inv(self.scan.affine) @ self._start(parameters), self.points[::every])
+        return ndimage.map_coordinates(self.scan.data, voxels.T, order=1)
+
     def _loss(self, parameters: np.ndarray) -> float:
-        voxels = _apply(np.linalg.inv(self.scan.affine) @ self._start(parameters), self.points)
-        return -correlation(ndimage.map_coordinates(self.scan.data, voxels.T, order=1), self.wanted)
+        """Less the correlation, and a wall about sizes of no head: a brain can be laid on a scalp of 1.2 its size."""
+        unlikely = max(0.0, abs(parameters[6]) - LIKELY_LOG_SCALE)
+        return 10.0 * unlikely**2 - correlation(self._seen(parameters), self.wanted)
+
+    def _rough_loss(self, parameters: np.ndarray) -> float:
+        return -correlation(self._seen(parameters, ROUGH), self.wanted[::ROUGH])
 
 
-def _foreground(data: np.ndarray) -> np.ndarray:
+def foreground(data: np.ndarray) -> np.ndarray:
     """What is brighter than the background, by the threshold of Otsu (1979)."""
     return data > threshold_otsu(np.minimum(data, np.percentile(data, 99.5))[::2, ::2, ::2])
 
 
 def without_highlights(scan: Scan) -> Scan:
     """The scan cut a little above white matter: fat and vessels would take up most of the metric's range."""
-    white = np.percentile(scan.data[_foreground(scan.data)], 75)
+    white = np.percentile(scan.data[foreground(scan.data)], 75)
     return Scan(np.clip(scan.data, 0.0, 1.15 * white), scan.affine)
 
 
-def _head_centre(scan: Scan) -> np.ndarray:
-    """Centroid, in mm, of what is brighter than the background within the top 180 mm of the head."""
-    voxels = np.argwhere(_foreground(scan.data))
-    points = _apply(scan.affine, voxels)
-    top = np.percentile(points[:, 2], 99.5)
-    return points[points[:, 2] > top - HEAD_HEIGHT_MM].mean(axis=0)
+def _foreground_points(scan: Scan) -> np.ndarray:
+    """World millimetres, (n, 3), of a part of the voxels that are brighter than the background."""
+    return _apply(scan.affine, np.argwhere(foreground(scan.data))[::FOREGROUND_STEP])
+
+
+def _head_centre(points: np.ndarray, rotation: Rotation) -> np.ndarray:
+    """Centroid, in mm, of the top 180 mm of the head, if it is turned by `rotation` from upright."""
+    upright = rotation.inv().apply(points)
+    top = np.percentile(upright[:, 2], 99.5)
+    return rotation.apply(upright[upright[:, 2] > top - HEAD_HEIGHT_MM].mean(axis=0))
 
 
 def centroid(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Mean position, in mm, of the voxels of a mask."""
     return _apply(affine, np.argwhere(mask)).mean(axis=0)
+
+
+def resized_about(centre: np.ndarray, factor: float) -> np.ndarray:
+    """The 4 x 4 matrix that makes everything larger by `factor` and leaves `centre` (mm) where it is."""
+    matrix = np.diag([factor] * 3 + [1.0])
+    matrix[:3, 3] = centre - factor * centre
+    return matrix
 
 
 def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -17,12 +17,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from heads import head, write_dataset
 from monai.bundle import ConfigParser
 from PIL import Image
+from preparing import save
 
 from scripts.errors import BundleError
 from scripts.grid import Grid
@@ -34,6 +36,7 @@ pytest.importorskip("generative")
 from benchmarks import steps, writing  # noqa: E402
 from benchmarks.evaluation import SIZES, make_volumes  # noqa: E402
 from benchmarks.evaluation import run as measured_run  # noqa: E402
+from benchmarks.preparation import main as time_preparation  # noqa: E402
 from benchmarks.training_step import fitting  # noqa: E402
 
 PACKAGES = ["monai", "monai-generative"]
@@ -177,3 +180,24 @@ def test_writing_is_measured(tmp_path: Path) -> None:
     ratios = {found["compressor"]: found["ratio"] for found in row["compressors"]}
     assert ratios["zlib 6"] >= ratios["zlib 1"] > 1.0
     assert set(row["volumes_per_second"]) == {"0", "2"} and row["bytes"] == 352 + 12 * 14 * 10
+
+
+def test_preparation_is_timed_for_each_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def prepare(table: Path, dataset_dir: Path, workers: int) -> None:
+        rows = read_table(table)
+        assert all(Path(row["path"]).is_file() for row in rows)
+        calls.append((workers, len(rows)))
+
+    monkeypatch.setattr("benchmarks.preparation.prepare", prepare)
+    save(tmp_path / "raw/sub-1/anat/sub-1_T1w.nii.gz", np.ones((4, 4, 4), np.float32), np.eye(4))
+    flags = ["--scans", "2", "--workers", "1", "3", "--input_dir", str(tmp_path / "raw"), "--json", str(tmp_path / "x")]
+    time_preparation(flags)
+    assert calls == [(1, 2), (3, 6)]
+    report = json.loads((tmp_path / "x").read_text())
+    one, three = report["runs"]
+    assert report["ratio"] == pytest.approx(three["an_hour"] / one["an_hour"])
+    assert "3 processes: 6 scans" in capsys.readouterr().out

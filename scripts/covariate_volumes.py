@@ -1,0 +1,229 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Ventricular and brain volumes of prepared scans, measured where no table states them."""
+
+from __future__ import annotations
+
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import nibabel as nib
+import numpy as np
+
+from scripts.conditions import Conditions
+from scripts.errors import BundleError
+from scripts.metrics.volumetry import QUANTITIES, label_volumes, read_synthseg, stem
+from scripts.options import is_absent
+from scripts.packages import file_hash
+from scripts.preparation_steps import Record, TargetSpace
+from scripts.scans import Scan, ScanError
+from scripts.segmentation import Segmenter
+from scripts.volumes import write_volume
+
+LABELS_COLUMN = "labels"
+BESIDE = ("_dseg", "_aseg", "_seg")
+ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh")
+
+
+class Volumetry(ABC):
+    """A way to the volumes of a scan."""
+
+    @abstractmethod
+    def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
+        """Volumes by the names of the conditions, `ventricular_vol` and `brain_vol`, in mm3; and the labels, if any.
+
+        The brain's is that of grey and white matter, normalised for the size of the head.
+
+        Raises:
+            BundleError: if they cannot be measured.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """Plain data on which the volumes depend."""
+        return {}
+
+
+class LabelsBeside(Volumetry):
+    """Label maps in FreeSurfer's codes that lie beside the raw scans.
+
+    Named by the table's column `labels`, relative to the scan's folder; else the scan's own name with `_dseg`, `_aseg`
+    or `_seg` in place of `_T1w`, in NIfTI or MGH.
+    """
+
+    def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
+        """See `Volumetry`."""
+        named = record.row.get(LABELS_COLUMN, "")
+        known = [record.raw.parent / named] if named not in ("", "n/a") else self._candidates(record.raw)
+        found = next((path for path in known if path.is_file()), None)
+        if found is None:
+            raise ScanError("no label map", f"there is no label map beside {record.raw}, such as {known[0].name}")
+        return normalised(label_volumes(found), record), None
+
+    def _candidates(self, raw: Path) -> list[Path]:
+        name = stem(raw).removesuffix("_T1w")
+        return [raw.with_name(f"{name}{word}{ending}") for word in BESIDE for ending in ENDINGS]
+
+
+class GivenVolumes(Volumetry):
+    """Label maps in a folder, or a table of SynthSeg, told by the scans' names.
+
+    Args:
+        path: as `--segmentations` of the evaluation.
+
+    Raises:
+        BundleError: if it is neither.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(str(path))
+        if self.path.is_file():
+            self.table, self.maps = read_synthseg(self.path), {}
+        elif self.path.is_dir():
+            self.table, self.maps = {}, {stem(file): file for file in self._files()}
+        else:
+            raise BundleError(f"--segmentations: there is no folder of label maps and no table {self.path}")
+
+    def _files(self) -> list[Path]:
+        files = sorted(file for file in self.path.rglob("*") if file.name.endswith(ENDINGS))
+        if not files:
+            raise BundleError(f"--segmentations: the folder {self.path} holds no label map in NIfTI or MGH")
+        return files
+
+    def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
+        """See `Volumetry`."""
+        found = self.table.get(self._name(record.name, self.table)) if self.table else None
+        if found is None and self.maps:
+            found = label_volumes(self.maps[self._name(record.name, self.maps)])
+        return normalised(found or {}, record), None
+
+    def _name(self, name: str, known: Mapping[str, Any]) -> str:
+        fitting = [one for one in known if one == name or one.startswith((f"{name}_", f"{name}-", f"{name}."))]
+        if len(fitting) != 1:
+            raise ScanError("no label map", f"{self.path} has {len(fitting)} segmentations of {name}")
+        return fitting[0]
+
+    def settings(self) -> dict[str, Any]:
+        """The table's hash, or the folder's name."""
+        return {"path": self.path.name, "sha256": file_hash(self.path) if self.path.is_file() else None}
+
+
+class ByTool(Volumetry):
+    """A program that segments the prepared volume: `synthseg` or `samseg`; its label map is kept in the dataset.
+
+    Args:
+        segmenter: the program.
+    """
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        self.segmenter = segmenter
+
+    def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
+        """See `Volumetry`."""
+        with tempfile.TemporaryDirectory(prefix="segmented-") as folder:
+            volume = Path(folder) / f"{record.name}.nii.gz"
+            write_volume(volume, record.on_grid(), space.grid)
+            self.segmenter.segment([volume], Path(folder))
+            found = self.segmenter.label_map(volume, Path(folder))
+            if not found.is_file():
+                raise BundleError(f"{self.segmenter.name} wrote no label map of {record.name}")
+            image: Any = nib.load(found)
+            labels = Scan(np.rint(np.asanyarray(image.dataobj)).astype(np.int16), image.affine)
+            return normalised(label_volumes(found), record), labels
+
+    def settings(self) -> dict[str, Any]:
+        """The program's name."""
+        return {"segmenter": self.segmenter.name}
+
+
+class OwnSegmenter(Volumetry):
+    """The bundle's own network; see `scripts.segmenter`."""
+
+    def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
+        """See `Volumetry`."""
+        from scripts.segmenter import brain_volumes  # type: ignore[import-not-found] # reads weights when imported
+
+        found = brain_volumes(record.on_grid(), space.grid)
+        return {name: found[f"{name}_mm3"] for name in QUANTITIES}, None
+
+
+class MeasureVolumes:
+    """The step that fills in the volumes that no table states; a scan that lacks none goes through unchanged.
+
+    Args:
+        space: the grid.
+        conditions: those called `ventricular_vol` and `brain_vol` are measured.
+        segment_with: name of a way in `ways`; None for none.
+        segmentations: folder of label maps or table of SynthSeg, which then is the way.
+        ways: name -> `Volumetry`.
+
+    Raises:
+        BundleError: if there is no way of that name, or both are given.
+    """
+
+    columns: ClassVar[Mapping[str, str]] = {"measured_volumes": "conditions that were measured, not read from a table"}
+
+    def __init__(
+        self,
+        space: TargetSpace,
+        conditions: Conditions,
+        segment_with: Any,
+        segmentations: Any,
+        ways: Mapping[str, Volumetry],
+    ) -> None:
+        self.space = space
+        self.names = {c.raw: c.name for c in conditions if c.name in QUANTITIES}
+        self.chosen = None if is_absent(segment_with) else str(segment_with)
+        self.way = _way(self.chosen, segmentations, ways)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Raw names of the conditions that are measured where they lack."""
+        return tuple(self.names) if self.way else ()
+
+    def __call__(self, record: Record) -> Record:
+        """The record with its `covariates`.
+
+        Raises:
+            BundleError: if they cannot be measured.
+        """
+        lacking = [raw for raw in record.lacking if raw in self.measures]
+        if self.way is None or not lacking:
+            return record
+        volumes, labels = self.way.measure(record, self.space)
+        found = {raw: round(volumes[self.names[raw]], 1) for raw in lacking}
+        return replace(record.with_measured(measured_volumes=" ".join(lacking)), covariates=found, labels=labels)
+
+    def settings(self) -> dict[str, Any]:
+        """The way, and what it depends on."""
+        return {"segment_with": self.chosen, **(self.way.settings() if self.way else {})}
+
+
+def _way(chosen: str | None, segmentations: Any, ways: Mapping[str, Volumetry]) -> Volumetry | None:
+    if not is_absent(segmentations):
+        if chosen is not None:
+            raise BundleError("--segmentations and --segment_with say both where volumes come from: give one of them")
+        return GivenVolumes(segmentations)
+    if chosen is not None and chosen not in ways:
+        raise BundleError(f"--segment_with: there is no '{chosen}'; there are {', '.join(ways)}")
+    return None if chosen is None else ways[chosen]
+
+
+def normalised(volumes: Mapping[str, float], record: Record) -> dict[str, float]:
+    """The volumes of a head with the brain's divided by the cube of the head's scale to the template.
+
+    That is how UK Biobank's field 25009 normalises for head size (Smith et al. 2002, SIENAX). The rigid motion onto
+    the grid changes no volume, so that label maps of the raw and of the prepared scan give the same.
+    """
+    return {**volumes, "brain_vol": volumes["brain_vol"] / record.registered().scale ** 3}

@@ -1,0 +1,60 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Steps of the preparation that stand in for slow ones, or go wrong; the processes of a test import little else."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from scripts.preparation_steps import Record
+from scripts.registration import Registration
+
+
+@dataclass(frozen=True)
+class KnownPose:
+    """In place of the registration: the scan lies on the template as its header says."""
+
+    scale: float = 1.0
+
+    columns: ClassVar[Mapping[str, str]] = {"similarity": "as if it had been fitted"}
+
+    def __call__(self, record: Record) -> Record:
+        return record.updated(found=Registration(np.eye(4), self.scale, 0.9)).with_measured(similarity=0.9)
+
+
+@dataclass(frozen=True)
+class KilledOn:
+    """Ends its process, as a machine without memory would, at the scan of this name."""
+
+    name: str
+
+    def __call__(self, record: Record) -> Record:
+        if record.name == self.name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return record
+
+
+@dataclass(frozen=True)
+class FailsOn:
+    """Fails as code with a mistake does, at the scan of this name."""
+
+    name: str
+
+    def __call__(self, record: Record) -> Record:
+        if record.name == self.name:
+            raise ZeroDivisionError("division by zero")
+        return record

