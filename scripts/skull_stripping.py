@@ -40,6 +40,7 @@ from scripts.synthstrip import TARGET, brain_mask, load_strip_net
 from scripts.volumes import UNREADABLE, write_volume
 
 WARP_MM = 2.0
+WARP_RADIUS = 2
 
 
 class Stripper(ABC):
@@ -101,9 +102,9 @@ class TemplateStripper(Stripper):
                 type_of_transform="SyNOnly",
                 initial_transform=[start],
                 outprefix=f"{folder}/warp",
-                syn_metric="mattes",
-                syn_sampling=32,
-                reg_iterations=(60, 40, 0),
+                syn_metric="CC",
+                syn_sampling=WARP_RADIUS,
+                reg_iterations=(60, 40, 15),
             )
             brain = as_ants_image(self.template.brain)
             warped = ants.apply_transforms(as_ants_image(scan), brain, found["fwdtransforms"]).numpy()
