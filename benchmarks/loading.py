@@ -37,7 +37,7 @@ from monai.data import Dataset
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from benchmarks.full_size import CONFIGS, SIZES, fill_with_random_values
+from benchmarks.measuring import CONFIGS, SIZES, fill_with_random_values
 from scripts.atomic import write_json
 from scripts.conditions import Conditions
 from scripts.datasets import TABLE
