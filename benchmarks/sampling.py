@@ -315,15 +315,23 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
         heights = [median(least[case, way]["seconds"]) if (case, way) in least else 0.0 for case in cases]
         places = [place + number * 0.8 / len(ways) for place in range(len(cases))]
         parts.bar(places, heights, 0.8 / len(ways), label=way, color=colours[way], align="edge")
-    parts.set_xticks([place + 0.4 for place in range(len(cases))], cases)
+    parts.set_xticks([place + 0.4 for place in range(len(cases))], cases, rotation=30)
     parts.set(yscale="log", ylabel="seconds", title="parts")
     for axis, (name, case) in zip(axes, AXES.items()):
         for way in ways:
-            points = sorted((r[name], median(r["seconds"])) for r in rows if (r["case"], r["way"]) == (case, way))
+            points = sorted((r[name], median(r["seconds"])) for r in _alone(rows, name, case, way))
             axis.plot(*zip(*points), "o-", color=colours[way], label=way) if points else None
         axis.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds", title=f"{case} over {name}")
     parts.legend(fontsize=7)
     return figure
+
+
+def _alone(rows: Sequence[Mapping[str, Any]], name: str, case: str, way: str) -> list[Mapping[str, Any]]:
+    # Only `name` varies among them: the batch is the smallest measured, the volume the largest.
+    found = [row for row in rows if (row["case"], row["way"]) == (case, way)]
+    fixed = {"batch": min, "voxels": max}
+    kept = {key: choose(row[key] for row in found) for key, choose in fixed.items() if key != name and found}
+    return [row for row in found if all(row[key] == value for key, value in kept.items())]
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
