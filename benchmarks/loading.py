@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from benchmarks.command import configuration, report
-from benchmarks.full_size import SIZES, fill_with_random_values
+from benchmarks.measuring import SIZES, fill_with_random_values
 from scripts.atomic import write_json
 from scripts.conditions import Conditions
 from scripts.datasets import TABLE

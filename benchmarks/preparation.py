@@ -35,7 +35,7 @@ import numpy as np
 from monai.bundle import ConfigParser
 from scipy.spatial.transform import Rotation
 
-from benchmarks.full_size import CONFIGS
+from benchmarks.measuring import CONFIGS
 from scripts.errors import BundleError
 from scripts.scan_sources import find_sources
 from scripts.tables import write_table

@@ -42,7 +42,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.full_size import machine
+from benchmarks.measuring import machine
 from scripts.atomic import make_folder, replacing, write_json
 from scripts.errors import BundleError, find_bundle_error
 from scripts.requests import sample_generator

@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.full_size import CONFIGS, GIB, SIZES, machine, measure
+from benchmarks.measuring import CONFIGS, GIB, SIZES, machine, measure
 from scripts.atomic import write_json
 from scripts.devices import compute_device
 from scripts.errors import BundleError

@@ -32,7 +32,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from benchmarks.full_size import machine
+from benchmarks.measuring import machine
 from scripts.atomic import write_json
 from scripts.errors import BundleError
 from scripts.grid import Grid

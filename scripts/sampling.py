@@ -158,6 +158,7 @@ def sampling_facts(
     autoencoder: Checkpoint,
     diffusion: Checkpoint,
     guidance: float | None = None,
+    fast: bool = False,
 ) -> dict[str, Any]:
     """What a sidecar says of how all samples of a run were made.
 
@@ -174,6 +175,7 @@ def sampling_facts(
         "target": target_of(sampler.schedule),
         "schedule": schedule_facts(sampler.schedule),
         "amp": amp,
+        "fast": fast,
         "latent_scale": diffusion.latent_scale,
         "weights": {name: {"file": c.path.name, "sha256": c.sha256} for name, c in weights.items()},
     }

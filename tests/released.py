@@ -23,7 +23,7 @@ from conftest import BASE, ROOT, TINY
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
-from benchmarks.full_size import fill_with_random_values
+from benchmarks.measuring import fill_with_random_values
 
 monai.config.IgniteInfo = monai.utils.IgniteInfo  # where monai-generative 0.2.3 looks for it
 

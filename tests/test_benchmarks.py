@@ -39,31 +39,37 @@ from benchmarks.evaluation import run as measured_run  # noqa: E402
 from benchmarks.preparation import main as time_preparation  # noqa: E402
 from benchmarks.training_step import fitting  # noqa: E402
 
-PACKAGES = ["monai", "monai-generative"]
 
-
-def run(*arguments: object, module: str = "benchmarks.full_size") -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, module: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_both_packages_give_the_same_and_are_timed_alike(tmp_path: Path) -> None:
-    done = run("--size", "tiny", "--warmup", 0, "--repeats", 2, "--json", tmp_path / "x.json")
+def test_original_and_ours_give_the_same_and_are_timed_alike(tmp_path: Path) -> None:
+    words = "--size tiny --device cpu --warmup 0 --repeats 1 --batches 1 2 --steps 2 --streaming 1 2"
+    done = run(*words.split(), "--folder", tmp_path, module="benchmarks.sampling")
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "x.json").read_text())
-    assert report["size"] == "tiny" and report["machine"]["torch"] == torch.__version__
-    assert [case["case"] for case in report["cases"]] == ["step", "decode"]
-    for case in report["cases"]:
-        assert case["max_relative_difference"] < 1e-5
-        assert {package: len(series) for package, series in case["seconds"].items()} == dict.fromkeys(PACKAGES, 2)
-        assert min(case["peak_gib"].values()) > 0 and case["ratio"] > 0
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert [line[:2] for line in lines[1:]] == [[case, package] for case in ("step", "decode") for package in PACKAGES]
+    report = json.loads((tmp_path / "sampling.json").read_text())
+    assert report["machine"]["torch"] == torch.__version__ and min(report["ceilings"].values()) > 0
+    rows = {(row["case"], row["batch"], row["steps"], row["way"]): row for row in report["rows"]}
+    denoised = [("unet", b, None) for b in (1, 2)] + [("steps", b, 2) for b in (1, 2)]
+    coded = [(case, 1, None) for case in ("decode", "encode")]
+    wanted = {(*what, way) for what in denoised for way in ("original", "monai", "ours")}
+    wanted |= {
+        (*what, way) for what in coded for way in ("original", "monai", "ours, streaming 1", "ours, streaming 2")
+    }
+    assert set(rows) == wanted | {("write", 1, None, "ours")}
+    for (case, *_), row in rows.items():
+        assert len(row["seconds"]) == 1 and row["peak_gib"] > 0
+        assert case == "write" or (row["relative_error"] < 1e-5 and row["tflop"] > 0 and row["times_original"] > 0)
+    assert rows["steps", 2, 2, "ours"]["tflop"] == pytest.approx(4 * rows["unet", 1, None, "ours"]["tflop"], abs=5e-4)
+    assert len((tmp_path / "sampling.tsv").read_text().splitlines()) == 1 + len(rows)
+    assert (tmp_path / "sampling.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_benchmark_refuses_what_it_cannot_do() -> None:
-    assert "--repeats at least 1" in run("--size", "tiny", "--repeats", 0).stderr
-    done = run("--size", "tiny", "--device", "gpu")
+    assert "--repeats, --batches" in run("--size", "tiny", "--repeats", 0, module="benchmarks.sampling").stderr
+    done = run("--size", "tiny", "--device", "gpu", module="benchmarks.sampling")
     assert done.returncode != 0 and done.stderr.splitlines()[-1].startswith("error: --device must be")
 
 

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from trained import AUTOENCODER, DIFFUSION, ENCODE
 
-from benchmarks.full_size import fill_with_random_values
+from benchmarks.measuring import fill_with_random_values
 from scripts.checkpoints import Checkpoint, read_checkpoint
 from scripts.conditions import Conditions
 from scripts.errors import find_bundle_error

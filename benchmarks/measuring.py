@@ -1,0 +1,136 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the benchmarks share: timing, memory, networks with random weights, and what a report says of a machine."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import monai
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+
+from scripts.checkpoints import Checkpoint, load_network
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from generative.networks import nets as generative_nets
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SIZES = {
+    "full": ["inference.json"],
+    "demo": ["inference.json", "demo.yaml"],
+    "tiny": ["inference.json", "tiny.yaml"],
+}
+GENERATIVE = {"network_def": generative_nets.DiffusionModelUNet, "autoencoder_def": generative_nets.AutoencoderKL}
+GIB = 2**30
+
+
+class Measured(NamedTuple):
+    """One timed call.
+
+    Attributes:
+        seconds: on the wall; on a GPU between two events of its own clock.
+        cpu_seconds: of this process's threads, which other programs on the machine change less.
+        peak: bytes at the worst moment, weights included.
+        growth: bytes at the worst moment above those at the start.
+        output: what it returned, on the CPU.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak: int
+    growth: int
+    output: Tensor
+
+
+def measure(call: Callable[[], Tensor], device: torch.device) -> Measured:
+    """Time one call.
+
+    Memory is the GPU's that PyTorch allocated, or on a CPU that of the whole process (Linux: since the start of this
+    call).
+    """
+    before = _reset_peak(device)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+    start, cpu_start = time.perf_counter(), time.process_time()
+    if events:
+        events[0].record()
+    output = call()
+    if events:
+        events[1].record()
+        torch.cuda.synchronize(device)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    if events:
+        seconds = events[0].elapsed_time(events[1]) / 1000
+    peak = _peak(device)
+    return Measured(seconds, cpu_seconds, peak, peak - before, output.float().cpu())
+
+
+def _reset_peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5): sets the peak back to what is resident
+    return _peak(device)
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def relative_difference(output: Tensor, reference: Tensor) -> float:
+    """Largest absolute difference over the reference's largest absolute value."""
+    return float((output - reference).abs().max() / reference.abs().max())
+
+
+def original_network(config: ConfigParser, key: str, device: torch.device) -> nn.Module:
+    """monai-generative's network of one of the bundle's configurations, with random weights."""
+    entry = config.ref_resolver.get_item(key) and config.get_parsed_content(key, instantiate=False).get_config()
+    arguments = {name: value for name, value in entry.items() if not name.startswith("_")}
+    arguments["num_channels"] = arguments.pop("channels")
+    network = GENERATIVE[key](**arguments).eval()
+    fill_with_random_values(network)
+    return network.to(device)
+
+
+def our_network(config: ConfigParser, key: str, original: nn.Module, device: torch.device) -> nn.Module:
+    """The bundle's network of that configuration, with the original's weights."""
+    state = {name: tensor.cpu() for name, tensor in original.state_dict().items()}
+    network = ConfigParser(config.get()).get_parsed_content(key)
+    return load_network(network, Checkpoint(Path("random weights"), state), load_old=1, device=device)
+
+
+def fill_with_random_values(network: nn.Module) -> None:
+    """Give every parameter random values: the constructors set output convolutions to zero."""
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="linear")
+        else:
+            nn.init.normal_(parameter, std=0.5)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a report says of the machine and of versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    versions = {"torch": torch.__version__, "monai": monai.__version__}
+    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), **versions}

@@ -1,0 +1,348 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Times sampling as the original does it, as MONAI core does, and as this bundle does, side by side in one process.
+
+`original` is monai-generative's networks in float32 with its DDIM timesteps; `monai` MONAI core's networks as they
+come, under autocast (--amp); `ours` the bundle's with --fast and --streaming. All have the same random weights. The
+calls of the three alternate after warm-up, and medians are compared, so that a machine whose load changes favours none.
+
+    python -m benchmarks.sampling --size full --device cuda --batches 1 2 4 8 16 32 --folder report
+    python -m benchmarks.sampling --size tiny --repeats 1
+
+The folder gets `sampling.json`, `sampling.tsv` and `sampling.png`. Per cent are of the machine's own matrix
+multiplication in the way's precision, measured first; FLOP are those of MONAI's plain network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measuring import (
+    CONFIGS,
+    GIB,
+    SIZES,
+    Measured,
+    machine,
+    measure,
+    original_network,
+    our_network,
+    relative_difference,
+)
+from scripts.acceleration import accelerate_autoencoder, accelerate_unet
+from scripts.atomic import make_folder, replacing, write_json
+from scripts.devices import compute_device
+from scripts.errors import BundleError
+from scripts.hybrid import HybridInferer, LatentDiffusionSampler
+from scripts.precision import half_precision
+from scripts.tables import write_table
+from scripts.volumes import write_volume
+
+WAYS = ("original", "monai", "ours")
+CASES = ("unet", "steps", "decode", "encode", "write")
+AXES = {"steps": "steps", "batch": "unet", "voxels": "decode"}
+
+Calls = dict[str, Callable[[], Tensor]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark with command-line arguments."""
+    options = _options(arguments)
+    try:
+        device = compute_device(options.device)
+        folder = make_folder(options.folder)
+        ceilings = measured_ceilings(device)
+        rows = [row for size in options.size for row in _rows(size, options, device, ceilings)]
+        report = {"machine": machine(device), "ceilings": ceilings, "options": vars(options), "rows": rows}
+        write_json(folder / "sampling.json", report)
+        write_table(folder / "sampling.tsv", [{**row, "seconds": median(row["seconds"])} for row in rows])
+        with replacing(folder / "sampling.png") as path:
+            plot(rows).savefig(path, dpi=120, format="png")
+    except BundleError as error:
+        sys.exit(f"error: {error}")
+    _print_table(rows)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--size", nargs="+", choices=sorted(SIZES), default=["full"], help="tiny only shows that it runs"
+    )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument(
+        "--batches", nargs="+", type=int, default=[1], help="latents in a UNet call and in a trajectory"
+    )
+    parser.add_argument("--steps", nargs="+", type=int, default=[2], help="lengths of the trajectories of DDIM")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--amp", default="auto", help="of monai and ours: 0, bf16 or fp16; auto is bf16 on a GPU, else 0"
+    )
+    parser.add_argument("--fast", type=int, default=1, choices=(0, 1), help="of ours")
+    parser.add_argument("--streaming", nargs="+", default=["auto"], help="of ours: one or several of 0, 1, 2, auto")
+    parser.add_argument("--compile", type=int, default=0, choices=(0, 1), help="of ours: PyTorch's compiler")
+    parser.add_argument("--warmup", type=int, default=1, help="calls of each that are not counted")
+    parser.add_argument("--repeats", type=int, default=3, help="calls of each that are counted")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and inputs")
+    parser.add_argument("--folder", default="benchmark", help="where the report goes")
+    options = parser.parse_args(arguments)
+    if options.warmup < 0 or min(options.repeats, *options.batches, *options.steps) < 1:
+        parser.error("--warmup must be at least 0, --repeats, --batches and --steps at least 1")
+    return options
+
+
+def measured_ceilings(device: torch.device) -> dict[str, float]:
+    """What the machine does at best: TFLOP/s of a matrix multiplication for each precision, GB/s of a copy."""
+    side, numbers = (8192, 2**30) if device.type == "cuda" else (1536, 2**26)
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        matrix = torch.randn(side, side, device=device, dtype=dtype)
+        runs = [measure(lambda matrix=matrix: (matrix @ matrix)[:1], device) for _ in range(4)]  # type: ignore[misc]
+        found[f"matmul_{name}_tflops"] = 2 * side**3 / min(run.seconds for run in runs) / 1e12
+    source = torch.ones(numbers, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    runs = [measure(lambda: target.copy_(source)[:1], device) for _ in range(4)]
+    found["copy_gbs"] = 2 * numbers / min(run.seconds for run in runs) / 1e9
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def _rows(
+    size: str, options: argparse.Namespace, device: torch.device, ceilings: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    config = ConfigParser()
+    config.read_config([str(CONFIGS / file) for file in SIZES[size]])
+    if options.amp == "auto":
+        options.amp = "bf16" if device.type == "cuda" else "0"
+    bench = Bench(config, options, device)
+    varied = [(case, batch, steps) for case in options.cases for batch, steps in bench.variations(case)]
+    rows: list[dict[str, Any]] = []
+    for case, batch, steps in varied:
+        runs = alternate(bench.calls(case, batch, steps), options.warmup, options.repeats, device)
+        flop = bench.flop(case, batch, steps)
+        about = {"size": size, "case": case, "batch": batch, "steps": steps, "voxels": bench.voxels}
+        for way, series in runs.items():
+            rows.append({**about, "way": way, **_figures(series, runs, flop, ceilings, way, options.amp)})
+    return rows
+
+
+def _figures(
+    series: Sequence[Measured],
+    runs: Mapping[str, Sequence[Measured]],
+    flop: float,
+    ceilings: Mapping[str, float],
+    way: str,
+    amp: str,
+) -> dict[str, Any]:
+    seconds = median(run.seconds for run in series)
+    half = way != "original" and half_precision(amp) is not None
+    ceiling = ceilings["matmul_bf16_tflops" if half else "matmul_fp32_tflops"]
+    reference = runs.get("original")
+    return {
+        "seconds": [round(run.seconds, 5) for run in series],
+        "cpu_seconds": round(median(run.cpu_seconds for run in series), 4),
+        "times_original": round(median(a.seconds / b.seconds for a, b in zip(reference, series)), 3)
+        if reference
+        else None,
+        "peak_gib": round(max(run.peak for run in series) / GIB, 3),
+        "growth_gib": round(max(run.growth for run in series) / GIB, 3),
+        "tflop": round(flop / 1e12, 4),
+        "percent_of_matmul": round(100 * flop / 1e12 / seconds / ceiling, 1),
+        "relative_error": relative_difference(series[-1].output, reference[-1].output) if reference else None,
+    }
+
+
+@torch.no_grad()
+def alternate(calls: Calls, warmup: int, repeats: int, device: torch.device) -> dict[str, list[Measured]]:
+    """Call each in turn, `warmup + repeats` times, and keep the last `repeats` measurements of each."""
+    runs: dict[str, list[Measured]] = {way: [] for way in calls}
+    for number in range(warmup + repeats):
+        for way, call in calls.items():
+            run = measure(call, device)
+            runs[way].append(run)
+            said = f"{run.seconds:.2f} s, {run.cpu_seconds:.2f} CPU s, {run.growth / GIB:.2f} GiB more"
+            print(f"{number + 1}/{warmup + repeats} {way} {said}", file=sys.stderr, flush=True)
+    return {way: series[warmup:] for way, series in runs.items()}
+
+
+class Bench:
+    """The calls that are timed, on networks that are made when first needed and let go when the others are."""
+
+    def __init__(self, config: ConfigParser, options: argparse.Namespace, device: torch.device) -> None:
+        self.config, self.options, self.device = config, options, device
+        self.conditions = len(config.get_parsed_content("conditions"))
+        self.latent_shape = config.get_parsed_content("latent_shape")
+        self.grid = config.get_parsed_content("grid")
+        self.voxels = int(torch.Size(self.grid.shape).numel())
+        self._made: tuple[str, dict[str, nn.Module]] = ("", {})
+        self._flop: dict[str, int] = {}
+
+    def variations(self, case: str) -> list[tuple[int, int | None]]:
+        """Batch and number of steps of each measurement of a case."""
+        if case in ("decode", "encode", "write"):
+            return [(1, None)]
+        return [(b, n) for b in self.options.batches for n in (self.options.steps if case == "steps" else [None])]
+
+    def calls(self, case: str, batch: int, steps: int | None) -> Calls:
+        """Way -> call."""
+        torch.manual_seed(self.options.seed)
+        if case == "write":
+            return self._write()
+        networks = self._networks("network_def" if case in ("unet", "steps") else "autoencoder_def")
+        if case in ("unet", "steps"):
+            return self._denoise(networks, batch, steps)
+        space = self.latent_shape if case == "decode" else [1, *self.grid.shape]
+        x = torch.rand(1, *space, device=self.device)
+        return {way: self._autoencode(network, case, x, way) for way, network in networks.items()}
+
+    def flop(self, case: str, batch: int, steps: int | None) -> float:
+        """Floating-point operations of one call of MONAI's plain network, counted on empty tensors."""
+        part = "unet" if case == "steps" else case
+        if part == "write":
+            return 0.0
+        if part not in self._flop:
+            self._flop[part] = self._count(part)
+        return self._flop[part] * batch * (steps or 1)
+
+    def _count(self, part: str) -> int:
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+            key = "network_def" if part == "unet" else "autoencoder_def"
+            network: Any = ConfigParser(self.config.get()).get_parsed_content(key)
+            if part == "unet":
+                channels, *space = self.latent_shape
+                x = torch.empty(1, channels + self.conditions, *space)
+                network(x, torch.empty(1), torch.empty(1, 1, self.conditions))
+            else:
+                method = network.decode if part == "decode" else network.encode
+                method(torch.empty(1, *(self.latent_shape if part == "decode" else [1, *self.grid.shape])))
+        return counter.get_total_flops()
+
+    def _networks(self, key: str) -> dict[str, nn.Module]:
+        if self._made[0] == key:
+            return self._made[1]
+        self._made = ("", {})
+        torch.manual_seed(self.options.seed)
+        original = original_network(self.config, key, self.device)
+        made: dict[str, nn.Module] = {}
+        for way in self._ways(key):
+            network = original if way == "original" else our_network(self.config, key, original, self.device)
+            made[way] = self._ours(network, key, way) if way.startswith("ours") else network
+        self._made = key, made
+        return made
+
+    def _ways(self, key: str) -> list[str]:
+        several = key == "autoencoder_def" and len(self.options.streaming) > 1
+        ours = [f"ours, streaming {s}" for s in self.options.streaming] if several else ["ours"]
+        return [name for way in self.options.ways for name in (ours if way == "ours" else [way])]
+
+    def _ours(self, network: Any, key: str, way: str) -> Any:
+        options = self.options
+        if key == "network_def":
+            return accelerate_unet(network, bool(options.fast), options.amp, options.compile)
+        streaming = way.rpartition(" ")[2] if " " in way else options.streaming[0]
+        return accelerate_autoencoder(network, streaming, bool(options.fast))
+
+    def _sampler(self, way: str, network: Any, steps: int | None = None) -> LatentDiffusionSampler:
+        config = ConfigParser({**self.config.get(), "num_inference_steps": steps})
+        amp = "0" if way == "original" else self.options.amp
+        hybrid = HybridInferer(config.get_parsed_content("schedule"), amp)
+        return LatentDiffusionSampler(hybrid, config.get_parsed_content("chosen_sampler"), network)
+
+    def _denoise(self, networks: Mapping[str, nn.Module], batch: int, steps: int | None) -> Calls:
+        noise = torch.randn(batch, *self.latent_shape, device=self.device)
+        condition = torch.rand(batch, self.conditions, device=self.device)
+        times = torch.full((batch,), 500, device=self.device)
+
+        def call(way: str, network: nn.Module) -> Callable[[], Tensor]:
+            sampler = self._sampler(way, nn.Identity(), steps)
+            if steps is None:
+                return lambda: sampler.hybrid.denoise(network, noise, times, condition)
+            return lambda: sampler.sample_latent(noise, network, condition, [])
+
+        return {way: call(way, network) for way, network in networks.items()}
+
+    def _autoencode(self, network: Any, case: str, x: Tensor, way: str) -> Callable[[], Tensor]:
+        sampler = self._sampler(way, network)
+        if case == "decode":
+            return lambda: sampler.decode(x)
+        amp = None if way == "original" else half_precision(self.options.amp)
+
+        def encode() -> Tensor:
+            with torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None):
+                return network.encode(x)[0]
+
+        return encode
+
+    def _write(self) -> Calls:
+        volume = torch.rand(self.grid.shape)
+
+        def write() -> Tensor:
+            with tempfile.TemporaryDirectory() as folder:
+                write_volume(str(Path(folder) / "x.nii.gz"), volume.numpy(), self.grid, "uint8")
+            return volume[:1]
+
+        return {"ours": write}
+
+
+def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Seconds of the parts, and how they grow with steps, batch and volume."""
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    parts, *axes = figure.subplots(1, 1 + len(AXES))
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    colours = {way: f"C{number}" for number, way in enumerate(ways)}
+    largest = max(row["voxels"] for row in rows)
+    least = {(row["case"], row["way"]): row for row in reversed(rows) if row["voxels"] == largest}
+    cases = list(dict.fromkeys(case for case, _ in reversed(least)))
+    for number, way in enumerate(ways):
+        heights = [median(least[case, way]["seconds"]) if (case, way) in least else 0.0 for case in cases]
+        places = [place + number * 0.8 / len(ways) for place in range(len(cases))]
+        parts.bar(places, heights, 0.8 / len(ways), label=way, color=colours[way], align="edge")
+    parts.set_xticks([place + 0.4 for place in range(len(cases))], cases, rotation=30)
+    parts.set(yscale="log", ylabel="seconds", title="parts")
+    for axis, (name, case) in zip(axes, AXES.items()):
+        for way in ways:
+            points = sorted((r[name], median(r["seconds"])) for r in _alone(rows, name, case, way))
+            axis.plot(*zip(*points), "o-", color=colours[way], label=way) if points else None
+        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds", title=f"{case} over {name}")
+    parts.legend(fontsize=7)
+    return figure
+
+
+def _alone(rows: Sequence[Mapping[str, Any]], name: str, case: str, way: str) -> list[Mapping[str, Any]]:
+    # Only `name` varies among them: the batch is the smallest measured, the volume the largest.
+    found = [row for row in rows if (row["case"], row["way"]) == (case, way)]
+    fixed = {"batch": min, "voxels": max}
+    kept = {key: choose(row[key] for row in found) for key, choose in fixed.items() if key != name and found}
+    return [row for row in found if all(row[key] == value for key, value in kept.items())]
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    names = ["size", "case", "batch", "steps", "way", "seconds", "cpu_seconds", "times_original", "growth_gib"]
+    names += ["percent_of_matmul", "relative_error"]
+    print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+    for row in rows:
+        shown = {**row, "seconds": median(row["seconds"])}
+        cells = ["" if shown[name] is None else shown[name] for name in names]
+        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The UNet for sampling, against MONAI's own."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from monai.networks.nets import DiffusionModelUNet
+from torch import Tensor, nn
+
+from benchmarks.measuring import fill_with_random_values
+from scripts.acceleration import FastConvolution, accelerate_unet, is_fast
+from scripts.errors import BundleError
+
+
+@pytest.fixture(scope="module")
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    widths, attention = (16, 32, 32), (False, True, True)
+    network = DiffusionModelUNet(
+        3, 7, 3, 1, widths, attention, 8, 1e-6, True, (0, 16, 16), True, 1, 4, upcast_attention=True
+    )
+    fill_with_random_values(network)
+    return network.eval()
+
+
+def inputs(tokens: int = 1) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, context = torch.randn(2, 7, 8, 12, 16, generator=generator), torch.rand(2, tokens, 4, generator=generator)
+    return {"x": x, "timesteps": torch.tensor([3, 900]), "context": context}
+
+
+def error(output: Tensor, reference: Tensor) -> float:
+    return float((output - reference).abs().max() / reference.abs().max())
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@torch.no_grad()
+def test_the_same_output_to_rounding(plain: nn.Module, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    used, compute = [], FastConvolution.compute
+
+    def watched(self: FastConvolution, x: Tensor) -> Tensor:
+        used.append(x.shape)
+        return compute(self, x)
+
+    monkeypatch.setattr(FastConvolution, "compute", watched)
+    fast = accelerate_unet(copy.deepcopy(plain))
+    assert error(fast(**inputs(tokens)), plain(**inputs(tokens))) < 1e-5
+    assert used
+    assert list(fast.state_dict()) == list(plain.state_dict())
+
+
+@torch.no_grad()
+def test_weights_that_change_are_followed(plain: nn.Module) -> None:
+    fast, other = accelerate_unet(copy.deepcopy(plain)), copy.deepcopy(plain)
+    fast(**inputs())
+    fill_with_random_values(other)
+    fast.load_state_dict(other.state_dict())
+    assert error(fast(**inputs()), other(**inputs())) < 1e-5
+
+
+def test_gradients_are_the_plain_network_s(plain: nn.Module) -> None:
+    fast, other = accelerate_unet(copy.deepcopy(plain)), copy.deepcopy(plain)
+    gradients = []
+    for network in (fast, other):
+        network(**inputs()).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    assert error(*gradients) < 1e-4
+
+
+@torch.no_grad()
+def test_without_fast_nothing_changes(plain: nn.Module) -> None:
+    assert torch.equal(accelerate_unet(copy.deepcopy(plain), fast=False)(**inputs()), plain(**inputs()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler for CPUs needs g++")
+@torch.no_grad()
+def test_compiled(plain: nn.Module) -> None:
+    compiled = accelerate_unet(copy.deepcopy(plain), fast=True, compiled=1)
+    assert error(compiled(**inputs()), plain(**inputs())) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fast", "device", "wanted"), [("auto", "cpu", True), ("auto", "cuda", False), (1, "cuda", True)]
+)
+def test_where_it_is_used(fast: Any, device: str, wanted: bool) -> None:
+    assert is_fast(fast, device) is wanted
+    with pytest.raises(BundleError, match="--fast must be 1 or 0"):
+        is_fast("quick", device)
