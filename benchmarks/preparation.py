@@ -47,7 +47,6 @@ FILES = ("inference.json", "prepare.yaml")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark with command-line arguments."""
     options = _options(arguments)
-    logging.getLogger().setLevel(logging.ERROR)
     try:
         with tempfile.TemporaryDirectory() as folder:
             rows = [_timed(options, workers, Path(folder) / str(workers)) for workers in options.workers]
@@ -125,4 +124,5 @@ def _table(folder: Path, paths: Sequence[Path]) -> Path:
 
 
 if __name__ == "__main__":
+    logging.getLogger().setLevel(logging.ERROR)
     main()
