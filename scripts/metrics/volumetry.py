@@ -83,6 +83,14 @@ class Segmentations:
         """Whether one was given."""
         return self.path is not None
 
+    def of(self, folder: VolumeFolder) -> Segmentations:
+        """Those of one model's volumes: these, where there is one model."""
+        return self
+
+    def facts(self) -> dict[str, Any]:
+        """Where the numbers come from, for the report."""
+        return {"segmentations": str(self.path)}
+
     def prepare(self) -> None:
         """Nothing: they are there."""
 
@@ -245,7 +253,7 @@ class Volumetry:
 
     Args:
         synthetic: the samples, with their sidecars or their table.
-        segmentations: of these.
+        segmentations: of these, or of several models.
         conditions: which are known; those called `ventricular_vol` and `brain_vol` are measured.
         seed: of the bootstrap.
     """
@@ -263,8 +271,8 @@ class Volumetry:
         self, synthetic: FeatureSet, segmentations: Segmentations, conditions: Conditions, seed: Any = 0
     ) -> None:
         self.synthetic = synthetic.folder
-        self.inputs = [self.synthetic, segmentations]
-        self.segmentations, self.conditions = segmentations, conditions
+        self.segmentations, self.conditions = segmentations.of(self.synthetic), conditions
+        self.inputs = [self.synthetic, self.segmentations]
         self.seed = whole_number(seed, "seed")
 
     def prepare(self) -> None:
@@ -285,7 +293,7 @@ class Volumetry:
             measured = np.array([row[f"{name}_measured_mm3"] for row in rows])
             summaries.update(correlations(name, requested, measured, self.seed))
         facts = {
-            "segmentations": str(self.segmentations.path),
+            **self.segmentations.facts(),
             "volumes": len(rows),
             "seed": self.seed,
             "ventricle_labels": list(VENTRICLES),
