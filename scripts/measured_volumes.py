@@ -31,6 +31,7 @@ from scripts.grid import Grid
 from scripts.metrics.features import wait_for_all_processes
 from scripts.metrics.volumetry import Segmentations, requested_volumes, stem
 from scripts.options import is_absent
+from scripts.outlines import outlined
 from scripts.samples import Samples
 from scripts.segmentation import Segmenter as Tool
 from scripts.segmentation import segmentations
@@ -38,7 +39,7 @@ from scripts.segmenter import INTRACRANIAL, Segmenter, summarised
 from scripts.tables import write_table
 from scripts.values import Values, identity
 from scripts.volume_folders import VolumeFolder
-from scripts.volumes import UNREADABLE, write_labels
+from scripts.volumes import UNREADABLE, write_labels, write_picture
 
 logger = logging.getLogger(__name__)
 
@@ -97,15 +98,18 @@ class MeasuredVolumes:
         return None if numbers is None else dict(zip(INTRACRANIAL, numbers))
 
     def measure(self, index: int, label_map: Path | None = None) -> None:
-        """Segment file number `index`, keep its volumes, and write its label map if a path is given.
+        """Segment file number `index` and keep its volumes; if a path is given, write label map and picture.
 
         Raises:
             BundleError: if the file cannot be read, or lies on no grid whose axes are the world's.
         """
-        grid = grid_of(self.folder.paths[index])
-        shares = self.segmenter.shares(self.folder[index][0], grid)
+        grid, volume = grid_of(self.folder.paths[index]), self.folder[index][0]
+        shares = self.segmenter.shares(volume, grid)
         if label_map is not None:
-            write_labels(label_map, self.segmenter.labels(shares, grid), grid)
+            labels = self.segmenter.labels(shares, grid)
+            picture = make_folder(label_map.parent / "figures") / f"{stem(self.folder.paths[index])}.png"
+            write_picture(picture, outlined(volume[0].numpy(), labels))
+            write_labels(label_map, labels, grid)
         volumes = self.segmenter.volumes(shares, grid)
         self.values.add(self.what, [self.folder.hashes[index]], [volumes[name] for name in INTRACRANIAL])
 
@@ -229,7 +233,7 @@ def chosen_segmentations(
 def segment_folder(
     folder: VolumeFolder, segmenter: Callable[[], Segmenter], values: Values, output_dir: str | os.PathLike
 ) -> None:
-    """The verb `segment`: a label map `NAME_dseg.nii.gz` of each volume of a folder, and `volumes.tsv`.
+    """The verb `segment`: a label map `NAME_dseg.nii.gz` of each volume of a folder, pictures, and `volumes.tsv`.
 
     What is there already stays; under torchrun each process segments its share.
 

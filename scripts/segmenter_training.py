@@ -53,8 +53,8 @@ from scripts.tables import MISSING
 from scripts.training import Facts
 from scripts.validation import HeldOut, Network
 
-LEVELS = 4
-"""Most levels of the network: its volumes are multiples of 16 voxels, and the coarsest must be whole."""
+LEVELS = 5
+"""Most levels of the network: its volumes are multiples of 16 voxels."""
 KNOTS = 6
 """Grey levels outside of the brain that are mapped to random ones; between them, linearly."""
 FLUIDS = [INTRACRANIAL.index(name) for name in INTRACRANIAL if name not in BRAIN]
@@ -97,8 +97,8 @@ def segmenter_facts(features: Sequence[int], spacing: Any, rows: Sequence[Mappin
         BundleError: for other numbers of channels, or a spacing that is none.
     """
     channels = [int(n) for n in features]
-    if not 2 <= len(channels) <= LEVELS or any(n < 8 or n % 8 for n in channels):
-        raise BundleError(f"--segmenter_features must be 2 to {LEVELS} multiples of 8, got {list(features)}")
+    if not 2 <= len(channels) <= LEVELS or min(channels) < 1:
+        raise BundleError(f"--segmenter_features must be 2 to {LEVELS} numbers above 0, got {list(features)}")
     return Facts(
         network=NETWORK,
         classes=list(CLASSES),

@@ -136,6 +136,6 @@ def _resized(plane: np.ndarray, height: int) -> np.ndarray:
 
 
 def write_picture(path: str | os.PathLike, pixels: np.ndarray) -> None:
-    """Write (height, width) uint8 pixels as PNG."""
+    """Write (height, width) or (height, width, 3) uint8 pixels as PNG."""
     with replacing(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")
