@@ -35,7 +35,7 @@ from scripts.outlines import outlined
 from scripts.samples import Samples
 from scripts.segmentation import Segmenter as Tool
 from scripts.segmentation import segmentations
-from scripts.segmenter import INTRACRANIAL, Segmenter, summarised
+from scripts.segmenter import INTRACRANIAL, SHIPPED, Segmenter, summarised
 from scripts.tables import write_table
 from scripts.values import Values, identity
 from scripts.volume_folders import VolumeFolder
@@ -151,6 +151,7 @@ class OwnSegmentations(Segmentations):
     Args:
         segmenter, values: see `MeasuredVolumes`.
         conditions: which are known.
+        path: weights of the segmenter; None for those that ship.
         folder: the samples of one model; see `of`.
     """
 
@@ -159,19 +160,24 @@ class OwnSegmentations(Segmentations):
         segmenter: Callable[[], Segmenter],
         values: Values,
         conditions: Conditions,
+        path: Any = None,
         folder: VolumeFolder | None = None,
     ) -> None:
         super().__init__(None)
         self._make, self.values, self.conditions, self.folder = segmenter, values, conditions, folder
+        self.weights = SHIPPED if path is None else Path(str(path))
 
     def of(self, folder: VolumeFolder) -> Segmentations:
         """Those of one model's samples."""
-        return OwnSegmentations(self._make, self.values, self.conditions, folder)
+        return OwnSegmentations(self._make, self.values, self.conditions, self.weights, folder)
 
     @cached_property
     def requested(self) -> bool:  # type: ignore[override]
-        """Whether there are samples with known conditions, enough of them for a correlation."""
+        """Whether there are weights, and samples with known conditions, enough of them for a correlation."""
         if self.folder is None or not self.folder.requested:
+            return False
+        if not self.weights.is_file():
+            logger.info(f"no volumetry of --{self.folder.flag}: there are no weights of a segmenter at {self.weights}")
             return False
         try:
             few = len(requested_volumes(self.folder, self.conditions)) < FEWEST

@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from PIL import Image
 from scipy import ndimage
@@ -49,9 +51,9 @@ def outlined(volume: np.ndarray, labels: np.ndarray, height: int = 288) -> np.nd
     """
     masks = structures(labels)
     x, y, z = _middle(masks["lateral_ventricles"])
-    cuts = ((x, slice(None, None, -1), slice(None, None, -1)), (slice(None), y, slice(None, None, -1)))
-    planes = [*cuts, (slice(None), slice(None, None, -1), z)]
-    drawn = [_drawn(volume[cut].T, {name: mask[cut].T for name, mask in masks.items()}, height) for cut in planes]
+    down, whole = slice(None, None, -1), slice(None)
+    cuts: list[tuple[Any, ...]] = [(x, down, down), (whole, y, down), (whole, down, z)]
+    drawn = [_drawn(volume[cut].T, {name: mask[cut].T for name, mask in masks.items()}, height) for cut in cuts]
     return np.concatenate(drawn, axis=1)
 
 
