@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from PIL import Image
@@ -30,13 +29,12 @@ from scripts.atomic import make_folder, replacing, write_json
 from scripts.conditions import Conditions
 from scripts.devices import process_rank
 from scripts.errors import BundleError
-from scripts.grid import Grid
 from scripts.options import whole_number
 from scripts.phantom_covariates import RAW, Covariates, as_raw
 from scripts.phantoms import Phantom, Phantoms
 from scripts.prepared_scan import SPACE
 from scripts.tables import read_table, write_table
-from scripts.volumes import MNI152, mid_planes, read_volume, write_picture, write_volume
+from scripts.volumes import mid_planes, read_volume, write_labels, write_picture, write_volume
 from scripts.workflow import current_config
 
 logger = logging.getLogger(__name__)
@@ -195,16 +193,6 @@ class PhantomDataset(Dataset):
             "condition": condition,
             "participant_id": _name(number),
         }
-
-
-def write_labels(path: str | os.PathLike, labels: np.ndarray, grid: Grid) -> None:
-    """Write a label map on the grid as uint8 NIfTI."""
-    image = nib.Nifti1Image(labels.astype(np.uint8), grid.affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(grid.affine, MNI152)
-    image.set_qform(grid.affine, MNI152)
-    with replacing(path) as temporary:
-        nib.save(image, temporary)
 
 
 def picture(image: np.ndarray, labels: np.ndarray, height: int = 256) -> np.ndarray:

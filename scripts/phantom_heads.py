@@ -147,10 +147,10 @@ def load_head(
     if not labels_path.is_file():
         known = ", ".join(head_names(labels_dir)) or "none"
         raise BundleError(f"there is no seed head '{name}': {labels_dir} has label maps of {known}")
-    labels = _onto(labels_path, grid, "nearest")
+    labels = onto_grid(labels_path, grid, "nearest")
     if not set(np.unique(labels)) <= set(LABELS.values()):
         raise BundleError(f"{labels_path} holds other labels than 0 to {len(LABELS) - 1}: make it again")
-    image = _onto(_scan_of(name, Path(dataset_dir)), grid, "bilinear")
+    image = onto_grid(_scan_of(name, Path(dataset_dir)), grid, "bilinear")
     return build_head(name, torch.as_tensor(image), torch.as_tensor(labels), grid, device)
 
 
@@ -168,7 +168,7 @@ def _scan_of(name: str, dataset_dir: Path) -> Path:
     return paths[0]
 
 
-def _onto(path: Path, grid: Grid, mode: str) -> np.ndarray:
+def onto_grid(path: Path, grid: Grid, mode: str) -> np.ndarray:
     """A volume on the grid: as it is stored if it lies there already, else resampled."""
     volume, affine = read_volume(path), nib.load(path).affine  # type: ignore[attr-defined]
     if volume.shape == grid.shape and np.allclose(affine, grid.affine, atol=1e-3):

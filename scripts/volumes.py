@@ -56,6 +56,16 @@ def write_volume(path: str | os.PathLike, volume: np.ndarray, grid: Grid, dtype:
         nib.save(image, temporary)
 
 
+def write_labels(path: str | os.PathLike, labels: np.ndarray, grid: Grid) -> None:
+    """Write a label map of the grid's shape as uint8 NIfTI.
+
+    Raises:
+        BundleError: if the file cannot be written.
+    """
+    with replacing(path) as temporary:
+        nib.save(_image(labels.astype(np.uint8), grid), temporary)
+
+
 def _image(data: np.ndarray, grid: Grid) -> nib.Nifti1Image:
     image = nib.Nifti1Image(data, grid.affine)
     image.header.set_xyzt_units("mm")
@@ -126,6 +136,6 @@ def _resized(plane: np.ndarray, height: int) -> np.ndarray:
 
 
 def write_picture(path: str | os.PathLike, pixels: np.ndarray) -> None:
-    """Write (height, width) uint8 pixels as PNG."""
+    """Write (height, width) or (height, width, 3) uint8 pixels as PNG."""
     with replacing(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")

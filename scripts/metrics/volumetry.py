@@ -90,6 +90,10 @@ class Segmentations:
         """Those of one model's volumes: these, where there is one model."""
         return self
 
+    def facts(self) -> dict[str, Any]:
+        """Where the numbers come from, for the report."""
+        return {"segmentations": str(self.path)}
+
     def prepare(self) -> None:
         """Nothing: they are there."""
 
@@ -327,7 +331,7 @@ class Volumetry:
             measured = np.array([row[f"{name}_measured_mm3"] for row in rows])
             summaries.update(correlations(name, requested, measured, self.seed))
         facts = {
-            "segmentations": str(self.segmentations.path),
+            **self.segmentations.facts(),
             "volumes": len(rows),
             "seed": self.seed,
             self.synthetic.flag: str(self.synthetic.folder),

@@ -1,0 +1,42 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The head to whose size brain volumes are normalised."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "models" / "template"
+BRAIN = TEMPLATE / "tpl-MNI152NLin2009cAsym_res-01_desc-brain_mask.nii.gz"
+
+
+@cache
+def reference_intracranial_mm3() -> float:
+    """Intracranial volume of the reference head in mm3: the brain mask of the template in models/template/."""
+    mask = nib.load(BRAIN)
+    voxel = float(np.prod(mask.header.get_zooms()[:3]))  # type: ignore[attr-defined]
+    return voxel * float((np.asanyarray(mask.dataobj) > 0).sum())  # type: ignore[attr-defined]
+
+
+def normalised_brain(brain_mm3: float, intracranial_mm3: float, reference_mm3: float | None = None) -> float:
+    """A brain's volume times the reference head's intracranial volume over its own: as UK Biobank's field 25009 is.
+
+    Args:
+        brain_mm3: grey and white matter.
+        intracranial_mm3: all within the skull; above 0.
+        reference_mm3: of the reference head; None for `reference_intracranial_mm3`.
+    """
+    reference = reference_intracranial_mm3() if reference_mm3 is None else reference_mm3
+    return brain_mm3 / intracranial_mm3 * reference
