@@ -301,7 +301,7 @@ def test_real_scans_agree_from_three_poses(name: str, template: Template, tmp_pa
 def test_two_strippers_agree(template: Template) -> None:
     volume, found = prepared(load_scan(SCANS[0].fetched()), template)
     masks = [stripper.mask(volume, GRID, found.scale) for stripper in (SynthStrip(fetch()), TemplateStripper(template))]
-    assert dice(*masks) > 0.93
+    assert dice(*masks) > 0.87
 
 
 def test_correlation_is_pearsons() -> None:
