@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,26 @@ import numpy as np
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "models" / "template"
 BRAIN = TEMPLATE / "tpl-MNI152NLin2009cAsym_res-01_desc-brain_mask.nii.gz"
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """Volumes of one head in mm3; `ventricles` are the lateral ones, `intracranial` is all within the skull."""
+
+    ventricles: float
+    grey: float
+    white: float
+    intracranial: float
+
+    @property
+    def brain(self) -> float:
+        """Grey and white matter."""
+        return self.grey + self.white
+
+    @property
+    def of_tissues(self) -> tuple[float, float, float]:
+        """Ventricles, grey and white matter."""
+        return self.ventricles, self.grey, self.white
 
 
 @cache

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from scripts.errors import BundleError
 from scripts.grid import Grid
+from scripts.head_size import Volumes
 from scripts.potential_flow import PotentialFlow
 from scripts.tables import read_table
 from scripts.volumes import read_volume
@@ -46,26 +47,6 @@ INTRACRANIAL = tuple(range(2, 8))
 TISSUES = ((5,), (6, 7), (2,), (3,), (4,))
 WORKING_MM = 2.0
 FADE_MM = 10.0
-
-
-@dataclass(frozen=True)
-class Volumes:
-    """Volumes of one head in mm3, counted on its label map; `intracranial` is all within the skull."""
-
-    ventricles: float
-    grey: float
-    white: float
-    intracranial: float
-
-    @property
-    def brain(self) -> float:
-        """Grey and white matter."""
-        return self.grey + self.white
-
-    @property
-    def of_tissues(self) -> tuple[float, float, float]:
-        """Ventricles, grey and white matter."""
-        return self.ventricles, self.grey, self.white
 
 
 @dataclass(frozen=True)

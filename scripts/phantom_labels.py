@@ -41,7 +41,8 @@ from scripts.errors import BundleError
 from scripts.phantom_heads import LABELS
 from scripts.scans import Scan, load_scan
 from scripts.tables import read_table
-from scripts.volumetry import Atlas, atlas_labels, fetch_atlas, segmented, warped_onto
+from scripts.volumetry import Atlas, atlas_labels, fetch_atlas, segmented
+from scripts.warping import warped_onto
 
 ROOT = Path(__file__).resolve().parent.parent
 STRUCTURES = {
@@ -137,7 +138,7 @@ def measured_maps(scan: Scan, scale: float, atlas: Atlas, structures: Mapping[st
         structures: by name, on the template's grid.
     """
     maps = (atlas.brain, atlas.grey, atlas.white, *structures.values())
-    brain, grey, white, *others = warped_onto(scan, scale, atlas, maps)
+    brain, grey, white, *others = warped_onto(scan, scale, atlas.template, maps)
     tissues = dict(zip(("fluid", "grey", "white"), segmented(scan, brain, grey, white)))
     return {"brain": brain, **tissues, **dict(zip(structures, others))}
 

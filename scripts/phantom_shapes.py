@@ -32,7 +32,8 @@ from torch import Tensor
 
 from scripts.deformation import box_grid, compose, exponential, least_jacobian, sample, warp
 from scripts.errors import BundleError
-from scripts.phantom_heads import SeedHead, Volumes, count_volumes
+from scripts.head_size import Volumes
+from scripts.phantom_heads import SeedHead, count_volumes
 from scripts.potential_flow import total
 
 THIRD_AND_FOURTH = 0.5

