@@ -26,6 +26,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from scripts.checkpoints import Checkpoint, load_network
+from scripts.patching import OnCubes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -37,7 +38,18 @@ SIZES = {
     "demo": ["inference.json", "demo.yaml"],
     "tiny": ["inference.json", "tiny.yaml"],
 }
-GENERATIVE = {"network_def": generative_nets.DiffusionModelUNet, "autoencoder_def": generative_nets.AutoencoderKL}
+
+
+class PatchedGenerative(OnCubes, generative_nets.AutoencoderKL):
+    """monai-generative's autoencoder as the small model uses MONAI's."""
+
+
+GENERATIVE: dict[str, type[nn.Module]] = {
+    "DiffusionModelUNet": generative_nets.DiffusionModelUNet,
+    "AutoencoderKL": generative_nets.AutoencoderKL,
+    "scripts.patching.PatchedAutoencoderKL": PatchedGenerative,
+}
+"""MONAI's networks in the configurations -> monai-generative's."""
 GIB = 2**30
 
 
@@ -108,7 +120,7 @@ def original_network(config: ConfigParser, key: str, device: torch.device) -> nn
     entry = config.ref_resolver.get_item(key) and config.get_parsed_content(key, instantiate=False).get_config()
     arguments = {name: value for name, value in entry.items() if not name.startswith("_")}
     arguments["num_channels"] = arguments.pop("channels")
-    network = GENERATIVE[key](**arguments).eval()
+    network = GENERATIVE[entry["_target_"]](**arguments).eval()
     fill_with_random_values(network)
     return network.to(device)
 

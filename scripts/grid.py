@@ -48,14 +48,13 @@ class Grid:
         affine[:3, 3] = self.origin
         return affine
 
-    def latent_shape(self, levels: int) -> tuple[int, int, int]:
-        """Spatial shape of the latent of an autoencoder with `levels` resolutions, each half of the one before.
+    def latent_shape(self, factor: int) -> tuple[int, int, int]:
+        """Spatial shape of the latent of an autoencoder which divides each side by `factor`.
 
         Raises:
-            BundleError: if a size of the grid cannot be halved `levels - 1` times.
+            BundleError: if a size of the grid is no multiple of it.
         """
-        factor = 2 ** (levels - 1)
         if any(n % factor for n in self.shape):
-            raise BundleError(f"the grid {self.shape} cannot be halved {levels - 1} times: use multiples of {factor}")
+            raise BundleError(f"the autoencoder divides the grid {self.shape} by {factor}: use multiples of {factor}")
         x, y, z = (n // factor for n in self.shape)
         return x, y, z

@@ -45,7 +45,7 @@ def test_axes_run_from_right_to_left_back_to_front_and_bottom_to_top(grid: Grid)
 
 
 def test_latent_of_the_base_is_the_released_one(grid: Grid) -> None:
-    assert grid.latent_shape(4) == (20, 28, 20)
+    assert grid.latent_shape(8) == (20, 28, 20)
     assert grid.latent_shape(1) == grid.shape
 
 
@@ -55,9 +55,9 @@ def test_tiny_grid_covers_the_same_brain(grid: Grid) -> None:
     assert np.allclose(extent, np.abs(np.array(grid.shape) * grid.spacing))
 
 
-def test_grid_that_cannot_be_halved_is_refused(grid: Grid) -> None:
+def test_grid_that_cannot_be_divided_is_refused(grid: Grid) -> None:
     with pytest.raises(BundleError, match="multiples of 64"):
-        grid.latent_shape(7)
+        grid.latent_shape(64)
 
 
 @pytest.mark.parametrize(
