@@ -42,7 +42,7 @@ from scripts.volume_folders import find_volumes
 from scripts.volumes import read_volume, write_volume
 from scripts.workflow import CONFIGS
 
-SIZES = {"demo": ["inference.json", "demo.yaml"], "tiny": ["inference.json", "tiny.yaml"]}
+SIZES = {"coarse": ["inference.json", "coarse.yaml"], "tiny": ["inference.json", "tiny.yaml"]}
 SETS = {"synthetic": 1, "real": 2, "training": 3}
 """Name of each folder -> its part of the seeds."""
 BLUR_MM = 1.5
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(SIZES), default="demo", help="of the volumes")
+    parser.add_argument("--size", choices=sorted(SIZES), default="coarse", help="of the volumes")
     parser.add_argument("--dataset", default="dataset", help="folder of prepared scans to make the volumes of")
     parser.add_argument("--volumes", type=int, default=60, help="in each of the folders synthetic and real")
     parser.add_argument("--training", type=int, default=10, help="in the folder training, for the privacy distances")

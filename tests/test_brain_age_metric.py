@@ -107,6 +107,16 @@ def test_ages_of_samples_and_of_people_held_out(checkpoint: Path, run_here: RunH
         assert picture.size == (1350, 630) and np.asarray(picture.convert("L")).std() > 5
 
 
+def test_finer_volumes_are_averaged_onto_the_networks_grid(checkpoint: Path, run_here: RunHere, tmp_path: Path) -> None:
+    folder, fine = Path(samples(tmp_path / "samples", error=0.0)), Grid((64, 64, 64), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
+    stripes = np.where(np.arange(64) % 2, 0.1, -0.1).astype(np.float32)[:, None, None]
+    for index, age in enumerate(AGES):
+        striped = np.broadcast_to(age / 100 + stripes, fine.shape)
+        write_volume(folder / f"sample_seed-1_{index:06d}.nii.gz", striped, fine, "float32")
+    found = evaluated(run_here, tmp_path / "report", checkpoint, synthetic_dir=str(folder))
+    assert found["metrics"]["synthetic_age_mae"]["mean"] == pytest.approx(0.0, abs=1e-3)
+
+
 def test_ages_are_kept(checkpoint: Path, run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = {"synthetic_dir": samples(tmp_path / "samples")}
     first = evaluated(run_here, tmp_path / "report", checkpoint, **flags)

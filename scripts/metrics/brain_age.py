@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional
 
 from scripts.bootstrap import Estimate, Summary, summarise
 from scripts.brain_age import AGE, age_condition, age_of, fingerprint, network_of
@@ -82,17 +84,24 @@ class BrainAgeFile:
     def load(self, device: torch.device) -> Extractor:
         """See `FeatureNetwork`."""
         network = load_network(network_of(self.checkpoint.facts), self.checkpoint, device=device)
-        return network.__call__
+        return partial(_told, network, tuple(self.checkpoint.facts["shape"]))
 
     def check_grid(self, folder: VolumeFolder) -> None:
-        """Raise a `BundleError` unless a folder's volumes are on the grid that the network was trained on."""
+        """Raise a `BundleError` unless a folder's volumes are on the network's grid, or one that divides its voxels."""
         shape, spacing = tuple(self.checkpoint.facts["shape"]), self.checkpoint.facts["spacing"]
-        if tuple(folder.shape) != shape or not np.allclose(folder.spacing, spacing, rtol=1e-3):
+        voxels = np.array(folder.shape) // np.array(shape)
+        same = np.array_equal(voxels * shape, folder.shape) and np.allclose(voxels * folder.spacing, spacing, rtol=1e-3)
+        if voxels.min() < 1 or not same:
             found, wanted = (
                 f"{tuple(size)} voxels of {' x '.join(f'{side:g}' for side in steps)} mm"
                 for size, steps in ((folder.shape, folder.spacing), (shape, spacing))
             )
             raise BundleError(f"--{folder.flag} has {found}, the brain age network was trained on {wanted}")
+
+
+def _told(network: nn.Module, shape: tuple[int, int, int], volumes: Tensor) -> Tensor:
+    """Ages of volumes on a grid as fine as the network's of this shape, or finer: then averaged over its voxels."""
+    return network(functional.interpolate(volumes, shape, mode="area"))
 
 
 class BrainAgeNetworks(FeatureNetworks):
