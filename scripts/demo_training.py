@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`python -m scripts.demo_training`: the small model of configs/small.yaml, from phantoms to weights and figures.
+"""`python -m scripts.demo_training`: the small model of configs/demo.yaml, from phantoms to weights and figures.
 
 Each stage is one command of the bundle with the demo overlay: phantoms, stage 1, encoding, stage 2, the age network,
 samples and their evaluation. Trainings are planned by the clock: a few iterations are timed first, and the number that
@@ -48,7 +48,7 @@ from scripts.tables import write_table
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE, SMALL, TINY = "configs/inference.json", "configs/small.yaml", "configs/tiny.yaml"
+BASE, DEMO, TINY = "configs/inference.json", "configs/demo.yaml", "configs/tiny.yaml"
 PROBED = 20
 EPOCHS = 20
 GRACE_S = 30.0
@@ -97,7 +97,7 @@ class Machine:
             BundleError: if it failed.
         """
         verbs = [f"configs/{verb}.yaml"] if verb else []
-        files = [BASE, *verbs, SMALL, *([TINY] if self.options.rehearse else [])]
+        files = [BASE, *verbs, DEMO, *([TINY] if self.options.rehearse else [])]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         given = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
         command = ["-m", "monai.bundle", "run", "--config_file", str(files), *given]
@@ -229,7 +229,7 @@ def train_brain_age(machine: Machine) -> None:
 
 def sample(machine: Machine) -> None:
     """Volumes whose conditions are drawn independently, uniformly between 0 and 1."""
-    parser = ConfigParser.load_config_files([str(ROOT / BASE), str(ROOT / SMALL)])
+    parser = ConfigParser.load_config_files([str(ROOT / BASE), str(ROOT / DEMO)])
     conditions: Conditions = ConfigParser(parser).get_parsed_content("conditions")
     table, random = machine.work_dir / "conditions.tsv", np.random.default_rng(12345)
     rows = [{one.name: random.random() for one in conditions} for _ in range(machine.options.samples)]
