@@ -12,9 +12,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,7 +52,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         BundleError: if the file cannot be written, for want of room or of permission.
     """
     target = Path(path)
-    temporary = target.with_name(f".{os.getpid()}-{target.name}")
+    temporary = target.with_name(f".{uuid.uuid4().hex[:12]}-{target.name}")  # processes of two machines share numbers
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -62,6 +64,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Remove what processes that were killed while they wrote `path` have left beside it."""
+    target = Path(path)
+    for leftover in target.parent.glob(f".{'[0-9a-f]' * 12}-{glob.escape(target.name)}"):
+        leftover.unlink(missing_ok=True)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,6 +50,10 @@ class Volumetry(ABC):
             BundleError: if they cannot be measured.
         """
 
+    def reads(self, raw: Path, row: Mapping[str, str]) -> Path | None:
+        """The file besides the scan itself that holds its volumes or labels; None if there is none."""
+        return None
+
     def settings(self) -> dict[str, Any]:
         """Plain data on which the volumes depend."""
         return {}
@@ -64,14 +68,20 @@ class LabelsBeside(Volumetry):
 
     def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
         """See `Volumetry`."""
-        named = record.row.get(LABELS_COLUMN, "")
-        known = [record.raw.parent / named] if named not in ("", "n/a") else self._candidates(record.raw)
-        found = next((path for path in known if path.is_file()), None)
+        found = self.reads(record.raw, record.row)
         if found is None:
-            raise ScanError("no label map", f"there is no label map beside {record.raw}, such as {known[0].name}")
+            first = self._candidates(record.raw, record.row)[0].name
+            raise ScanError("no label map", f"there is no label map beside {record.raw}, such as {first}")
         return normalised(label_volumes(found), record), None
 
-    def _candidates(self, raw: Path) -> list[Path]:
+    def reads(self, raw: Path, row: Mapping[str, str]) -> Path | None:
+        """The scan's label map."""
+        return next((path for path in self._candidates(raw, row) if path.is_file()), None)
+
+    def _candidates(self, raw: Path, row: Mapping[str, str]) -> list[Path]:
+        named = row.get(LABELS_COLUMN, "")
+        if named not in ("", "n/a"):
+            return [raw.parent / named]
         name = stem(raw).removesuffix("_T1w")
         return [raw.with_name(f"{name}{word}{ending}") for word in BESIDE for ending in ENDINGS]
 
@@ -109,7 +119,9 @@ class GivenVolumes(Volumetry):
         return normalised(found or {}, record), None
 
     def _name(self, name: str, known: Mapping[str, Any]) -> str:
-        fitting = [one for one in known if one == name or one.startswith((f"{name}_", f"{name}-", f"{name}."))]
+        names = (name, name.removeprefix("sub-"))
+        begin = tuple(f"{one}{mark}" for one in names for mark in "_-.")
+        fitting = [one for one in known if one in names or one.startswith(begin)]
         if len(fitting) != 1:
             raise ScanError("no label map", f"{self.path} has {len(fitting)} segmentations of {name}")
         return fitting[0]
@@ -157,6 +169,12 @@ class OwnSegmenter(Volumetry):
         found = brain_volumes(record.on_grid(), space.grid)
         return {name: found[f"{name}_mm3"] for name in QUANTITIES}, None
 
+    def settings(self) -> dict[str, Any]:
+        """The hash of the weights."""
+        from scripts.segmenter import SHIPPED
+
+        return {"weights_sha256": file_hash(SHIPPED) if SHIPPED.is_file() else None}
+
 
 class MeasureVolumes:
     """The step that fills in the volumes that no table states; a scan that lacks none goes through unchanged.
@@ -186,6 +204,17 @@ class MeasureVolumes:
         self.names = {c.raw: c.name for c in conditions if c.name in QUANTITIES}
         self.chosen = None if is_absent(segment_with) else str(segment_with)
         self.way = _way(self.chosen, segmentations, ways)
+
+    def reads(self, raw: Path, row: Mapping[str, str], lacking: Sequence[str]) -> Path | None:
+        """The file besides the scan itself that a scan which lacks these conditions is measured by; None for none.
+
+        Args:
+            raw: the scan's file.
+            row: what the tables say of it, by column.
+            lacking: raw names of the conditions that no table states of it.
+        """
+        wanted = self.way is not None and any(raw_name in self.measures for raw_name in lacking)
+        return self.way.reads(raw, row) if self.way and wanted else None
 
     @property
     def measures(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +33,8 @@ from scripts.devices import process_rank
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(days=100)
 
 
 def start(device: torch.device) -> None:
@@ -52,6 +55,23 @@ def start(device: torch.device) -> None:
     if rank() > 0:
         logging.disable(logging.WARNING)
     logger.info(f"working in {world_size()} processes")
+
+
+def arrive(where: str) -> None:
+    """Wait, for as long as it takes, until every process that `torchrun` started has come to this place.
+
+    `torchrun` ends all processes as soon as one fails: one that means to fail waits here for the others' work. They
+    need not have joined a group. Without `torchrun` there is nothing to wait for.
+
+    Args:
+        where: a name of the place.
+    """
+    if not dist.is_torchelastic_launched() or process_rank()[1] == 1:
+        return
+    store, own_rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"{where} {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store.set(str(own_rank), "here")
+    store.wait([str(one) for one in range(size)], PATIENCE)
 
 
 def finish() -> None:

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from scripts.bias_field import without_bias_field
 from scripts.errors import BundleError
 from scripts.options import is_absent, whole_number, yes_or_no
+from scripts.packages import file_hash
 from scripts.preparation_steps import Record, TargetSpace, step_settings
 from scripts.scans import Scan
 from scripts.skull_stripping import Stripper, TemplateStripper
@@ -103,8 +105,10 @@ class StripSkull:
         return record.updated(volume=record.on_grid() * brain, skull_stripped=True)
 
     def settings(self) -> dict[str, Any]:
-        """The stripper."""
-        return {"stripper": self.name}
+        """The stripper, and the hash of its weights if it has some."""
+        weights = getattr(self.make, "keywords", {}).get("weights")
+        there = weights is not None and Path(str(weights)).is_file()
+        return {"stripper": self.name, **({"weights_sha256": file_hash(weights)} if there else {})}
 
 
 def template_stripper(space: TargetSpace, seed: int = 1) -> Stripper:

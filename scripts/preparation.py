@@ -28,6 +28,7 @@ from scripts.atomic import make_folder
 from scripts.conditions import Conditions
 from scripts.covariates import Columns, Covariates
 from scripts.devices import process_rank
+from scripts.distributed import arrive
 from scripts.errors import BundleError
 from scripts.exclusions import Exclusions
 from scripts.options import is_absent, whole_number, yes_or_no
@@ -111,20 +112,24 @@ class Preparation:
         Raises:
             BundleError: after all good scans are written, if any scan failed; at once if there is no room on the disk.
         """
-        failed = [] if self.only_assemble else self._prepare(self.scans[self.part - 1 :: self.parts])
-        if not self.only_assemble and not self.dataset.is_complete(self.scans):
+        share, where = self.scans[self.part - 1 :: self.parts], self.dataset_dir / "logs"
+        failed = [] if self.only_assemble else self._prepare(share)
+        if self.only_assemble or self.dataset.is_complete(self.scans):
+            share, where = self.scans, self.dataset_dir / FAILURES
+            failed = self._conclude(self.dataset.assemble(self.scans))
+        else:
             logger.info("other parts are not finished: the last one writes the tables, or --assemble 1")
-            _raise_if(failed, len(self.scans[self.part - 1 :: self.parts]), self.dataset_dir / "logs")
-            return
-        self._conclude(self.dataset.assemble(self.scans))
+        arrive("prepared")
+        _raise_if(failed, len(share), where)
 
-    def _conclude(self, tables: Tables) -> None:
+    def _conclude(self, tables: Tables) -> list[dict[str, Any]]:
         left_out = f", {len(tables.excluded)} of them excluded from the table" if tables.excluded else ""
         logger.info(f"{len(tables.rows)} scans prepared in {self.dataset_dir}{left_out}; look at quality.html there")
         if tables.missing:
             count, first = len(tables.missing), tables.missing[0]
-            logger.warning(f"{count} scans are not prepared yet, {first} the first: they are not in the tables")
-        _raise_if(tables.failures, len(self.scans), self.dataset_dir / FAILURES)
+            others = "or by other settings: they are not in the tables"
+            logger.warning(f"{count} scans are not prepared yet, {first} the first, {others}")
+        return tables.failures
 
     def _prepare(self, scans: Sequence[Scan]) -> list[dict[str, Any]]:
         """The failures among some scans, after all of them were tried."""

@@ -172,6 +172,23 @@ class Reorient:
 
 
 @dataclass(frozen=True)
+class FromDarkest:
+    """Makes the scan's darkest value 0, what lies below it included: offsets and single voxels far off have no say.
+
+    Args:
+        percentile: 0..100, of all voxels, that counts as the darkest.
+    """
+
+    percentile: float = 0.1
+
+    def __call__(self, record: Record) -> Record:
+        """The record with its scan from 0 up."""
+        scan = record.scan
+        lowest = np.float32(np.percentile(scan.data, self.percentile))
+        return record.updated(scan=Scan(np.maximum(scan.data - lowest, 0.0), scan.affine))
+
+
+@dataclass(frozen=True)
 class Register:
     """Finds the rigid motion onto the template; see `scripts.registration.register`.
 

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 FAILURES = "failures.tsv"
 METADATA = Path(__file__).resolve().parent.parent / "configs" / "metadata.json"
-IGNORED = ("conditions.json", "failures.tsv", "figures/", "logs/", "*.html", "*_xfm.txt")
+IGNORED = ("conditions.json", "failures.tsv", "figures", "logs", "*.html", "*_xfm.txt")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Splits:
 
     def of(self, sources: Sequence[Source]) -> dict[str, str]:
         """Subject -> split."""
-        stated = {s.subject: s.row["split"] for s in sources if s.row.get("split", MISSING) not in ("", MISSING)}
+        stated = _stated(sources)
         places = {s.subject: place(s.subject, self.seed) for s in sources}
         found = {name: stated.get(name) or self._at(where) for name, where in places.items()}
         wanted = self.fractions["validation"] > 0.0 and len(found) > 1 and not stated
@@ -109,6 +109,24 @@ class Splits:
         if where < validation:
             return "validation"
         return "test" if where < validation + self.fractions["test"] else "train"
+
+
+def _stated(sources: Sequence[Source]) -> dict[str, str]:
+    """Subject -> the split that the input states.
+
+    Raises:
+        BundleError: for another word, or if a subject is in two splits.
+    """
+    stated: dict[str, str] = {}
+    for source in sources:
+        word = source.row.get("split", MISSING)
+        if word in ("", MISSING):
+            continue
+        if word not in SPLITS:
+            raise BundleError(f"the column `split` has '{word}' for {source.name}: use {', '.join(SPLITS)}")
+        if stated.setdefault(source.subject, word) != word:
+            raise BundleError(f"the column `split` has {source.subject} both in {stated[source.subject]} and in {word}")
+    return stated
 
 
 class PreparedDataset:
@@ -159,6 +177,8 @@ class PreparedDataset:
             write_json(self.dataset_dir / "participants.json", self._columns(kept))
             write_json(self.dataset_dir / "dataset_description.json", self._description())
             write_text(self.dataset_dir / ".bidsignore", "".join(f"{line}\n" for line in IGNORED))
+        elif not found.missing:
+            (self.dataset_dir / TABLE).unlink(missing_ok=True)  # all have failed or are excluded
         self._write_failures(found.failures)
         self._write_ranges(kept)
         full = [{**failure, "reason": failure["message"]} for failure in found.failures]

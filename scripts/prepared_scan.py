@@ -26,7 +26,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from scripts.atomic import make_folder, replacing, write_json, write_text
+from scripts.atomic import make_folder, remove_leftovers, replacing, write_json, write_text
 from scripts.errors import BundleError
 from scripts.packages import file_hash
 from scripts.preparation_steps import Record, Step, TargetSpace, step_settings
@@ -80,6 +80,7 @@ class PreparedFiles:
         self.sidecar = Path(f"{stem}_T1w.json")
         self.labels = Path(f"{stem}_dseg.nii.gz")
         self.transform = dataset_dir / source.folder / f"{source.name}_from-T1w_to-{SPACE}_mode-image_xfm.txt"
+        self.picture = dataset_dir / FIGURES / f"{source.name}.jpg"
         self.failure = dataset_dir / "logs" / f"{source.name}.json"
 
 
@@ -126,7 +127,8 @@ class ScanPreparer:
         known = read_json(files.sidecar)
         made_by = self._made_by(lacking)
         same = {key: known.get(key) for key in made_by} == made_by
-        return known if same and files.volume.is_file() else None
+        there = all(path.is_file() for path in (files.volume, files.transform, files.picture))
+        return known if same and there else None
 
     def _made_by(self, lacking: Sequence[str]) -> dict[str, Any]:
         """The recipe, and which of the conditions that no table states it is to measure."""
@@ -134,29 +136,49 @@ class ScanPreparer:
 
     def _is_done(self, work: Work, files: PreparedFiles) -> bool:
         known = self.known(files, work.lacking)
-        return known is not None and known.get("source_sha256") == file_hash(work.source.path)
+        return known is not None and all(known.get(key) == value for key, value in self._read(work).items())
+
+    def _read(self, work: Work) -> dict[str, str]:
+        """The hash of each file that is read of this scan, by its name in the sidecar; empty where there is none."""
+        source = work.source
+        further = {
+            f"{name}_sha256": step.reads(source.path, source.row, work.lacking)
+            for name, step in self.steps.items()
+            if hasattr(step, "reads")
+        }
+        return {key: _hash(path) for key, path in {"source_sha256": source.path, **further}.items()}
 
     def _prepare(self, work: Work, files: PreparedFiles) -> tuple[str, ...]:
-        source = work.source
-        sha256 = file_hash(source.path) if source.path.is_file() else ""
+        source, hashes = work.source, self._read(work)
         scan = read_scan(source.path)
         record = Record(source.name, scan, scan, work.lacking, source.row, source.path)
         for step in self.steps.values():
             record = step(record)
         files.sidecar.unlink(missing_ok=True)  # until the volume that it describes is written
         self._write(record, files)
-        origin = {"source": source.origin, "source_sha256": sha256}
+        origin = {"source": source.origin, **hashes}
         write_json(files.sidecar, {**_bids(record), **origin, **self._made_by(work.lacking), **_results(record)})
         return record.warnings
 
     def _write(self, record: Record, files: PreparedFiles) -> None:
         make_folder(files.volume.parent)
+        for path in (files.volume, files.sidecar, files.labels, files.transform):
+            remove_leftovers(path)
         write_volume(files.volume, record.on_grid(), self.space.grid)
         if record.labels is not None:
             write_labels(files.labels, record.labels)
         found = record.registered()
         self.pictures.write(self.dataset_dir / FIGURES, record.name, record.on_grid(), self.space.grid, found.scale)
         write_text(files.transform, itk_transform(found.rigid))
+
+
+def _hash(path: Path | None) -> str:
+    if path is None or not path.is_file():
+        return ""
+    try:
+        return file_hash(path)
+    except OSError as error:
+        raise ScanError("unreadable", f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _bids(record: Record) -> dict[str, Any]:

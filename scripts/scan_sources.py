@@ -69,7 +69,8 @@ class Source:
 def find_sources(input_dir: str | os.PathLike | None, input_table: str | os.PathLike | None) -> list[Source]:
     """The scans of a table's column `path`, or those that a BIDS dataset has of the people in its table.
 
-    Names that cannot be those of files, or that two scans share, are faults of these scans alone.
+    A participant `01` of a table is `sub-01`, as BIDS has it. Names that cannot be those of files, or that two scans
+    share, are faults of these scans alone.
 
     Args:
         input_dir: a BIDS dataset; without `participants.tsv`, all its subjects.
@@ -84,6 +85,7 @@ def find_sources(input_dir: str | os.PathLike | None, input_table: str | os.Path
         raise BundleError(f"--input_dir: there is no folder {input_dir}")
     table = Path(str(input_table)) if input_table else Path(str(input_dir)) / TABLE
     rows = read_table(table, ["participant_id"]) if input_table or table.is_file() else []
+    rows = [{**row, "participant_id": f"sub-{row['participant_id'].removeprefix('sub-')}"} for row in rows]
     if rows and all(_stated(row, "path") for row in rows):
         return _checked([_named_by(row, table) for row in rows])
     return _checked(_in_bids(Path(str(input_dir or table.parent)), rows, table))

@@ -29,6 +29,8 @@ EXTENT_RANGE = (80.0, 600.0)
 NIFTI = (".nii", ".nii.gz")
 MGH = (".mgh", ".mgz")
 SUFFIXES = (*NIFTI, *MGH)
+COMPRESSED = (".gz", ".mgz")
+READ_BYTES = 1 << 24
 MGH_GOOD_RAS, MGH_DELTA = 28, 30  # bytes before these fields of the header
 
 
@@ -85,7 +87,7 @@ def read_scan(path: str | os.PathLike) -> Scan:
         image = _open(path)
         _check_shape(image.shape)
         affine = _checked_affine(image, path)
-        data = _read(image)
+        data = _read(image, path)
         _check_values(data)
     except ScanError as error:
         raise ScanError(error.reason, f"{path}: {error}") from error
@@ -110,6 +112,8 @@ def _open(path: Path) -> nib.Nifti1Image | nib.MGHImage:
         raise ScanError("missing file", "no such file")
     try:
         image = nib.load(path)
+    except (EOFError, zlib.error) as error:
+        raise ScanError("truncated", f"is truncated or damaged: {_first_line(error)}") from error
     except UNREADABLE as error:
         raise ScanError("unreadable", f"cannot be read as NIfTI or MGH: {_first_line(error)}") from error
     if not isinstance(image, (nib.Nifti1Image, nib.MGHImage)):
@@ -176,9 +180,10 @@ def _check_geometry(affine: np.ndarray, spacing: np.ndarray, shape: np.ndarray) 
         raise ScanError("impossible extent", reason)
 
 
-def _read(image: nib.Nifti1Image | nib.MGHImage) -> np.ndarray:
+def _read(image: nib.Nifti1Image | nib.MGHImage, path: Path) -> np.ndarray:
     try:
         stored = np.asanyarray(image.dataobj)
+        _read_to_the_end(path)
         data = stored.astype(np.float32, casting="same_kind")
     except TypeError as error:
         kind = image.get_data_dtype()
@@ -186,6 +191,14 @@ def _read(image: nib.Nifti1Image | nib.MGHImage) -> np.ndarray:
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ScanError("truncated", f"is truncated or damaged: {_first_line(error)}") from error
     return data.reshape(data.shape[:3])
+
+
+def _read_to_the_end(path: Path) -> None:
+    """Where a compressed file keeps its checksum: nibabel stops at the last voxel, and would take damaged ones."""
+    if path.name.endswith(COMPRESSED):
+        with ImageOpener(path) as file:
+            while file.read(READ_BYTES):
+                pass
 
 
 def _check_values(data: np.ndarray) -> None:

@@ -24,7 +24,7 @@ from scripts.check_step import CheckScan
 from scripts.conditions import Conditions
 from scripts.grid import Grid
 from scripts.preparation import Preparation
-from scripts.preparation_steps import Reorient, Resample, ScaleIntensities, TargetSpace
+from scripts.preparation_steps import FromDarkest, Reorient, Resample, ScaleIntensities, TargetSpace
 
 GRID = Grid((20, 28, 20), (-8.0, 8.0, 8.0), (76.0, -120.0, -56.0))
 CONDITIONS = Conditions(
@@ -63,6 +63,7 @@ def space(folder: Path) -> TargetSpace:
 def steps(target: TargetSpace, **more: Any) -> dict[str, Any]:
     return {
         "reorient": Reorient(),
+        "darkest": FromDarkest(),
         "register": KnownPose(),
         **more,
         "resample": Resample(target, order=1),

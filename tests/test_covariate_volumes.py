@@ -79,6 +79,11 @@ def test_label_maps_beside_the_scan(rows: Rows, tmp_path: Path) -> None:
     assert [float(row["ventricular_vol_mm3"]) for row in found] == pytest.approx([ventricles] * 2, abs=0.1)
     assert [float(row["brain_vol_mm3"]) for row in found] == pytest.approx([brain, 1234567], abs=0.1)
     assert found[0]["measured_volumes"] == "ventricular_vol_mm3 brain_vol_mm3"
+    smaller = labels.copy()
+    smaller[tuple(np.argwhere(labels == VENTRICLE)[0])] = 0
+    save(raw / "sub-00/anat/sub-00_dseg.nii.gz", smaller)
+    changed = rows(raw, "labels", labels=LabelsBeside())
+    assert float(changed[0]["ventricular_vol_mm3"]) == ventricles - VOXEL and changed[1] == found[1]
     (raw / "sub-01/anat/sub-01_dseg.nii.gz").unlink()
     assert rows(raw, None)[0]["ventricular_vol_mm3"] == "n/a"
     with pytest.raises(BundleError, match=r"1 of 2 scans failed: 1 no label map \(sub-01\)"):
@@ -130,6 +135,7 @@ def test_the_own_network_is_asked(rows: Rows, tmp_path: Path, monkeypatch: pytes
         "ventricular_vol_mm3": 1000.0 * (volume.shape == grid.shape),
         "brain_vol_mm3": 1.3e6,
     }
+    module.SHIPPED = tmp_path / "weights"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "scripts.segmenter", module)
     row = rows(write_bids(tmp_path / "raw", 1), "own", own=OwnSegmenter())[0]
     assert (float(row["ventricular_vol_mm3"]), float(row["brain_vol_mm3"])) == (1000.0, 1.3e6)

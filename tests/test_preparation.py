@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,11 +256,20 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     nib.save(unoriented, tmp_path / "lost.mgz")
     save(tmp_path / "scan.nii", GOOD, THREE)
     (tmp_path / "short.nii").write_bytes((tmp_path / "scan.nii").read_bytes()[:5000])
+    packed = bytearray(gzip.compress((tmp_path / "scan.nii").read_bytes(), compresslevel=0))
+    (tmp_path / "unsigned.nii.gz").write_bytes(packed[:-4])
+    packed[len(packed) // 2] ^= 1
+    (tmp_path / "flipped.nii.gz").write_bytes(packed)
+    nib.save(nib.MGHImage(GOOD, THREE), tmp_path / "whole.mgz")
+    (tmp_path / "short.mgz").write_bytes((tmp_path / "whole.mgz").read_bytes()[:5000])
     for name, message in (
         ("gone.nii", "no such file"),
         ("text.nii.gz", "cannot be read"),
         ("empty.nii", "cannot be read"),
         ("short.nii", "truncated"),
+        ("short.mgz", "truncated"),
+        ("unsigned.nii.gz", "truncated or damaged"),
+        ("flipped.nii.gz", "truncated or damaged: CRC"),
         ("lost.nii.gz", "no orientation"),
         ("lost.mgz", "no orientation"),
         ("scan.mnc", "neither NIfTI nor MGH"),

@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from preparing import (
 )
 from stand_ins import FailsOn, KilledOn, KnownPose
 
+from scripts.atomic import make_folder, replacing
 from scripts.conditions import Conditions
 from scripts.datasets import participants, split
 from scripts.errors import BundleError
@@ -46,6 +49,7 @@ from scripts.scans import Scan
 from scripts.skull_stripping import Stripper
 from scripts.tables import read_table, write_table
 
+ROOT = Path(__file__).resolve().parent.parent
 NUMBER = 6
 AGES = [45, 50, 60, 70, 75, 81]
 KNOWN = {"age": AGES, "sex": ["F", "m", "Female", "MALE", "0", "1"]}
@@ -172,6 +176,10 @@ def test_only_what_is_missing_or_changed_is_done(
     assert len(calls) == 8
     prepare(input_dir=raw, steps={**steps(target), "register": KnownPose(1.1)}, overwrite=1)
     assert len(calls) == 11
+    (dataset / "figures/sub-00.jpg").unlink()
+    (dataset / "sub-01/anat/sub-01_from-T1w_to-MNI152_mode-image_xfm.txt").unlink()
+    prepare(input_dir=raw, steps={**steps(target), "register": KnownPose(1.1)})
+    assert calls[11:] == ["sub-00", "sub-01"] and (dataset / "figures/sub-00.jpg").is_file()
 
 
 def test_nothing_is_lost_when_the_disk_is_full(
@@ -196,6 +204,66 @@ def test_nothing_is_lost_when_the_disk_is_full(
     assert left and left.items() <= contents(prepared).items()
     monkeypatch.setattr("scripts.volumes.nib.save", plain)
     assert contents(prepare(input_dir=raw)) == contents(prepared)
+
+
+def test_what_was_prepared_and_then_goes_bad_is_named(prepare: Prepare, tmp_path: Path) -> None:
+    """A source that vanishes or is damaged later fails by its own reason; it comes back when the file does."""
+    raw = write_bids(tmp_path / "raw", 2, {"age": [50, 60]})
+    before = contents(prepare(input_dir=raw))
+    scan = raw / "sub-01/anat/sub-01_T1w.nii.gz"
+    whole = scan.read_bytes()
+    scan.write_bytes(whole[:-20])
+    with pytest.raises(BundleError, match=r"1 of 2 scans failed: 1 truncated \(sub-01\)"):
+        prepare(input_dir=raw)
+    scan.rename(tmp_path / "away")
+    rows = [{"participant_id": f"0{i}", "path": f"raw/sub-0{i}/anat/sub-0{i}_T1w.nii.gz"} for i in range(2)]
+    write_table(tmp_path / "table.tsv", rows)
+    with pytest.raises(BundleError, match=r"1 of 2 scans failed: 1 missing file \(sub-01\)"):
+        prepare(input_table=tmp_path / "table.tsv")
+    scan.write_bytes(whole)
+    again = contents(prepare(input_dir=raw))
+    assert again == before
+
+
+def test_what_a_killed_process_left_half_written_is_removed(prepare: Prepare, tmp_path: Path) -> None:
+    raw, folder = write_bids(tmp_path / "raw", 1), make_folder(tmp_path / "dataset/sub-00/anat")
+    half = replacing(folder / "sub-00_space-MNI152_T1w.nii.gz")
+    half.__enter__().write_bytes(b"half")  # and never left
+    (folder / ".0123456789ab-other.nii.gz").write_bytes(b"of another scan")
+    assert len(list(folder.iterdir())) == 2
+    prepare(input_dir=raw)
+    assert [path.name for path in folder.glob(".*")] == [".0123456789ab-other.nii.gz"]
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_failure_does_not_end_the_others(raw: Path, prepared: Path, tmp_path: Path) -> None:
+    """The first process fails at once, the second has slow scans: all of them are prepared before either ends."""
+    script = tmp_path / "work.py"
+    script.write_text(
+        f"""
+import sys, time
+from pathlib import Path
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from preparing import preparation, space, steps
+from scripts.errors import BundleError
+from stand_ins import FailsOn, KnownPose
+def slow(record):
+    time.sleep(0.0 if record.name in ("sub-00", "sub-02", "sub-04") else 1.0)
+    return record
+target = space(Path({str(tmp_path)!r}) / ("space" + sys.argv[1]))
+chain = steps(target, fault=FailsOn("sub-00"), slow=slow)
+try:
+    preparation(target, Path({str(tmp_path / "dataset")!r}), input_dir={str(raw)!r}, steps=chain).run()
+except BundleError as error:
+    sys.exit(f"error: {{error}}")
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), "x"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert ran.returncode != 0 and "1 of 6 scans failed: 1 unexpected ZeroDivisionError (sub-00)" in ran.stderr
+    rows = read_table(tmp_path / "dataset/participants.tsv")
+    assert [row["participant_id"] for row in rows] == [f"sub-0{i}" for i in range(1, 6)]
+    assert failures(tmp_path / "dataset") == {"sub-00": "unexpected ZeroDivisionError"}
 
 
 def test_every_fault_is_named_and_counted(prepare: Prepare, tmp_path: Path) -> None:
@@ -231,10 +299,10 @@ def test_every_fault_is_named_and_counted(prepare: Prepare, tmp_path: Path) -> N
         prepare(input_table=tmp_path / "table.tsv")
     assert str(caught.value).endswith("failures.tsv") and "1 impossible age_years" in str(caught.value)
     found = read_table(tmp_path / "dataset" / "failures.tsv")
-    assert [(row["participant_id"], row["reason"]) for row in found] == [(n, r) for n, *_, r in rows if r]
+    assert [(row["participant_id"], row["reason"]) for row in found] == [(f"sub-{n}", r) for n, *_, r in rows if r]
     messages = {row["participant_id"]: row["message"] for row in found}
-    assert "did you mean female?" in messages["misspelt"] and "620" in messages["old"]
-    assert [row["participant_id"] for row in read_table(tmp_path / "dataset" / "participants.tsv")] == ["good"]
+    assert "did you mean female?" in messages["sub-misspelt"] and "620" in messages["sub-old"]
+    assert [row["participant_id"] for row in read_table(tmp_path / "dataset" / "participants.tsv")] == ["sub-good"]
 
 
 @pytest.mark.parametrize(
@@ -245,14 +313,29 @@ def test_every_fault_is_named_and_counted(prepare: Prepare, tmp_path: Path) -> N
         ({"words": {"sexx": {}}}, "words names 'sexx'"),
         ({"splits": {"train": 0.5, "validation": 0.1, "test": 0.1}}, "0.7 together"),
         ({"splits": {"train": 1.0}}, "train, validation, test"),
+        ({"input_table": "train trian"}, "has 'trian' for sub-01: use train, validation, test"),
         ({"num_workers": -1}, "num_workers"),
         ({"input_dir": None}, "nothing to prepare"),
         ({"input_dir": "nowhere"}, "no folder nowhere"),
     ],
 )
-def test_bad_requests_are_refused(prepare: Prepare, raw: Path, options: dict[str, Any], message: str) -> None:
+def test_bad_requests_are_refused(
+    prepare: Prepare, raw: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    if "input_table" in options:
+        rows = [{"participant_id": f"0{i}", "split": word} for i, word in enumerate(options["input_table"].split())]
+        write_table(tmp_path / "table.tsv", rows)
+        options = {"input_table": tmp_path / "table.tsv"}
     with pytest.raises(BundleError, match=message):
         prepare(**{"input_dir": raw, **options})
+
+
+def test_a_person_is_in_one_split(prepare: Prepare, raw: Path, tmp_path: Path) -> None:
+    path = str(raw / "sub-00/anat/sub-00_T1w.nii.gz")
+    rows = [{"participant_id": "9", "session_id": i, "path": path, "split": s} for i, s in enumerate(("train", "test"))]
+    write_table(tmp_path / "table.tsv", rows)
+    with pytest.raises(BundleError, match="has sub-9 both in train and in test"):
+        prepare(input_table=tmp_path / "table.tsv")
 
 
 def test_an_empty_set_is_refused(prepare: Prepare, tmp_path: Path) -> None:
@@ -339,6 +422,9 @@ def test_people_without_a_table_and_tables_without_people(
     assert "1 subjects" in caplog.text and "sub-00 ..." in caplog.text
     (raw / "participants.tsv").unlink()
     assert len(read_table(prepare(input_dir=raw) / "participants.tsv")) == 2
+    (raw / "participants.tsv").write_text("participant_id\tage\n01\t50\n")
+    known = read_table(prepare(input_dir=raw) / "participants.tsv")
+    assert [(row["participant_id"], row["age_years"]) for row in known] == [("sub-01", "50")]
 
 
 def test_words_of_a_table_are_translated(prepare: Prepare, tmp_path: Path) -> None:
@@ -398,6 +484,9 @@ def test_excluded_scans_leave_the_table_and_stay_on_the_page(prepare: Prepare, r
     (tmp_path / "list.txt").write_text("sub-99\n")
     with pytest.raises(BundleError, match="sub-99"):
         prepare(input_dir=raw, exclude=tmp_path / "list.txt", assemble=1)
+    (tmp_path / "list.txt").write_text("".join(f"sub-{i:02d}\n" for i in range(NUMBER)))
+    prepare(input_dir=raw, exclude=tmp_path / "list.txt", assemble=1)
+    assert not (dataset / "participants.tsv").exists()
 
 
 def test_tables_of_what_is_there_so_far(
@@ -429,7 +518,7 @@ def test_ranges_are_learned_from_the_training_split(
 
 
 def test_any_affine_dtype_and_scaling_gives_the_same_head(prepare: Prepare, prepared: Path, tmp_path: Path) -> None:
-    """The head of sub-00 in other axes, as MGH, with a slope, in unsigned bytes and in doubles."""
+    """The head of sub-00 in other axes, as MGH, with a slope, in doubles, and cut with its background far from 0."""
     image, _ = head(swell=0.9)
     image = np.rint(1000 * image)
     plain = nib.Nifti1Image(image.astype(np.float64), GRID.affine)
@@ -440,13 +529,28 @@ def test_any_affine_dtype_and_scaling_gives_the_same_head(prepare: Prepare, prep
     scaled.header.set_slope_inter(0.01, 3)
     nib.save(scaled, tmp_path / "scaled.nii.gz")
     save(tmp_path / "double.nii.gz", image.astype(np.float64)[..., None])
-    names = ("turned.nii", "turned.mgz", "scaled.nii.gz", "double.nii.gz")
+    save(tmp_path / "below.nii.gz", _far_off(image - 1000)[2:-2], GRID.affine @ _shifted(2))
+    save(tmp_path / "above.nii.gz", (image + 300)[2:-2].astype(np.int16), GRID.affine @ _shifted(2))
+    names = ("turned.nii", "turned.mgz", "scaled.nii.gz", "double.nii.gz", "below.nii.gz", "above.nii.gz")
     write_table(tmp_path / "x.csv", [{"participant_id": n.replace(".", ""), "path": n} for n in names])
     (tmp_path / "x.csv").write_text((tmp_path / "x.csv").read_text().replace("\t", ","))
     dataset = prepare(input_table=tmp_path / "x.csv")
     wanted = nib.load(prepared / "sub-00/anat/sub-00_space-MNI152_T1w.nii.gz").get_fdata()
     for row in read_table(dataset / "participants.tsv"):
         assert np.abs(nib.load(dataset / row["path"]).get_fdata() - wanted).max() < 1.5 / 255, row["path"]
+
+
+def _far_off(image: np.ndarray) -> np.ndarray:
+    """With one voxel of a value that no tissue has."""
+    image = image.astype(np.float32)
+    image[3, 3, 3] = -32768
+    return image
+
+
+def _shifted(voxels: int) -> np.ndarray:
+    matrix = np.eye(4)
+    matrix[0, 3] = voxels
+    return matrix
 
 
 def test_an_oblique_scan_lies_where_its_header_says(prepare: Prepare, tmp_path: Path, prepared: Path) -> None:

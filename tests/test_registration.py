@@ -27,11 +27,18 @@ from scipy.spatial.transform import Rotation
 from scripts.bias_field import without_bias_field
 from scripts.errors import BundleError
 from scripts.grid import Grid
-from scripts.preparation_steps import scale_intensities
+from scripts.preparation_steps import (
+    FromDarkest,
+    Record,
+    Register,
+    Reorient,
+    Resample,
+    ScaleIntensities,
+    TargetSpace,
+)
 from scripts.registration import (
     Registration,
     Template,
-    blurred,
     correlation,
     load_template,
     register,
@@ -251,11 +258,13 @@ def test_the_templates_own_brain_is_found(coarse: Template) -> None:
 
 
 def prepared(scan: Scan, template: Template) -> tuple[np.ndarray, Registration]:
-    """A raw scan on the bundle grid, and how it was laid on the template."""
-    found = register(scan, template, seed=1, enough=0.4)
-    moved = resample(blurred(scan, 1.0), found.rigid, GRID.shape, GRID.affine, order=3)
-    brain = template.brain_on(GRID.shape, GRID.affine)
-    return scale_intensities(moved, brain, GRID, 99.8, 0.8), found
+    """A raw scan on the bundle grid by the preparation's own steps, and how it was laid on the template."""
+    space = TargetSpace(GRID, HEAD, BRAIN)
+    space.template = template  # read already
+    record = Record("real", scan, scan)
+    for step in (Reorient(), FromDarkest(), Register(space), Resample(space), ScaleIntensities(space)):
+        record = step(record)
+    return record.on_grid(), record.registered()
 
 
 @pytest.mark.slow
