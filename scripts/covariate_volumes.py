@@ -50,8 +50,8 @@ class Volumetry(ABC):
             BundleError: if they cannot be measured.
         """
 
-    def reads(self, raw: Path, row: Mapping[str, str]) -> Path | None:
-        """The file besides the scan itself that holds its volumes or labels; None if there is none."""
+    def reads(self, name: str, raw: Path, row: Mapping[str, str]) -> Path | None:
+        """The file besides the scan itself that holds its labels; None if there is none. See `MeasureVolumes.reads`."""
         return None
 
     def settings(self) -> dict[str, Any]:
@@ -68,13 +68,13 @@ class LabelsBeside(Volumetry):
 
     def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
         """See `Volumetry`."""
-        found = self.reads(record.raw, record.row)
+        found = self.reads(record.name, record.raw, record.row)
         if found is None:
             first = self._candidates(record.raw, record.row)[0].name
             raise ScanError("no label map", f"there is no label map beside {record.raw}, such as {first}")
         return normalised(label_volumes(found), record), None
 
-    def reads(self, raw: Path, row: Mapping[str, str]) -> Path | None:
+    def reads(self, name: str, raw: Path, row: Mapping[str, str]) -> Path | None:
         """The scan's label map."""
         return next((path for path in self._candidates(raw, row) if path.is_file()), None)
 
@@ -118,10 +118,18 @@ class GivenVolumes(Volumetry):
             found = label_volumes(self.maps[self._name(record.name, self.maps)])
         return normalised(found or {}, record), None
 
-    def _name(self, name: str, known: Mapping[str, Any]) -> str:
+    def reads(self, name: str, raw: Path, row: Mapping[str, str]) -> Path | None:
+        """The scan's label map in the folder; none where there is not one, which `measure` refuses."""
+        fitting = self._fitting(name, self.maps)
+        return self.maps[fitting[0]] if len(fitting) == 1 else None
+
+    def _fitting(self, name: str, known: Mapping[str, Any]) -> list[str]:
         names = (name, name.removeprefix("sub-"))
         begin = tuple(f"{one}{mark}" for one in names for mark in "_-.")
-        fitting = [one for one in known if one in names or one.startswith(begin)]
+        return [one for one in known if one in names or one.startswith(begin)]
+
+    def _name(self, name: str, known: Mapping[str, Any]) -> str:
+        fitting = self._fitting(name, known)
         if len(fitting) != 1:
             raise ScanError("no label map", f"{self.path} has {len(fitting)} segmentations of {name}")
         return fitting[0]
@@ -205,16 +213,17 @@ class MeasureVolumes:
         self.chosen = None if is_absent(segment_with) else str(segment_with)
         self.way = _way(self.chosen, segmentations, ways)
 
-    def reads(self, raw: Path, row: Mapping[str, str], lacking: Sequence[str]) -> Path | None:
+    def reads(self, name: str, raw: Path, row: Mapping[str, str], lacking: Sequence[str]) -> Path | None:
         """The file besides the scan itself that a scan which lacks these conditions is measured by; None for none.
 
         Args:
+            name: of the scan.
             raw: the scan's file.
             row: what the tables say of it, by column.
             lacking: raw names of the conditions that no table states of it.
         """
         wanted = self.way is not None and any(raw_name in self.measures for raw_name in lacking)
-        return self.way.reads(raw, row) if self.way and wanted else None
+        return self.way.reads(name, raw, row) if self.way and wanted else None
 
     @property
     def measures(self) -> tuple[str, ...]:

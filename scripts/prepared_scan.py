@@ -142,7 +142,7 @@ class ScanPreparer:
         """The hash of each file that is read of this scan, by its name in the sidecar; empty where there is none."""
         source = work.source
         further = {
-            f"{name}_sha256": step.reads(source.path, source.row, work.lacking)
+            f"{name}_sha256": step.reads(source.name, source.path, source.row, work.lacking)
             for name, step in self.steps.items()
             if hasattr(step, "reads")
         }

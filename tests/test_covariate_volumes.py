@@ -94,6 +94,12 @@ def test_a_folder_of_label_maps_or_a_table_of_synthseg(rows: Rows, tmp_path: Pat
     raw, labels = write_bids(tmp_path / "raw", 1), label_map()
     nib.save(nib.MGHImage(labels.astype(np.int32), GRID.affine), _folder(tmp_path / "maps") / "sub-00_aseg.mgz")
     assert float(rows(raw, None, tmp_path / "maps")[0]["ventricular_vol_mm3"]) == pytest.approx(counted(labels)[0])
+    smaller = labels.copy()
+    smaller[tuple(np.argwhere(labels == VENTRICLE)[0])] = 0
+    nib.save(nib.MGHImage(smaller.astype(np.int32), GRID.affine), tmp_path / "maps/00_aseg.mgz")
+    (tmp_path / "maps/sub-00_aseg.mgz").unlink()  # the name of a table's participant 00
+    changed = rows(raw, None, tmp_path / "maps")[0]["ventricular_vol_mm3"]
+    assert float(changed) == pytest.approx(counted(smaller)[0])
     sides = ("left lateral", "left inferior lateral", "right lateral", "right inferior lateral")
     columns = ["subject", *(f"{side} ventricle" for side in sides), "left cerebral cortex", "csf"]
     (tmp_path / "volumes.csv").write_text(f"{','.join(columns)}\nsub-00_T1w.nii.gz,9000,100,8000,200,900000,7\n")

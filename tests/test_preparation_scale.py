@@ -17,6 +17,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,44 @@ def test_a_process_that_dies_costs_its_scan_alone(
     kept = read_table(tmp_path / "dataset" / "participants.tsv")
     assert [row["participant_id"] for row in kept] == [f"sub-{i:02d}" for i in (0, 2, 3, 4, 5)]
     assert not list((tmp_path / "dataset").rglob("sub-01*T1w*"))
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    """Even when it is killed while they are at work."""
+    (tmp_path / "sleeper.py").write_text(
+        f"""
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from scripts.process_pool import results
+def task(folder):
+    Path(folder, f"{{os.getpid()}}.pid").touch()
+    time.sleep(3600)
+if __name__ == "__main__":
+    list(results(task, [{str(tmp_path)!r}], 1, None))
+"""
+    )
+    process = subprocess.Popen([sys.executable, str(tmp_path / "sleeper.py")])
+    worker = int(_waited_for(lambda: next(tmp_path.glob("*.pid"), None)).stem)
+    process.kill()
+    process.wait()
+    assert _waited_for(lambda: not _is_alive(worker))
+
+
+def _waited_for(condition: Callable[[], Any], seconds: float = 300.0) -> Any:
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return found
+
+
+def _is_alive(process: int) -> bool:
+    """Whether there is such a process that is more than an entry which nobody has asked for yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_mistake_in_the_code_costs_one_scan_and_is_noted(
