@@ -131,6 +131,26 @@ def test_exclusions_are_scans_or_participants(tmp_path: Path) -> None:
     assert Exclusions(None).reason("sub-1", "sub-1") is None
 
 
+def shown(page: Path) -> str:
+    """The page as a browser has it when its script has run."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    command = [str(CHROMIUM), *options, f"--user-data-dir={page.parent / 'profile'}", f"file://{page}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize(("begun", "count"), [("sub-02  # moved", 1), ("", 2)])
+def test_a_tick_that_was_taken_off_stays_off(tmp_path: Path, begun: str, count: int) -> None:
+    """What the browser kept stands in place of the page's list where it began with that list, else beside it."""
+    (tmp_path / "excluded.txt").write_text("sub-02  # moved\n")
+    page = write_page(tmp_path, ROWS, excluded=Exclusions(tmp_path / "excluded.txt"))
+    kept = json.dumps(json.dumps({"begun": begun, "list": "sub-04"}))
+    earlier = f"<script>localStorage.setItem('excluded:' + location.pathname, {kept});"
+    page.write_text(page.read_text().replace("<script>", earlier, 1))
+    assert f"{count} excluded." in shown(page)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_the_page_sorts_in_a_browser(template: Template, tmp_path: Path) -> None:
@@ -138,9 +158,7 @@ def test_the_page_sorts_in_a_browser(template: Template, tmp_path: Path) -> None
     many = [{**ROWS[0], "path": f"sub-{n}_T1w.nii.gz", "similarity": str(n / 30000)} for n in range(30000, 0, -1)]
     (tmp_path / "excluded.txt").write_text("sub-2\n")
     write_page(tmp_path, many, excluded=Exclusions(tmp_path / "excluded.txt"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
-    command = [str(CHROMIUM), *options, f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path}/quality.html"]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
+    dom = shown(tmp_path / "quality.html")
     names = re.findall(r'<td class="name">(.*?)</td>', dom)
     assert len(names) == 100 and names[:3] == ["sub-1", "sub-2", "sub-3"]
     assert "page 1 of 300, 30000 scans" in dom and "1 excluded." in dom
