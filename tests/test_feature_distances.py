@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,20 @@ def test_fewer_volumes_than_features_are_warned_of(tmp_path: Path, caplog: pytes
     result = measure(FrechetDistance, tmp_path, np.eye(3)[:2], np.eye(3)[:2]).compute()
     assert "2 synthetic and 2 real volumes for 3 features" in caplog.text
     assert result.facts["fewer_volumes_than_features"] == {"projection": True}
-    assert list(result.summaries) == ["projection"]  # too few for halves
+    assert list(result.summaries) == ["projection"] and "too few for a floor: it needs 4" in caplog.text
+
+
+def test_volumes_on_two_grids_are_refused(tmp_path: Path) -> None:
+    found = measure(FrechetDistance, tmp_path, np.eye(3), np.eye(3))
+    (tmp_path / "large").mkdir()
+    nib.save(nib.Nifti1Image(np.zeros((3, 3, 4), np.float32), np.eye(4)), tmp_path / "large" / "a.nii.gz")
+    found.real.folder = VolumeFolder(tmp_path / "large", "real_dir")
+    with pytest.raises(BundleError, match="--real_dir: .* holds one volume"):
+        found.check()
+    shutil.copy(tmp_path / "large" / "a.nii.gz", tmp_path / "large" / "b.nii.gz")
+    found.real.folder = VolumeFolder(tmp_path / "large", "real_dir")
+    with pytest.raises(BundleError, match=r"shape \(3, 3, 3\), but .* has \(3, 3, 4\)"):
+        found.check()
 
 
 def test_one_volume_is_refused(tmp_path: Path) -> None:

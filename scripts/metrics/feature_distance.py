@@ -60,14 +60,20 @@ class FeatureDistance:
         """What the distance was computed with, for the report."""
         return {}
 
-    def prepare(self) -> None:
-        """Compute the features that are missing, as one of several processes if there are any."""
+    def check(self) -> None:
+        """Raise a `BundleError` unless both sets have two volumes or more, on one grid."""
         for features in (self.synthetic, self.real):
             if len(features.folder) < 2:
                 raise BundleError(
                     f"--{features.folder.flag}: {features.folder.folder} holds one volume; "
                     "a distance between distributions needs two or more"
                 )
+        self.real.folder.check_same_grid(self.synthetic.folder)
+
+    def prepare(self) -> None:
+        """Compute the features that are missing, as one of several processes if there are any."""
+        self.check()
+        for features in (self.synthetic, self.real):
             features.extract()
 
     def compute(self) -> Result:
@@ -108,8 +114,10 @@ class FeatureDistance:
         if min(synthetic, real) < dimension:
             logger.warning(
                 f"{name}: {synthetic} synthetic and {real} real volumes for {dimension} features: with fewer volumes "
-                "than features the distance is dominated by chance; compare it only with its floor"
+                "than features FID's covariances are not determined: read it against its floor alone, or KID"
             )
+        if self._half < 2:
+            logger.warning(f"{name}: {synthetic} synthetic and {real} real volumes are too few for a floor: it needs 4")
 
     def _facts(self) -> dict[str, Any]:
         chosen = self.synthetic.networks.chosen

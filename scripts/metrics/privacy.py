@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -118,28 +119,38 @@ class Privacy:
             most = whole_number(candidates, "metrics::privacy::candidates", least=1)
             self.search = CopySearch(alignment, values, training.folder, most)
 
-    def prepare(self) -> None:
-        """Compute features and similarities that are missing, as one of several processes if there are any."""
-        others = self._others()
+    def check(self) -> None:
+        """Raise a `BundleError` if too few volumes were held out, or the volumes are not on one grid."""
         if self.search is not None:
             for folder in (self.synthetic.folder, self.held_out.folder):
                 self.search.check(folder)
+        _ = self.others
+
+    def prepare(self) -> None:
+        """Compute features and similarities that are missing, as one of several processes if there are any."""
+        self.check()
         for features in (self.synthetic, self.training, self.held_out):
             features.extract()
         if self.search is not None:
             for name in self.synthetic.networks.chosen:
-                for folder, chosen, *features_of_both in self._sets(name, others):
+                for folder, chosen, *features_of_both in self._sets(name):
                     self.search.prepare(folder, chosen, *features_of_both)
 
-    def _sets(self, name: str, others: list[int]) -> list[tuple[VolumeFolder, list[int], np.ndarray, np.ndarray]]:
+    def _sets(self, name: str) -> list[tuple[VolumeFolder, list[int], np.ndarray, np.ndarray]]:
         training = self.training.matrix(name)
         everything = list(range(len(self.synthetic.folder)))
         return [
             (self.synthetic.folder, everything, self.synthetic.matrix(name), training),
-            (self.held_out.folder, others, self.held_out.matrix(name)[others], training),
+            (self.held_out.folder, self.others, self.held_out.matrix(name)[self.others], training),
         ]
 
-    def _others(self) -> list[int]:
+    @cached_property
+    def others(self) -> list[int]:
+        """Positions of the held-out volumes that are not among those trained on.
+
+        Raises:
+            BundleError: if they are fewer than two.
+        """
         known = set(self.training.hashes)
         others = [index for index, digest in enumerate(self.held_out.hashes) if digest not in known]
         folder = self.held_out.folder
@@ -154,12 +165,11 @@ class Privacy:
 
     def compute(self) -> Result:
         """Measure with every network that was asked for."""
-        others = self._others()
         summaries: dict[str, Summary | Estimate] = {}
         rows: list[dict[str, Any]] = []
         picture = None
         for name in self.synthetic.networks.chosen:
-            (folder, everything, features, training), held_out = self._sets(name, others)
+            (folder, everything, features, training), held_out = self._sets(name)
             positions, distances = nearest(features, training)
             usual = nearest(held_out[2], training)[1]
             summaries.update(_of_distances(name, distances, usual, self.seed))
@@ -172,7 +182,7 @@ class Privacy:
                     row.update(self._alike(near), ssim_held_out_quantile=float(rank))
                 picture = picture or self._picture(found, likest)
             rows += [found[index] for index in np.argsort(distances, kind="stable")]
-        return Result(summaries, self._facts(len(others)), rows, picture)
+        return Result(summaries, self._facts(len(self.others)), rows, picture)
 
     def _facts(self, held_out: int) -> dict[str, Any]:
         return {
