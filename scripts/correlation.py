@@ -37,6 +37,11 @@ def spearman(requested: np.ndarray, measured: np.ndarray) -> float:
     return pearson(scipy.stats.rankdata(requested), scipy.stats.rankdata(measured))
 
 
+def in_words(r: float) -> str:
+    """A correlation for the title of a picture."""
+    return f"r = {r:.3f}" if np.isfinite(r) else "r not defined"
+
+
 def slope(requested: np.ndarray, measured: np.ndarray) -> float:
     """Of the least squares line of what was measured on what was asked for; NaN where that is constant."""
     x = requested - requested.mean()
@@ -54,6 +59,8 @@ def correlations(name: str, requested: np.ndarray, measured: np.ndarray, seed: i
     """The statistics of one quantity: `name_pearson`, `name_spearman` and `name_slope`."""
     if np.ptp(requested) == 0.0:
         logger.warning(f"every volume has the same {name}: its correlation is not defined")
+    elif np.ptp(measured) == 0.0:
+        logger.warning(f"the same {name} was found in every volume: its correlation is not defined")
     pairs = np.stack([requested, measured], axis=1)
     found: dict[str, Summary | Estimate] = {}
     for label, statistic in STATISTICS.items():

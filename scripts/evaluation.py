@@ -58,6 +58,7 @@ def evaluate(
         raise BundleError(f"there is nothing to evaluate: give {_simplest(missing)}")
     folder = make_folder(output_dir)
     with _warnings() as warnings:
+        warnings += _warned_before(measures)
         _check(wanted)
         for entry in wanted.values():
             with _timed(entry):
@@ -88,6 +89,12 @@ def _check(wanted: Mapping[str, Measured]) -> None:
     things = [thing for entry in wanted.values() for thing in (*entry.measure.inputs, entry.measure)]
     for thing in {id(thing): thing for thing in things}.values():
         getattr(thing, "check", _nothing)()
+
+
+def _warned_before(measures: Mapping[str, Measured]) -> list[str]:
+    """What was warned of when the folders were looked at."""
+    told = (getattr(needed, "warnings", ()) for entry in measures.values() for needed in entry.measure.inputs)
+    return list(dict.fromkeys(text for texts in told for text in texts))
 
 
 def _nothing() -> None:

@@ -26,7 +26,9 @@ from scripts.samples import FLAG, REAL
 from scripts.volume_folders import VolumeFolder
 
 STYLE = """
-body { font: 15px/1.45 Georgia, serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #111; }
+body { font: 15px/1.45 Georgia, serif; max-width: 80em; margin: 2em auto; padding: 0 1em; color: #111; }
+p, ul, figcaption { max-width: 62em; }
+nav { font: .88em Helvetica, Arial, sans-serif; } nav a { margin-right: 1.2em; white-space: nowrap; }
 h1, h2, h3, th, caption { font-family: Helvetica, Arial, sans-serif; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.25em; border-top: 1px solid #999; padding-top: .7em; margin-top: 2em; }
 h2::first-letter { text-transform: uppercase; }
@@ -43,7 +45,10 @@ figcaption { font-size: .85em; color: #444; }
 @media print { body { margin: 0; max-width: none; font-size: 10pt; } table, img { break-inside: avoid; } }
 """
 HEADER = ("metric", "value", "95 % interval", "spread", "floor or target", "distance to it", "its 95 % interval", "n")
-ACRONYMS = {"fid": "FID", "kid": "KID"}
+NAMES = {"fid": "FID", "kid": "KID", "ms_ssim": "MS-SSIM", "four_g_r_ssim": "4-G-R-SSIM", "pearson": "Pearson's r"}
+ENDS = ("_low", "_high", "_sd")
+"""Of columns that stand below another's figure."""
+UNDEFINED = "not defined"
 READING = (
     "n counts the volumes or pairs, for figures over random choices (halves, floor) the choices. Intervals are "
     "bootstraps over volumes, those of shares Wilson's. The spread is the standard deviation of single values, or over "
@@ -55,33 +60,53 @@ def write_html(folder: Path, report: Report) -> None:
     """Write `evaluation.html`: tables, pictures and what they mean."""
     parts = [_models(report), _warnings(report), _summary(report), _volumes(report)]
     parts += [_section(key, entry, result, report) for key, entry, result in report.computed()]
-    body = "\n".join([*parts, _missing(report), _about(report)])
-    head = f"<meta charset='utf-8'><title>Evaluation</title><style>{STYLE}</style>"
+    body, links = _linked("\n".join([*parts, _missing(report), _about(report)]))
+    size = "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+    head = f"<meta charset='utf-8'>{size}<title>Evaluation</title><style>{STYLE}</style>"
     text = f"<!DOCTYPE html>\n<html lang='en'><head>{head}</head>\n<body><h1>Evaluation of brain MRI samples</h1>\n"
-    write_text(folder / "evaluation.html", f"{text}{body}\n</body></html>\n")
+    write_text(folder / "evaluation.html", f"{text}{links}{body}\n</body></html>\n")
+
+
+def _linked(body: str) -> tuple[str, str]:
+    """A page whose headings have a number to link to, and the links."""
+    first, *sections = body.split("<h2>")
+    numbered = (f"<h2 id='part-{number}'>{section}" for number, section in enumerate(sections))
+    titles = (section.partition("</h2>")[0] for section in sections)
+    links = "\n".join(f"<a href='#part-{number}'>{title}</a>" for number, title in enumerate(titles))
+    return first + "".join(numbered), f"<nav>{links}</nav>"
 
 
 def _models(report: Report) -> str:
     rows = report.table_1()
-    ends = ("_low", "_high")
-    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if not name.endswith(ends)]
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if not name.endswith(ENDS)]
     if not rows:
         return ""
     cells = [[_with_interval(row, column) for column in columns] for row in rows]
-    header = [_words(column) for column in columns]
     note = (
         "One row a model, as Table 1 of Pinaya et al. 2022. For FID lower is better, down to the floor; similarities "
         "are to equal those of the real volumes. The name of a column has that of the feature network: columns of "
         "different networks do not compare. <i>halves</i> is the distance at the number of volumes of the floor, and "
         "<i>floor</i>, which stands in the row of the real volumes too, that of real volumes to real ones. Below a "
-        "figure is its 95 % interval. Pearson's r is that of measured with requested volumes of structures."
+        "figure is its 95 % interval, or after ± its standard deviation over random halves. Pearson's r is that of "
+        "measured with requested volumes of structures."
     )
-    return f"<h2>Models</h2><p>{note}</p>{_table(header, cells)}"
+    return f"<h2>Models</h2><p>{note}</p>{_table(list(map(_heading, columns)), cells)}"
+
+
+def _heading(column: str) -> str:
+    """The name of a metric, or of a column of the table of models, as it is written."""
+    for key, name in NAMES.items():
+        if column == key or column.startswith(f"{key}_"):
+            return f"{name} {_words(column[len(key) + 1 :])}".strip()
+        if column.endswith(f"_{key}"):
+            return f"{_words(column.removesuffix(key))}{name}"
+    return _words(column)
 
 
 def _with_interval(row: Mapping[str, Any], column: str) -> str:
-    value, low, high = (_number(row.get(name)) for name in (column, f"{column}_low", f"{column}_high"))
-    return f"{value}<small>{low} to {high}</small>" if row.get(f"{column}_low") is not None else value
+    value, low, high, spread = (_number(row.get(f"{column}{end}")) for end in ("", *ENDS))
+    below = f"{low} to {high}" if low else f"± {spread}" if spread else ""
+    return f"{value}<small>{below}</small>" if below else value
 
 
 def _warnings(report: Report) -> str:
@@ -141,6 +166,8 @@ def _interval(found: Mapping[str, Any], name: str) -> str:
 def _number(value: Any) -> str:
     if value is None:
         return ""
+    if value == "nan":
+        return UNDEFINED
     return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
 
@@ -159,8 +186,7 @@ def _volumes(report: Report) -> str:
 def _section(key: str, entry: Measured, result: Result, report: Report) -> str:
     facts = report.entries()[key]
     title = _title(entry)
-    first, _, rest = title.partition(" ")
-    parts = [f"<h2>{ACRONYMS.get(first, first)} {rest}</h2>"]
+    parts = [f"<h2>{escape(f'{_heading(entry.name)} {entry.model}'.strip())}</h2>"]
     for name, style in (("says", ""), ("pitfall", " class='pitfall'")):
         text = getattr(entry.measure, name, None)
         parts += [f"<p{style}>{escape(text)}</p>"] if text else []
@@ -198,14 +224,16 @@ def _histograms(entry: Measured, result: Result, report: Report) -> Iterable[tup
     if real is not None and real.result is not None:
         sets[REAL] = real.result.rows
     for name in result.summaries:
-        yield histogram(name, sets), f"{name} of the pairs within each set."
+        yield histogram(name, sets), f"{_heading(name)} of the pairs within each set."
 
 
 def _missing(report: Report) -> str:
-    lacking = {_title(report.measures[key]): flags for key, flags in report.missing.items()}
-    rows = [[title, escape(", ".join(f"--{flag}" for flag in flags))] for title, flags in lacking.items()]
-    rows = [row for row in rows if row[1]]
-    return f"<h2>Not requested</h2>{_table(('measure', 'needs'), rows)}" if rows else ""
+    entries = {key: entry for key, entry in report.entries().items() if "missing" in entry}
+    rows = [
+        [_title(report.measures[key]), escape(", ".join(entry["missing"])), escape("; ".join(entry.get("why", ())))]
+        for key, entry in entries.items()
+    ]
+    return f"<h2>Not requested</h2>{_table(('measure', 'needs', ''), rows, last='text')}" if rows else ""
 
 
 def _about(report: Report) -> str:

@@ -175,22 +175,29 @@ class OwnSegmentations(Segmentations):
         """Those of one model's samples."""
         return OwnSegmentations(self._make, self.values, self.conditions, self.weights, folder)
 
-    @cached_property
-    def requested(self) -> bool:  # type: ignore[override]
+    @property
+    def requested(self) -> bool:
         """Whether there are weights, and samples with known conditions, enough of them for a correlation."""
+        return self.folder is not None and self.folder.requested and not self.why_not
+
+    @cached_property
+    def why_not(self) -> str:
+        """Why samples that are there are not measured; empty where they are, and where there are none."""
         if self.folder is None or not self.folder.requested:
-            return False
+            return ""
+        reason = self._reason(self.folder)
+        if reason:
+            logger.info(f"no volumetry of --{self.folder.flag}: {reason}")
+        return reason
+
+    def _reason(self, folder: VolumeFolder) -> str:
         if not self.weights.is_file():
-            logger.info(f"no volumetry of --{self.folder.flag}: there are no weights of a segmenter at {self.weights}")
-            return False
+            return f"there are no weights of a segmenter at {self.weights}"
         try:
-            few = len(requested_volumes(self.folder, self.conditions)) < FEWEST
+            known = requested_volumes(folder, self.conditions)
         except BundleError as error:
-            logger.info(f"no volumetry of --{self.folder.flag}: {error}")
-            return False
-        if few:
-            logger.info(f"no volumetry of --{self.folder.flag}: it needs {FEWEST} volumes")
-        return not few
+            return str(error)
+        return f"it needs {FEWEST} volumes" if len(known) < FEWEST else ""
 
     @cached_property
     def measurement(self) -> MeasuredVolumes:

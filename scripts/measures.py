@@ -44,7 +44,11 @@ class Result:
 
 
 class Input(Protocol):
-    """Something that a flag gives: a folder, a table, the choice of networks."""
+    """Something that a flag gives: a folder, a table, the choice of networks.
+
+    It may say in `why_not` why it does without what it was meant to take by itself, and in `warnings` what was warned
+    of when it was made.
+    """
 
     @property
     def flag(self) -> str:

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -32,6 +33,8 @@ from scripts.workflow import CONFIGS
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("monai", "numpy", "torch")
+FLOOR = re.compile(r"(fid_.+)_floor((?:_sd)?)")
+"""Columns of the floor in the table of models."""
 COLUMNS = (
     *("measure", "model", "status", "metric", "count", "mean", "value", "standard_deviation", "confidence_low"),
     *("confidence_high", "target", "distance", "distance_low", "distance_high"),
@@ -88,12 +91,15 @@ class Report:
     def _entry(self, key: str, entry: Measured) -> dict[str, Any]:
         model = {"model": entry.model} if entry.model else {}
         if entry.result is None:
-            return {**model, "status": "not requested", "missing": [f"--{flag}" for flag in self.missing[key]]}
-        distances = self._distances(entry, entry.result)
+            missing = [f"--{flag}" for flag in self.missing[key]]
+            reasons = [why for needed in entry.measure.inputs for why in [getattr(needed, "why_not", "")] if why]
+            return {**model, "status": "not requested", "missing": missing, **({"why": reasons} if reasons else {})}
+        distances = self.distances(entry, entry.result)
         metrics = {name: _in_brief(found, distances.get(name)) for name, found in entry.result.summaries.items()}
         return {**model, "status": "computed", "metrics": metrics, **entry.result.facts}
 
-    def _distances(self, entry: Measured, result: Result) -> dict[str, Difference]:
+    def distances(self, entry: Measured, result: Result) -> dict[str, Difference]:
+        """Name of a metric -> how far it lies from its floor or target, where it has one."""
         target = self.measures.get(getattr(entry.measure, "target", None) or "")
         if target is None or target.result is None:
             return result.distances
@@ -105,8 +111,8 @@ class Report:
         """One row a model and one of the real volumes: FID of each network, MS-SSIM and 4-G-R-SSIM.
 
         As the paper's Table 1. A network has three columns: the distance of all volumes, that of as many as the
-        floor has, and the floor. Where volumes of structures were measured, Pearson's r with what was asked for
-        follows.
+        floor has, and the floor, each of the last two with its standard deviation (`_sd`). Where volumes of structures
+        were measured, Pearson's r with what was asked for follows.
         """
         entries = self.entries()
         rows = [self._model_row(model, entries) for model in self.samples.sets]
@@ -117,17 +123,25 @@ class Report:
     def _model_row(self, model: str, entries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         names = ("fid", "synthetic_pairs", "volumetry")
         fid, pairs, volumetry = (entries.get(f"{name}_{model}" if model else name, {}) for name in names)
-        found = {f"fid_{name}": value for name, metric in fid.get("metrics", {}).items() for value in [_value(metric)]}
-        found = {**found, **_similarities(pairs), **_similarities(volumetry, "_pearson")}
+        found = {**_distances(fid), **_similarities(pairs), **_similarities(volumetry, "_pearson")}
         volumes = {"volumes": len(self.samples.sets[model].folder)} if found else {}
         return {"model": model or "synthetic", **volumes, **found}
 
 
+def _distances(entry: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, metric in entry.get("metrics", {}).items():
+        found[f"fid_{name}"] = _value(metric)
+        if "standard_deviation" in metric:
+            found[f"fid_{name}_sd"] = metric["standard_deviation"]
+    return found
+
+
 def _floors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What stands for the real volumes in the columns of halves: the floor, where all models have the same."""
-    columns = dict.fromkeys(name for row in rows for name in row if name.startswith("fid_") and name.endswith("_floor"))
+    columns = dict.fromkeys(name for row in rows for name in row if FLOOR.fullmatch(name))
     found = {name: {row.get(name) for row in rows} for name in columns}
-    return {f"{name.removesuffix('_floor')}_halves": floors.pop() for name, floors in found.items() if len(floors) == 1}
+    return {FLOOR.sub(r"\1_halves\2", name): floors.pop() for name, floors in found.items() if len(floors) == 1}
 
 
 def _similarities(entry: Mapping[str, Any], ending: str = "") -> dict[str, Any]:
@@ -209,7 +223,18 @@ def _finite(value: float | None) -> float | str | None:
 
 
 def _log(report: Report) -> None:
-    for key, _, result in report.computed():
+    for key, entry, result in report.computed():
+        distances = report.distances(entry, result)
         for metric, summary in result.summaries.items():
-            value = summary.value if isinstance(summary, Estimate) else summary.mean
-            logger.info(f"{key} {metric}: {value:.6g} over {summary.count}")
+            logger.info(f"{key} {metric}: {_told(summary)}{_beside(distances.get(metric))}")
+
+
+def _told(summary: Summary | Estimate) -> str:
+    if isinstance(summary, Estimate):
+        return f"{summary.value:.6g} over {summary.count}"
+    spread = "" if summary.standard_deviation is None else f" (standard deviation {summary.standard_deviation:.3g})"
+    return f"{summary.mean:.6g}{spread} over {summary.count}"
+
+
+def _beside(distance: Difference | None) -> str:
+    return "" if distance is None else f", beside {distance.target:.6g}"

@@ -16,9 +16,9 @@ import copy
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -51,6 +51,8 @@ class VolumeFolder:
     Attributes:
         shape: voxels along x, y, z of every volume; empty if no folder was given.
         spacing: sides of a voxel in mm; empty if no folder was given.
+        axes: where the first volume's axes run, such as `LAS`; empty if no folder was given.
+        warnings: what was warned of when the folder was looked at.
 
     Raises:
         BundleError: if the folder is missing or has no volumes, or if a volume is missing, unreadable, not
@@ -61,8 +63,9 @@ class VolumeFolder:
         self.flag = flag
         self.values = values
         self.folder = None if path is None else Path(str(path))
-        self.paths = [] if self.folder is None else find_volumes(self.folder, flag)
-        self.shape, self.spacing = _common_grid(self.paths)
+        self.warnings: list[str] = []
+        self.paths = [] if self.folder is None else find_volumes(self.folder, flag, self._warn)
+        self.shape, self.spacing, self.axes = _common_grid(self.paths, self._warn)
         self._ranges: dict[int, tuple[float, float]] = {}
         self._hashes: list[str] = []
         self._warned = False
@@ -71,6 +74,16 @@ class VolumeFolder:
     def requested(self) -> bool:
         """Whether a folder was given."""
         return self.folder is not None
+
+    @property
+    def grid(self) -> VolumeGrid:
+        """Shape, spacing and axes of the volumes."""
+        return VolumeGrid(self.shape, self.spacing, self.axes)
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+            logger.warning(text)
 
     def part(self, paths: Sequence[Path]) -> VolumeFolder:
         """The same folder with some of its volumes alone."""
@@ -117,8 +130,11 @@ class VolumeFolder:
                     self._note_range(index, *kept)
 
     def check_same_grid(self, other: VolumeFolder) -> None:
-        """Raise a `BundleError` unless another folder's volumes have the shape and spacing of these."""
-        _check_grid(other.paths[0], (other.shape, other.spacing), self.paths[0], (self.shape, self.spacing))
+        """Raise a `BundleError` unless another folder's volumes have the shape and spacing of these; warn of axes."""
+        pair = other.paths[0], other.grid, self.paths[0], self.grid
+        _check_grid(*pair)
+        if other.axes != self.axes:
+            self._warn(_other_axes(*pair))
 
     def name(self, index: int) -> str:
         """The path of volume number `index` within the folder."""
@@ -138,8 +154,13 @@ class VolumeFolder:
         }
 
 
-def find_volumes(folder: Path, flag: str) -> list[Path]:
+def find_volumes(folder: Path, flag: str, warn: Callable[[str], None] = logger.warning) -> list[Path]:
     """The volumes of a folder, as `VolumeFolder` takes them.
+
+    Args:
+        folder: where.
+        flag: the command-line flag that gives it, for messages.
+        warn: is told of volumes that the table does not name.
 
     Raises:
         BundleError: if the folder is missing or has none, or one that its table lists is missing.
@@ -147,26 +168,21 @@ def find_volumes(folder: Path, flag: str) -> list[Path]:
     if not folder.is_dir():
         raise BundleError(f"--{flag}: there is no folder {folder}")
     found = _searched(folder)
-    listed = _listed(folder)
+    rows = read_table(folder / TABLE) if (folder / TABLE).is_file() else []
+    listed = _listed(folder, rows)
     if not (listed or found):
         raise BundleError(f"--{flag}: the folder {folder} holds no .nii or .nii.gz file and no {TABLE} that lists any")
     if listed:
-        _warn_of_others(folder, sorted(set(found) - set(listed)))
+        named = {folder / cell for row in rows for cell in row.values()}  # label maps have a column of their own
+        others = [path for path in found if path not in named]
+        if others:
+            count, first = len(others), others[0].name
+            warn(f"{folder / TABLE} has no row for {count} of the volumes in {folder}, {first} the first: left out")
     return listed or found
 
 
-def _warn_of_others(folder: Path, others: list[Path]) -> None:
-    if others:
-        logger.warning(
-            f"{folder / TABLE} has no row for {len(others)} of the volumes in {folder}, {others[0].name} the first: "
-            "left out"
-        )
-
-
-def _listed(folder: Path) -> list[Path]:
-    if not (folder / TABLE).is_file():
-        return []
-    paths = [folder / row["path"] for row in read_table(folder / TABLE) if "path" in row]
+def _listed(folder: Path, rows: Sequence[Mapping[str, str]]) -> list[Path]:
+    paths = [folder / row["path"] for row in rows if "path" in row]
     for number, path in enumerate(paths, start=1):
         if not path.is_file():
             raise BundleError(f"row {number} of {folder / TABLE} names a volume that is not there: {path}")
@@ -181,25 +197,46 @@ def _searched(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
 
 
-_Grid = tuple[tuple[int, ...], tuple[float, ...]]
+class VolumeGrid(NamedTuple):
+    """How the voxels of a volume lie.
+
+    Attributes:
+        shape: voxels along x, y, z.
+        spacing: sides of a voxel in mm.
+        axes: where the axes run, such as `LAS` for left, anterior, superior.
+    """
+
+    shape: tuple[int, ...] = ()
+    spacing: tuple[float, ...] = ()
+    axes: str = ""
 
 
-def _common_grid(paths: Sequence[Path]) -> _Grid:
+def _common_grid(paths: Sequence[Path], warn: Callable[[str], None]) -> VolumeGrid:
     grids = [_grid(path) for path in paths]
     for path, grid in zip(paths, grids):
         _check_grid(path, grid, paths[0], grids[0])
-    return grids[0] if grids else ((), ())
+    turned = next((i for i, grid in enumerate(grids) if grid.axes != grids[0].axes), None)
+    if turned is not None:
+        warn(_other_axes(paths[turned], grids[turned], paths[0], grids[0]))
+    return grids[0] if grids else VolumeGrid()
 
 
-def _check_grid(path: Path, grid: _Grid, first_path: Path, first: _Grid) -> None:
-    if grid[0] != first[0]:
-        raise BundleError(f"the volume {path} has shape {grid[0]}, but {first_path} has {first[0]}: use one grid")
-    if not np.allclose(grid[1], first[1], rtol=TOLERANCE):
-        found, wanted = (" x ".join(f"{side:g}" for side in spacing) for spacing in (grid[1], first[1]))
+def _check_grid(path: Path, grid: VolumeGrid, first_path: Path, first: VolumeGrid) -> None:
+    if grid.shape != first.shape:
+        raise BundleError(f"the volume {path} has shape {grid.shape}, but {first_path} has {first.shape}: use one grid")
+    if not np.allclose(grid.spacing, first.spacing, rtol=TOLERANCE):
+        found, wanted = (" x ".join(f"{side:g}" for side in spacing) for spacing in (grid.spacing, first.spacing))
         raise BundleError(f"the volume {path} has voxels of {found} mm, but {first_path} of {wanted} mm: use one grid")
 
 
-def _grid(path: Path) -> _Grid:
+def _other_axes(path: Path, grid: VolumeGrid, first_path: Path, first: VolumeGrid) -> str:
+    return (
+        f"the axes of {path} run to {grid.axes}, those of {first_path} to {first.axes}: volumes are compared as they "
+        "are stored, so that heads count as mirrored or turned"
+    )
+
+
+def _grid(path: Path) -> VolumeGrid:
     try:
         image: Any = nib.load(path)
         spacing = tuple(float(side) for side in image.header.get_zooms()[:3])
@@ -207,4 +244,4 @@ def _grid(path: Path) -> _Grid:
         raise BundleError(f"cannot read the volume {path}: it is damaged, cut short or no image ({error})") from error
     if len(image.shape) != 3:
         raise BundleError(f"the volume {path} has shape {image.shape}, not 3D")
-    return image.shape, spacing
+    return VolumeGrid(image.shape, spacing, "".join(map(str, nib.aff2axcodes(image.affine))))

@@ -21,6 +21,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
@@ -28,6 +29,7 @@ from test_evaluation import folder_of, run_here, save, volume
 
 from scripts import pairs
 from scripts.errors import BundleError
+from scripts.html_report import _number
 from scripts.samples import named_folders
 from scripts.volume_folders import VolumeFolder
 
@@ -95,6 +97,7 @@ def test_table_1_has_a_row_a_model_and_one_of_the_real_volumes(two_models: Path)
     real = report["measures"]["real_pairs"]["metrics"]
     assert float(rows["real"]["four_g_r_ssim"]) == real["four_g_r_ssim"]["mean"]
     assert rows["real"]["fid_one_halves"] == rows["a"]["fid_one_floor"] and rows["real"]["fid_one"] == "n/a"
+    assert rows["real"]["fid_one_halves_sd"] == rows["a"]["fid_one_floor_sd"] != "n/a"
     assert {row["model"] for row in read(two_models / "evaluation.tsv")} == {"a", "b", "n/a"}
 
 
@@ -117,13 +120,19 @@ def test_the_page_says_what_the_report_says(two_models: Path) -> None:
         for metric, found in entry.get("metrics", {}).items():
             value = f"{found.get('value', found.get('mean')):.4g}"
             assert [key.replace("_", " "), metric, value] in [row[:3] for row in page.rows], (key, metric)
-    assert ["reconstruction", "--reconstruct_dir"] in page.rows
+    assert ["reconstruction", "--reconstruct_dir", ""] in page.rows
+    targets = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
+    assert targets == [f"#{attrs['id']}" for tag, attrs in page.tags if tag == "h2"] and len(targets) > 5
+    row = report["table_1"][0]
+    spread = f"<td>{row['fid_one_halves']:.4g}<small>± {row['fid_one_halves_sd']:.4g}</small></td>"
+    assert spread in (two_models / "evaluation.html").read_text()
     assert ["num_pairs", "3"] in page.rows and ["torch", report["versions"]["torch"]] in page.rows
 
 
 def test_figures_of_different_networks_share_no_column(two_models: Path) -> None:
     columns = list(read(two_models / "table_1.tsv")[0])
-    assert columns[2:8] == [f"fid_{name}{end}" for name in ("one", "other") for end in ("", "_halves", "_floor")]
+    ends = ("", "_halves", "_halves_sd", "_floor", "_floor_sd")
+    assert columns[2:12] == [f"fid_{name}{end}" for name in ("one", "other") for end in ends]
     tables = re.findall(r"<table>.*?</table>", (two_models / "evaluation.html").read_text(), re.S)
     measured = [table for table in tables if "<th>metric</th>" in table]
     assert measured and not [table for table in measured if ">one" in table and ">other" in table]
@@ -138,6 +147,35 @@ def test_names_and_warnings_are_escaped_and_told(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "output" / "evaluation.json").read_text())
     assert len([line for line in report["warnings"] if "ranges from 0 to 3" in line]) == 1
     assert report["measures"]["synthetic_pairs"]["synthetic_dir"]["volumes_outside_0_to_1"] == 1
+
+
+def test_what_is_not_defined_or_not_measured_says_why(tmp_path: Path) -> None:
+    run_here(tmp_path / "output", synthetic_dir=str(folder_of(tmp_path / "volumes", 1, 2, 3)))
+    entry = json.loads((tmp_path / "output" / "evaluation.json").read_text())["measures"]["volumetry"]
+    assert entry["missing"] == ["--segmentations"] and "what was asked for of" in entry["why"][0]
+    rows = Page((tmp_path / "output" / "evaluation.html").read_text()).rows
+    assert ["volumetry", "--segmentations", entry["why"][0]] in rows
+    assert _number(float("inf")) == "inf" and _number("nan") == "not defined"
+
+
+def test_warnings_about_folders_are_in_the_report(tmp_path: Path) -> None:
+    synthetic, real = folder_of(tmp_path / "synthetic", 1, 2), folder_of(tmp_path / "real", 3, 4)
+    for path in real.glob("*.nii.gz"):
+        nib.save(nib.Nifti1Image(volume(5), np.diag([-1, 1, 1, 1])), path)
+    (real / "participants.tsv").write_text("path\nvolume_3.nii.gz\nvolume_4.nii.gz\n")
+    save(real / "more.nii.gz", volume(6))
+    run_here(tmp_path / "output", synthetic_dir=str(synthetic), real_dir=str(real))
+    warnings = json.loads((tmp_path / "output" / "evaluation.json").read_text())["warnings"]
+    assert [text for text in warnings if "has no row for 1 of the volumes" in text and "more.nii.gz" in text]
+    assert [text for text in warnings if "run to LAS" in text and "to RAS" in text]
+
+
+def test_label_maps_that_a_table_names_are_no_left_out_volumes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder_of(tmp_path, 1, 2)
+    (tmp_path / "participants.tsv").write_text("path\tlabels\nvolume_1.nii.gz\tvolume_2.nii.gz\n")
+    assert len(VolumeFolder(tmp_path, "real_dir")) == 1 and not caplog.records
 
 
 def test_nothing_is_measured_twice_and_the_report_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,7 @@ def test_a_constant_request_has_no_correlation(caplog: pytest.LogCaptureFixture)
     assert "every volume has the same v" in caplog.text
     measured: dict[str, Any] = correlations("v", np.arange(9.0), np.full(9, 0.1), 0)
     assert np.isnan(measured["v_spearman"].value) and measured["v_slope"].value == pytest.approx(0.0, abs=1e-12)
+    assert "the same v was found in every volume" in caplog.text
 
 
 def test_samples_and_label_maps(tmp_path: Path, conditions: Conditions) -> None:

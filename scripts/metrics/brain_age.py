@@ -28,7 +28,7 @@ from scripts.bootstrap import Estimate, Summary, summarise
 from scripts.brain_age import AGE, age_condition, age_of, fingerprint, network_of
 from scripts.checkpoints import Checkpoint, load_network, read_checkpoint
 from scripts.conditions import Condition, Conditions
-from scripts.correlation import correlations, pearson
+from scripts.correlation import correlations, in_words, pearson
 from scripts.errors import BundleError
 from scripts.measures import Input, Result
 from scripts.metrics.features import Extractor, FeatureNetworks, FeatureSet
@@ -254,5 +254,5 @@ def scatter(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_xlabel(f"{AGE} {'requested' if name == 'synthetic' else 'of the person'} (years)")
         axes.set_ylabel("predicted (years)")
         error = np.abs(predicted - stated).mean()
-        axes.set_title(f"{name}: r = {pearson(stated, predicted):.3f}, MAE = {error:.1f} years", fontsize=9)
+        axes.set_title(f"{name}: {in_words(pearson(stated, predicted))}, MAE = {error:.1f} years", fontsize=9)
     return figure

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from scripts.bootstrap import Estimate, Summary
 from scripts.conditions import Condition, Conditions
-from scripts.correlation import correlations, pearson
+from scripts.correlation import correlations, in_words, pearson
 from scripts.errors import BundleError
 from scripts.measures import Result
 from scripts.metrics.features import FeatureSet
@@ -362,5 +362,5 @@ def scatter(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
         axes.scatter(x, y, s=8)
         axes.set_xlabel(f"{name} requested (mL)")
         axes.set_ylabel("measured (mL)")
-        axes.set_title(f"r = {pearson(x, y):.3f}", fontsize=9)
+        axes.set_title(in_words(pearson(x, y)), fontsize=9)
     return figure
