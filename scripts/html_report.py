@@ -27,7 +27,7 @@ from scripts.volume_folders import VolumeFolder
 
 STYLE = """
 body { font: 15px/1.45 Georgia, serif; max-width: 80em; margin: 2em auto; padding: 0 1em; color: #111; }
-p, ul, figcaption { max-width: 62em; }
+p, ul, figcaption { max-width: 62em; overflow-wrap: anywhere; }
 nav { font: .88em Helvetica, Arial, sans-serif; } nav a { margin-right: 1.2em; white-space: nowrap; }
 h1, h2, h3, th, caption { font-family: Helvetica, Arial, sans-serif; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.25em; border-top: 1px solid #999; padding-top: .7em; margin-top: 2em; }

@@ -117,8 +117,10 @@ class Report:
         entries = self.entries()
         rows = [self._model_row(model, entries) for model in self.samples.sets]
         rows = [row for row in rows if len(row) > 1]
-        real = {**_floors(rows), **_similarities(entries.get("real_pairs", {}))}
-        return [*rows, {"model": REAL, **real}] if real else rows
+        pairs = entries.get("real_pairs", {})
+        real = {**_floors(rows), **_similarities(pairs)}
+        volumes = {"volumes": pairs["real_dir"]["volumes"]} if "real_dir" in pairs else {}
+        return [*rows, {"model": REAL, **volumes, **real}] if real else rows
 
     def _model_row(self, model: str, entries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         names = ("fid", "synthetic_pairs", "volumetry")

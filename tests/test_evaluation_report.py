@@ -95,7 +95,7 @@ def test_table_1_has_a_row_a_model_and_one_of_the_real_volumes(two_models: Path)
         assert float(rows[model]["fid_one"]) == fid["metrics"]["one"]["value"]
         assert float(rows[model]["ms_ssim"]) == similar["metrics"]["ms_ssim"]["mean"]
     real = report["measures"]["real_pairs"]["metrics"]
-    assert float(rows["real"]["four_g_r_ssim"]) == real["four_g_r_ssim"]["mean"]
+    assert float(rows["real"]["four_g_r_ssim"]) == real["four_g_r_ssim"]["mean"] and rows["real"]["volumes"] == "4"
     assert rows["real"]["fid_one_halves"] == rows["a"]["fid_one_floor"] and rows["real"]["fid_one"] == "n/a"
     assert rows["real"]["fid_one_halves_sd"] == rows["a"]["fid_one_floor_sd"] != "n/a"
     assert {row["model"] for row in read(two_models / "evaluation.tsv")} == {"a", "b", "n/a"}
