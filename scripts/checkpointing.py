@@ -33,13 +33,14 @@ from scripts.atomic import make_folder, replacing
 from scripts.errors import BundleError
 from scripts.options import whole_number
 from scripts.repeatable import Stream
-from scripts.workflow import current_config
+from scripts.workflow import config_text
 
 logger = logging.getLogger(__name__)
 
 PATTERN = "checkpoint_iteration={}.pt"
 BEST, LOCK = "best.pt", ".lock"
 WORDS = {"samples": "samples in the dataset", "batch": "samples in a batch of all processes"}
+SCRIPTS = "scripts_sha256"
 SOURCES = Path(__file__).resolve().parent
 
 
@@ -89,6 +90,8 @@ class Checkpoints:
         Raises:
             BundleError: if another training is at work there.
         """
+        if self._lock is not None:  # to open it again and close it would let others in
+            return
         self._lock = open(make_folder(self.folder) / LOCK, "w")  # noqa: SIM115
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of those that it forks
@@ -240,9 +243,14 @@ class Resume:
     def __call__(self, engine: Engine) -> None:
         """Restore everything, if there is a checkpoint.
 
+        The folder is taken first, before any other handler writes there.
+
         Raises:
-            BundleError: if the checkpoint is of another model or of another kind of training.
+            BundleError: if the checkpoint is of another model or of another kind of training, or if another training
+                is at work there.
         """
+        if distributed.is_main():
+            self.checkpoints.lock()
         if self.checkpoints.newest is None:
             return
         path, content = self.checkpoints.newest
@@ -254,7 +262,7 @@ class Resume:
         if engine.state.iteration >= total:
             logger.warning("there is nothing left to train: --max_epochs above the epochs that are done goes on")
         engine.state.best = content["trainer"].get("best", -math.inf)
-        _say_what_changed(content.get("config", "{}"))
+        _say_what_changed(content.get("config", "{}"), content.get("code", {}))
 
 
 def _restore(thing: Any, name: str, content: Mapping[str, Any], path: Path) -> None:
@@ -275,19 +283,15 @@ def _restore(thing: Any, name: str, content: Mapping[str, Any], path: Path) -> N
         ) from error
 
 
-def _say_what_changed(saved: str) -> None:
+def _say_what_changed(saved: str, code: Mapping[str, str]) -> None:
+    for name, current in code_version().items():
+        if code.get(name, current) != current:
+            words = "another state of this code" if name == SCRIPTS else f"{name} {current}, which was {code[name]}"
+            logger.warning(f"going on with {words}: the result may differ from that of an unbroken training")
     before, now = json.loads(saved), json.loads(config_text())
     for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name] and not isinstance(now[name], (dict, list)):
             logger.warning(f"going on with --{name} {now[name]}, which was {before[name]}")
-
-
-def config_text() -> str:
-    """The configuration that is running, overrides included, as JSON; `{}` outside of one."""
-    try:
-        return json.dumps(current_config(), default=str)
-    except RuntimeError:
-        return "{}"
 
 
 def code_version() -> dict[str, str]:
@@ -295,7 +299,7 @@ def code_version() -> dict[str, str]:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.rglob("*.py")):
         digest.update(path.read_bytes())
-    return {"scripts_sha256": digest.hexdigest(), **{name: version(name) for name in ("torch", "monai", "numpy")}}
+    return {SCRIPTS: digest.hexdigest(), **{name: version(name) for name in ("torch", "monai", "numpy")}}
 
 
 class SaveCheckpoints:

@@ -13,12 +13,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from monai.bundle import ConfigParser
 from monai.bundle.properties import InferProperties, MetaProperties, TrainProperties
@@ -26,6 +27,8 @@ from monai.bundle.properties import InferProperties, MetaProperties, TrainProper
 from scripts.errors import BundleError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SEPARATOR = "::"
+REFERENCE = re.compile(r"[@%](\w+(?:::\w+)*)")
 OWN_WORDS = {"initialize", "run", "finalize", "imports", ConfigParser.meta_key}
 
 
@@ -49,29 +52,59 @@ def current_config() -> dict[str, Any]:
     return found.get()
 
 
+def config_text() -> str:
+    """The configuration that is running, overrides included, as JSON; `{}` outside of one."""
+    try:
+        return json.dumps(current_config(), default=str)
+    except RuntimeError:
+        return "{}"
+
+
 def check_flags(conditions: Iterable[str] = ()) -> None:
     """Refuse an override whose name nothing declares or reads: MONAI takes `--gendr 1` in silence.
 
     Known are the ids of the files in `configs/`, the properties that MONAI defines, ids that something
-    in the merged configuration refers to, and the flags of the conditions.
+    in the merged configuration refers to, and the flags of the conditions. The same holds for what stands in a
+    section, such as `train::dataloader`. What a component takes, and the entries of a map that something reads as a
+    whole, such as `samplers`, are for that component to refuse.
 
     Raises:
         BundleError: naming the unknown flag and its nearest known names.
     """
     config = current_config()
-    known = _declared() | _referred(config) | OWN_WORDS | set(conditions)
+    declared, referred = _declared(), _referred(config)
+    known = {_first(name) for name in declared | referred} | OWN_WORDS | set(conditions)
     for name in config:
         if name.lstrip("+") not in known:
-            near = difflib.get_close_matches(name, sorted(known), 2, 0.7)
-            hint = f": did you mean --{' or --'.join(near)}?" if near else ": see docs/configuration.md"
-            raise BundleError(f"unknown flag --{name}{hint}")
+            _refuse(name, {other: other for other in known})
+    for name in _ids(config):
+        if SEPARATOR in name and not (name in declared or _is_read(name, referred)):
+            _refuse(name, {other: other for other in known} | _beside(name, declared))
+
+
+def _refuse(name: str, known: Mapping[str, str]) -> NoReturn:
+    """Raise with the names that are near, from a map of what may have been meant to how it is written."""
+    near = difflib.get_close_matches(name.split(SEPARATOR)[-1], sorted(known), 2, 0.7)
+    hint = f": did you mean --{' or --'.join(known[one] for one in near)}?" if near else ": see docs/configuration.md"
+    raise BundleError(f"unknown flag --{name}{hint}")
 
 
 def _declared() -> set[str]:
     files = [f for f in sorted(CONFIGS.iterdir()) if f.suffix in (".json", ".yaml") and f.stem != "metadata"]
-    ids = {key.lstrip("+").split("::")[0].split("#")[0] for f in files for key in ConfigParser.load_config_file(f)}
-    properties = {**TrainProperties, **InferProperties, **MetaProperties}
-    return ids | {str(p["id"]).split("::")[0] for p in properties.values()}
+    ids = {name for f in files for name in _ids(ConfigParser.load_config_file(f))}
+    properties = (TrainProperties, InferProperties, MetaProperties)
+    return ids | {str(p["id"]) for one in properties for p in one.values()}
+
+
+def _ids(config: Mapping[str, Any], section: str = "") -> Iterator[str]:
+    """The ids of a configuration, and those within its sections: maps that are no component."""
+    for key, value in config.items():
+        name = section + str(key).lstrip("+").replace("#", SEPARATOR)
+        if str(key).startswith("_"):
+            continue
+        yield name
+        if isinstance(value, Mapping) and "_target_" not in value:
+            yield from _ids(value, name + SEPARATOR)
 
 
 def _referred(config: Any) -> set[str]:
@@ -79,4 +112,19 @@ def _referred(config: Any) -> set[str]:
         return set().union(*(_referred(value) for value in config.values()))
     if isinstance(config, (list, tuple)):
         return set().union(*(_referred(value) for value in config))
-    return set(re.findall(r"[@%](\w+)", config)) if isinstance(config, str) else set()
+    return set(REFERENCE.findall(config.replace("#", SEPARATOR))) if isinstance(config, str) else set()
+
+
+def _is_read(name: str, referred: Iterable[str]) -> bool:
+    """Whether something refers to an id, to what is in it, or to a section around it."""
+    return any(f"{one}::".startswith(f"{name}::") or f"{name}::".startswith(f"{one}::") for one in referred)
+
+
+def _beside(name: str, declared: Iterable[str]) -> dict[str, str]:
+    """The declared ids of a section that another id is in, by their last words."""
+    section = name.rpartition(SEPARATOR)[0] + SEPARATOR
+    return {one[len(section) :]: one for one in declared if one.startswith(section)}
+
+
+def _first(name: str) -> str:
+    return name.split(SEPARATOR)[0]

@@ -157,8 +157,32 @@ def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
     other = [sys.executable, "-c", f"from scripts.checkpointing import Checkpoints; Checkpoints('{tmp_path}').lock()"]
     done = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "another training is at work" in done.stderr
+    run.checkpoints.lock()
+    assert subprocess.run(other, cwd=ROOT, capture_output=True, timeout=120).returncode != 0, "taken twice is taken"
     run.checkpoints.unlock()
     assert subprocess.run(other, cwd=ROOT, timeout=120).returncode == 0
+
+
+def test_folder_is_taken_before_anything_is_written(tmp_path: Path) -> None:
+    """A second training must not take back the validations that the first has written since its checkpoint."""
+    run = Run(tmp_path)
+    Resume(run.checkpoints, {}, run.seed)(run.engine)
+    other = [sys.executable, "-c", f"from scripts.checkpointing import Checkpoints; Checkpoints('{tmp_path}').lock()"]
+    assert b"another training is at work" in subprocess.run(other, cwd=ROOT, capture_output=True, timeout=120).stderr
+    run.checkpoints.unlock()
+
+
+def test_another_version_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Run(tmp_path)(epochs=2)
+    path = tmp_path / "checkpoint_iteration=8.pt"
+    content = torch.load(path, weights_only=True)
+    with caplog.at_level("WARNING"):
+        Run(tmp_path)(epochs=2)
+        assert "going on with" not in caplog.text
+        save({**content, "code": {**content["code"], "torch": "1.0", "scripts_sha256": "0"}}, path)
+        Run(tmp_path)(epochs=2)
+    assert f"going on with torch {content['code']['torch']}, which was 1.0" in caplog.text
+    assert "going on with another state of this code" in caplog.text
 
 
 def test_what_a_killed_training_left_is_cleared_away(tmp_path: Path) -> None:
@@ -311,10 +335,10 @@ def test_loss_that_is_not_finite_names_all_there_is_to_know(tmp_path: Path) -> N
     @run.engine.on(Events.ITERATION_STARTED(once=6))
     def spoil(engine: Engine) -> None:
         run.engine._process_function = lambda e, b: {"losses": {"l1": 0.5, "kl": float("nan")}}
-        engine.state.batch = {"participant_id": ["sub-1", "sub-2"]}
+        engine.state.batch = {"participant_id": ["sub-1", "sub-2"], "path": ["sub-1/a.nii.gz", "sub-2/b.nii.gz"]}
 
     with pytest.raises(BundleError) as caught:
         run()
     told = str(caught.value)
-    assert "'kl' is nan at iteration 6, on sub-1, sub-2" in told
+    assert "'kl' is nan at iteration 6, on sub-1/a.nii.gz, sub-2/b.nii.gz" in told
     assert f"The last good checkpoint is {tmp_path / 'checkpoint_iteration=4.pt'}" in told

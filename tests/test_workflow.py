@@ -84,6 +84,29 @@ def test_nested_overrides_and_what_monai_defines_are_known(run_here: RunHere) ->
     assert len(workflow.parser.get_parsed_content("chosen_sampler").timesteps) == 5
 
 
+@pytest.mark.parametrize(
+    ("flag", "near"),
+    [
+        ("train::batch_sise", "--batch_size"),
+        ("train#batch_sise", "--batch_size"),
+        ("train::trainr::max_epochs", "--train::trainer"),
+        ("validate::los::draws", "--validate::loss"),
+        ("train::xyzzy", "docs/configuration.md"),
+    ],
+)
+def test_mistyped_nested_flag_names_the_near_one(flag: str, near: str, run_here: RunHere) -> None:
+    told = refused(run_here, "configs/train_diffusion.yaml", **{flag: 1})
+    assert told.startswith("unknown flag --train::" if flag.startswith("train") else "unknown flag --validate::los:")
+    assert near in told
+
+
+def test_sections_take_what_something_reads(run_here: RunHere, tmp_path: Path) -> None:
+    own = {"+train": {"rate": 1.0e-4, "own": {"_target_": "torch.nn.MSELoss"}}, "lr": "@train::rate"}
+    own["+samplers"] = {"quick": {"_target_": "scripts.samplers.DDIMSampler", "_mode_": "callable"}}
+    own["+validate"] = {"evaluator": "@train::own"}
+    run_here([BASE, "configs/train_diffusion.yaml", overlay(tmp_path, **own)], **ONLY_FLAGS)
+
+
 @pytest.mark.parametrize("name", [file.name for file in sorted((ROOT / "configs").glob("*.yaml"))])
 def test_overlays_of_the_bundle_hold_known_ids_alone(name: str, run_here: RunHere) -> None:
     run_here([BASE, f"configs/{name}", TINY], **ONLY_FLAGS)
