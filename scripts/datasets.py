@@ -16,6 +16,8 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +29,19 @@ from monai.transforms import MapTransform, SpatialResample
 from torch import Tensor
 
 from scripts.conditions import Conditions
+from scripts.distributed import rank, world_size
 from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.options import probability
 from scripts.tables import MISSING, read_table
-from scripts.volumes import read_volume
+from scripts.volumes import check_header, read_volume
 
 logger = logging.getLogger(__name__)
 
 TABLE = "participants.tsv"
 LEAST, MOST = -0.5, 1.5  # of intensities that are meant to be 0 to 1
 SPLITS = ("train", "validation", "test")
+READERS = 16
 
 
 def participants(folder: str, conditions: Conditions, missing: str = "error") -> list[dict[str, Any]]:
@@ -50,8 +54,8 @@ def participants(folder: str, conditions: Conditions, missing: str = "error") ->
 
     Returns:
         One dictionary a row: `image` is the file's path, `condition` a float32 tensor of shape
-        (conditions,), `participant_id` and `split` (empty where the table has none) are the table's, and
-        `row` is its whole row.
+        (conditions,), `participant_id`, `path` and `split` (empty where the table has none) are the table's,
+        and `row` is its whole row.
 
     Raises:
         BundleError: if the table or a file is not there, or a condition missing or malformed.
@@ -96,7 +100,8 @@ def with_conditions(
 def _with_condition(row: dict[str, str], conditions: Conditions, missing: str, table: Path) -> dict[str, Any]:
     where = f"participant {row['participant_id']} in {table}"
     condition = conditions.from_row(row, where, missing, warn=False)
-    return {"condition": condition, "participant_id": row["participant_id"], "split": _split(row), "row": row}
+    named = {"participant_id": row["participant_id"], "path": row.get("path", ""), "split": _split(row)}
+    return {"condition": condition, **named, "row": row}
 
 
 def _split(row: Mapping[str, str]) -> str:
@@ -112,6 +117,23 @@ def _warn_outside(found: Sequence[Mapping[str, Any]], conditions: Conditions, ta
                 f"{outside} of {len(found)} rows of {table} lie outside the range of {condition.raw}, "
                 f"{condition.in_words()}, which becomes 0 to 1: to train on them, widen the range in `conditions`"
             )
+
+
+def check_headers(rows: Sequence[Mapping[str, Any]], grid: Grid, resample: bool = False) -> None:
+    """Look at the headers of all scans before a training starts, which otherwise might meet a bad one hours later.
+
+    Each of several processes looks at its share.
+
+    Args:
+        rows: of `participants`.
+        grid, resample: as `LoadVolumed` takes them.
+
+    Raises:
+        BundleError: for the first scan that is unreadable, or not of the grid's shape and not to be resampled.
+    """
+    own = [row["image"] for row in rows[rank() :: world_size()]]
+    with ThreadPoolExecutor(READERS) as readers:  # on a network's disks, reading a header is waiting
+        list(readers.map(partial(check_header, shape=None if resample else grid.shape), own))
 
 
 def split(

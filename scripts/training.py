@@ -90,7 +90,7 @@ class FiniteLosses:
             name, value = next(iter(bad.items()))
             raise BundleError(
                 f"'{name}' is {value} at iteration {engine.state.iteration}, on {_scans(engine)}. "
-                f"{self._way_back()}: look at those scans, lower --lr, or compute in float32 with --amp 0"
+                f"{self._way_back()}: look at those scans, lower --lr, or compute with --amp bf16 or 0"
             )
 
     def _way_back(self) -> str:
@@ -99,7 +99,8 @@ class FiniteLosses:
 
 
 def _scans(engine: Engine) -> str:
-    own = [str(name) for name in engine.state.batch.get("participant_id", [])]
+    batch = engine.state.batch
+    own = [str(name) for name in batch.get("path", batch.get("participant_id", []))]
     names = distributed.all_lists(own)
     more = f" and {len(names) - FILES_TO_NAME} more" if len(names) > FILES_TO_NAME else ""
     return f"{', '.join(names[:FILES_TO_NAME])}{more}" if names else "an unnamed batch"

@@ -106,12 +106,35 @@ def read_volume(path: str | os.PathLike, shape: tuple[int, int, int] | None = No
         volume = stored.astype(np.float32, casting="same_kind")
     except UNREADABLE as error:
         raise BundleError(f"cannot read the volume {path}: it is damaged, cut short or no image ({error})") from error
-    if volume.ndim != 3 or (shape is not None and volume.shape != tuple(shape)):
-        wanted = "3D" if shape is None else str(tuple(shape))
-        raise BundleError(f"the volume {path} has shape {volume.shape}, not {wanted}: prepare the scan first")
+    _check_shape(path, volume.shape, shape)
     if not np.isfinite(volume).all():
         raise BundleError(f"the volume {path} holds NaN or infinite values: prepare the scan again")
     return volume
+
+
+def check_header(path: str | os.PathLike, shape: tuple[int, int, int] | None = None) -> None:
+    """Refuse a volume by its header alone, without reading its voxels.
+
+    Args:
+        path, shape: as `read_volume`.
+
+    Raises:
+        BundleError: if the file is missing, has no header that can be read, or another shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BundleError(f"there is no volume at {path}")
+    try:
+        found = nib.load(path).shape  # type: ignore[attr-defined]
+    except UNREADABLE as error:
+        raise BundleError(f"cannot read the volume {path}: it is damaged, cut short or no image ({error})") from error
+    _check_shape(path, found, shape)
+
+
+def _check_shape(path: Path, found: tuple[int, ...], shape: tuple[int, int, int] | None) -> None:
+    if len(found) != 3 or (shape is not None and found != tuple(shape)):
+        wanted = "3D" if shape is None else str(tuple(shape))
+        raise BundleError(f"the volume {path} has shape {found}, not {wanted}: prepare the scan first")
 
 
 def mid_planes(volume: np.ndarray, height: int = 256) -> np.ndarray:

@@ -15,15 +15,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from heads import ROWS, refused, write_dataset
 from monai.bundle import ConfigParser
 from released import configuration
 
-from scripts.datasets import participants, split
+from scripts.datasets import check_headers, participants, split
 from scripts.errors import BundleError
+from scripts.grid import Grid
 from scripts.tables import MISSING
+from scripts.volumes import write_volume
 
 
 def rows(*ids: str, words: dict[str, str] | None = None) -> list[dict[str, Any]]:
@@ -92,6 +95,19 @@ def test_splits_that_are_refused() -> None:
     assert "nothing to train on" in refused_split(subjects(2), fraction=1)
     for fraction in (1.5, -0.1, "many", float("nan")):
         assert "--validation_fraction must be from 0 to 1" in refused_split(subjects(2), fraction=fraction)
+
+
+def test_headers_are_looked_at_before_a_training(tmp_path: Path) -> None:
+    grid = Grid((6, 8, 4), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
+    found: list[dict[str, Any]] = [{"image": str(tmp_path / f"{name}.nii.gz")} for name in "abc"]
+    for row in found:
+        write_volume(row["image"], np.zeros(grid.shape), grid)
+    check_headers(found, grid)
+    other = Grid((6, 8, 5), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
+    assert f"{found[0]['image']} has shape (6, 8, 4), not (6, 8, 5)" in refused(check_headers, found, other)
+    check_headers(found[:2], other, resample=True)
+    Path(found[1]["image"]).write_bytes(b"no volume")
+    assert f"cannot read the volume {found[1]['image']}" in refused(check_headers, found, grid, resample=True)
 
 
 def test_split_comes_from_the_table(tmp_path: Path) -> None:

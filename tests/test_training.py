@@ -198,7 +198,8 @@ def test_facts_in_another_order_are_other_facts() -> None:
 
 def test_loss_that_is_not_finite_stops_the_training(done: Pipeline, tmp_path: Path) -> None:
     told = refused(done.train_autoencoder, run_dir=str(tmp_path), kl_weight=1e38)
-    assert "'loss' is inf at iteration 1, on sub-" in told and "There is no checkpoint yet" in told
+    assert "'loss' is inf at iteration 1, on sub-" in told and "_T1w.nii.gz" in told
+    assert "There is no checkpoint yet" in told
     assert list(tmp_path.glob("*.pt")) == []
 
 
@@ -256,6 +257,18 @@ def test_scan_that_is_damaged_is_named_during_training(workers: int, work: Pipel
     told = refused(work.train_autoencoder, run_dir=str(work.folder / "other"), num_workers=workers)
     assert f"cannot read the volume {path}" in told and "\n" not in told
     assert list((work.folder / "other").glob("*.pt")) == []
+
+
+def test_bad_scan_is_refused_before_the_first_step(work: Pipeline, grid: Grid) -> None:
+    """Even where it would be loaded last: by its header, in whichever split it is."""
+    path, where = work.dataset / "sub-1" / "anat" / "sub-1_T1w.nii.gz", str(work.folder / "other")
+    finer = Grid((40, 56, 40), [s * 0.8 for s in grid.spacing], grid.origin)
+    write_volume(path, head(finer, 0).numpy(), finer)
+    told = refused(work.train_autoencoder, run_dir=where, resample_to_grid=False)
+    assert f"the volume {path} has shape (40, 56, 40), not (32, 48, 32)" in told
+    path.write_bytes(b"no volume")
+    assert f"cannot read the volume {path}" in refused(work.train_autoencoder, run_dir=where)
+    assert not Path(where).exists()
 
 
 def test_scan_on_another_grid(tmp_path: Path, grid: Grid) -> None:
