@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 from monai.networks.blocks.crossattention import CrossAttentionBlock
+from monai.networks.schedulers import Scheduler
 from torch import Tensor, nn
 
 from scripts.checkpoints import Checkpoint, load_network, read_checkpoint
 from scripts.conditions import Conditions
 from scripts.errors import BundleError
+from scripts.schedules import check_facts
 from scripts.workflow import CONFIGS
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,31 @@ def network_to_train(
     if checkpoint is not None and conditions is not None:
         _check_reachable(network, conditions)
     return network.to(device).train()
+
+
+def check_origin(checkpoint: Checkpoint | None, schedule: Scheduler, autoencoder_sha256: str) -> None:
+    """Refuse diffusion weights that were trained for another target, on another schedule, or on other latents.
+
+    The latents' scale, too, is that of the weights' own autoencoder. Files that do not state these facts, such as the
+    released weights, pass.
+
+    Args:
+        checkpoint: weights to start from, or None.
+        schedule: of the training that begins.
+        autoencoder_sha256: of the file that made its latents.
+
+    Raises:
+        BundleError: naming the flag to give, or the autoencoder.
+    """
+    if checkpoint is None:
+        return
+    check_facts(checkpoint, schedule)
+    trained = checkpoint.facts.get("autoencoder_sha256", autoencoder_sha256)
+    if trained != autoencoder_sha256:
+        raise BundleError(
+            f"{checkpoint.path} was trained on latents of another autoencoder (SHA-256 {str(trained)[:12]}...) than "
+            f"those in --latents_dir ({autoencoder_sha256[:12]}...): encode the dataset with the one that it knows"
+        )
 
 
 # Conditions.

@@ -35,6 +35,7 @@ from scripts.conditions import Conditions
 from scripts.errors import find_bundle_error
 from scripts.finetuning import (
     base_conditions,
+    check_origin,
     fit_conditions,
     freeze,
     network_to_train,
@@ -292,6 +293,25 @@ def test_pretrained_file_that_is_not_there(tmp_path: Path) -> None:
     told = refused(read_pretrained, str(tmp_path / "modell.safetensors"), "diffusion")
     assert "no such file: did you mean" in told and "model.safetensors?" in told
     assert "no weights of the diffusion at" in refused(read_pretrained, str(tmp_path / "x" / "y.pt"), "diffusion")
+
+
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        ({"target": "velocity"}, "was trained for the target velocity, not epsilon: give --target velocity"),
+        ({"schedule": {"num_train_timesteps": 500}}, "give --schedules::ddim::num_train_timesteps"),
+        ({"autoencoder_sha256": "b" * 64}, "on latents of another autoencoder (SHA-256 bbbbbbbbbbbb...)"),
+    ],
+)
+def test_weights_that_were_trained_for_something_else(facts: dict[str, Any], told: str, config: ConfigParser) -> None:
+    schedule = config.get_parsed_content("schedule")
+    assert told in refused(check_origin, Checkpoint(Path("model.pt"), {}, facts), schedule, "a" * 64)
+
+
+def test_weights_that_say_nothing_or_fit(config: ConfigParser) -> None:
+    schedule, facts = config.get_parsed_content("schedule"), {"target": "epsilon", "autoencoder_sha256": "a" * 64}
+    for checkpoint in (None, Checkpoint(Path("model.pt"), {}), Checkpoint(Path("model.pt"), {}, facts)):
+        check_origin(checkpoint, schedule, "a" * 64)
 
 
 # Commands.
