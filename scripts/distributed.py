@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -29,12 +31,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scripts.devices import process_rank
+from scripts.errors import BundleError
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
+MEETING, PAUSE_S = "meeting", 0.05
 PATIENCE = timedelta(days=100)
+
+T = TypeVar("T")
 
 
 def start(device: torch.device) -> None:
@@ -47,9 +51,8 @@ def start(device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Processes that torchrun restarts share the store of those before, whose addresses in it are no longer true.
     store, own_rank, size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = dist.PrefixStore(meet(store, own_rank, size), store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
     if rank() > 0:
@@ -72,6 +75,46 @@ def arrive(where: str) -> None:
     store = dist.PrefixStore(f"{where} {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     store.set(str(own_rank), "here")
     store.wait([str(one) for one in range(size)], PATIENCE)
+
+
+def meet(store: dist.Store, own_rank: int, size: int, patience: float = 600.0) -> str:
+    """A name that the processes of this start have in common, and those of no earlier start had.
+
+    Processes that torchrun restarts share the store of those before, whose addresses in it are no longer true, and
+    with several nodes its count of restarts rises only where a process has died. So rank 0 makes up a name, each other
+    process answers to it with a name of its own, and rank 0 confirms that: an earlier start's name, which may still be
+    read, no longer gets a confirmation.
+
+    Args:
+        store: of all processes.
+        own_rank: number of this process.
+        size: how many there are.
+        patience: seconds to wait for the others.
+
+    Raises:
+        BundleError: if they do not turn up.
+    """
+    own, until = uuid4().hex, time.monotonic() + patience
+    if own_rank == 0:
+        store.set(MEETING, own)
+        for other in range(1, size):
+            while not store.check([f"{own} {other}"]):
+                _pause(until)
+            store.set(f"{own} {store.get(f'{own} {other}').decode()}", "")
+        return own
+    name = ""
+    while not store.check([f"{name} {own}"]):
+        if store.check([MEETING]):
+            name = store.get(MEETING).decode()
+            store.set(f"{name} {own_rank}", own)
+        _pause(until)
+    return name
+
+
+def _pause(until: float) -> None:
+    if time.monotonic() > until:
+        raise BundleError("the other processes of this training have not turned up: start all of them")
+    time.sleep(PAUSE_S)
 
 
 def finish() -> None:
