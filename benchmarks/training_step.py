@@ -46,6 +46,7 @@ from scripts.perceptual import LPIPS
 
 PRECISIONS = {"fp32": "0", "bf16": "bf16", "fp16": "fp16"}
 BUDGETS_GB = (24, 48, 80)
+OUT_OF_MEMORY = "out of memory"
 USABLE = 0.93  # of a GPU's memory, the rest being the driver's, CUDA's and fragments
 
 
@@ -67,13 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             perceptual = Path(folder) / "lpips.safetensors"
             save_file(LPIPS().state_dict(), perceptual)
-            rows = [_row(case, options, device, perceptual) for case in tqdm(list(_cases(options)), unit="case")]
+            rows: list[dict[str, Any]] = []
+            for case in tqdm(list(_cases(options)), unit="case"):
+                rows.append(_row(case, options, device, perceptual, rows))
+                _write(rows, options, device)
     except BundleError as error:
         sys.exit(f"error: {error}")
     _print_table(rows)
-    if options.json:
-        report = {"size": options.size, "patch_shape": options.patch_shape, "machine": machine(device)}
-        write_json(options.json, {**report, "steps": rows, "fits": fitting(rows)})
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -101,18 +102,36 @@ def _cases(options: argparse.Namespace) -> Iterator[Case]:
         yield Case(stage, batch, precision, checkpointing, channels_last)
 
 
-def _row(case: Case, options: argparse.Namespace, device: torch.device, perceptual: Path) -> dict[str, Any]:
-    row: dict[str, Any] = {**case._asdict(), "seconds": None, "peak_gib": None, "kept_gib": None}
+def _write(rows: Sequence[dict[str, Any]], options: argparse.Namespace, device: torch.device) -> None:
+    """Write the report after each case, so that a stop loses one of them alone."""
+    if options.json:
+        report = {"size": options.size, "patch_shape": options.patch_shape, "machine": machine(device)}
+        write_json(options.json, {**report, "steps": list(rows), "fits": fitting(rows)})
+
+
+def _row(
+    case: Case, options: argparse.Namespace, device: torch.device, perceptual: Path, done: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {**case._asdict(), "seconds": None, "peak_gib": None, "kept_gib": None, "failed": None}
+    if _is_too_large(case, done):
+        return {**row, "failed": OUT_OF_MEMORY}
     try:
         runs, kept = _run(case, options, device, perceptual)
         row |= {"seconds": [round(run.seconds, 4) for run in runs], "peak_gib": round(runs[-1].peak / GIB, 3)}
         row["kept_gib"] = round(kept / GIB, 3)
-    except torch.OutOfMemoryError:
-        print(f"out of memory: {case}", file=sys.stderr)
+    except RuntimeError as error:  # memory, or a size that one of the GPU's kernels does not take
+        row["failed"] = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else str(error).splitlines()[0]
+        print(f"{case}: {row['failed']}", file=sys.stderr)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return row
+
+
+def _is_too_large(case: Case, done: Sequence[dict[str, Any]]) -> bool:
+    """Whether a smaller batch of the same kind of step was out of memory."""
+    smaller = [row for row in done if row["failed"] == OUT_OF_MEMORY and row["batch"] < case.batch]
+    return any(case._replace(batch=row["batch"]) == tuple(row[name] for name in Case._fields) for row in smaller)
 
 
 def _run(case: Case, options: argparse.Namespace, device: torch.device, perceptual: Path) -> tuple[list[Any], int]:
@@ -200,7 +219,7 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         kind = [row["stage"], row["precision"], row["checkpointing"], row["channels_last"], row["batch"]]
         middle = median(row["seconds"]) if row["seconds"] else None
-        time = [f"{middle:.3f}", f"{middle / row['batch']:.3f}"] if middle is not None else ["out of memory", ""]
+        time = [f"{middle:.3f}", f"{middle / row['batch']:.3f}"] if middle is not None else [row["failed"], ""]
         memory = ["" if row[name] is None else f"{row[name]:.2f}" for name in ("peak_gib", "kept_gib")]
         print("| " + " | ".join(map(str, [*kind, *time, *memory])) + " |")
     print(

@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,11 +34,10 @@ from scripts.volumes import read_volume, write_volume
 
 pytest.importorskip("generative")
 
-from benchmarks import steps, writing  # noqa: E402
+from benchmarks import steps, training_step, writing  # noqa: E402
 from benchmarks.evaluation import SIZES, make_volumes  # noqa: E402
 from benchmarks.evaluation import run as measured_run  # noqa: E402
 from benchmarks.preparation import main as time_preparation  # noqa: E402
-from benchmarks.training_step import fitting  # noqa: E402
 
 
 def run(*arguments: object, module: str) -> subprocess.CompletedProcess[str]:
@@ -104,8 +104,30 @@ def test_training_steps(tmp_path: Path) -> None:
 def test_what_fits_into_a_gpu() -> None:
     row = {"stage": "diffusion", "precision": "bf16", "checkpointing": 0, "channels_last": 0}
     rows = [{**row, "batch": batch, "peak_gib": peak} for batch, peak in ((1, 12.0), (2, 20.0), (4, 36.0), (8, None))]
-    assert fitting(rows) == [{**row, "24 GB": 2, "48 GB": 4, "80 GB": 4}]
-    assert fitting(rows[2:])[0]["24 GB"] is None
+    assert training_step.fitting(rows) == [{**row, "24 GB": 2, "48 GB": 4, "80 GB": 4}]
+    assert training_step.fitting(rows[2:])[0]["24 GB"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "ran", "told"),
+    [(torch.OutOfMemoryError("of 80 GiB"), 1, "out of memory"), (RuntimeError("no kernel\nin C++"), 2, "no kernel")],
+)
+def test_steps_that_fail_lose_nothing(
+    error: RuntimeError, ran: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured before stays, and a batch larger than one that was out of memory is not tried."""
+    tried: list[int] = []
+
+    def fail(case: training_step.Case, *given: Any) -> Any:
+        tried.append(case.batch)
+        raise error
+
+    monkeypatch.setattr(training_step, "_run", fail)
+    words = "--size tiny --device cpu --stages diffusion --precisions fp32 --checkpointing 0 --batches 2 4"
+    training_step.main([*words.split(), "--json", str(tmp_path / "x.json")])
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert [row["failed"] for row in report["steps"]] == [told, told] and len(tried) == ran
+    assert report["fits"][0]["80 GB"] is None
 
 
 @pytest.mark.network
