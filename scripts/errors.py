@@ -18,6 +18,9 @@ from types import TracebackType
 
 FROM_A_WORKER = re.compile(r"in DataLoader worker process[\s\S]*^scripts\.errors\.BundleError: (.*)", re.MULTILINE)
 LOST_PEER = re.compile(r"Connection (closed|reset) by peer|ncclRemoteError|NCCL communicator was aborted")
+NO_MEMORY = re.compile(
+    r"\w+ out of memory[^.]*\.( Tried to allocate [\d.]+ \w+)?|can't allocate memory|Unable to allocate.*"
+)
 BUNDLE_COMMAND = "monai/bundle/__main__.py"
 
 
@@ -54,8 +57,21 @@ def _failed_component(error: BaseException | None) -> str | None:
     return None
 
 
+def _out_of_memory(error: BaseException | None) -> str | None:
+    """What to do where PyTorch or NumPy found no room for an array."""
+    while error is not None:
+        if found := NO_MEMORY.search(str(error)):
+            return (
+                f"not enough memory ({found[0].rstrip('.')}): give a smaller --batch_size or --amp bf16; in a training "
+                "--gradient_checkpointing 1, --accumulate or --patch_shape (docs/training.md), in sampling "
+                "--streaming 2 (docs/performance.md). What was finished is kept"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    known: object = find_bundle_error(error) or _failed_component(error)
+    known: object = find_bundle_error(error) or _out_of_memory(error) or _failed_component(error)
     if issubclass(kind, KeyboardInterrupt):
         known = "interrupted: what was finished is kept, and the same command goes on from there"
     if known is None and LOST_PEER.search(str(error.__cause__ or error)):

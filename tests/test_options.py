@@ -131,6 +131,30 @@ def test_the_command_line_shows_one_line(monkeypatch: pytest.MonkeyPatch, capsys
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("told", "short"),
+    [
+        (
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB",
+            "CUDA out of memory. Tried to allocate 2.50 GiB",
+        ),
+        ("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried", "can't allocate"),
+        ("Unable to allocate 8.00 GiB for an array with shape (1, 2)", "Unable to allocate 8.00 GiB for an array"),
+    ],
+)
+def test_out_of_memory_says_what_to_do(
+    told: str, short: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(sys, "argv", ["/x/site-packages/monai/bundle/__main__.py"])
+    report_errors_in_one_line()
+    error = wrapped(RuntimeError(told))
+    sys.excepthook(type(error), error, None)
+    line = capsys.readouterr().err
+    assert line.startswith("error: not enough memory (") and short in line and line.count("\n") == 1
+    assert "--batch_size" in line and "79.10" not in line
+
+
 def test_training_shows_losses_and_time_left(caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine(lambda _, batch: {"losses": {"loss": 0.5 * len(batch["image"]), "kl": 1234567.0}})
     TrainingProgress(log_every=2).attach(engine)

@@ -89,8 +89,8 @@ def test_nested_overrides_and_what_monai_defines_are_known(run_here: RunHere) ->
     [
         ("train::batch_sise", "--batch_size"),
         ("train#batch_sise", "--batch_size"),
-        ("train::trainr::max_epochs", "--train::trainer"),
-        ("validate::los::draws", "--validate::loss"),
+        ("train::trainr", "--train::trainer"),
+        ("validate::los", "--validate::loss"),
         ("train::xyzzy", "docs/configuration.md"),
     ],
 )
