@@ -34,6 +34,7 @@ from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock, D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scripts.checkpoints import is_aligned
 from scripts.convolution import TILE, doubled, doubled_weights, winograd, winograd_weights
 from scripts.errors import BundleError
 from scripts.options import yes_or_no
@@ -106,6 +107,13 @@ def accelerate_unet(network: nn.Module, fast: bool = True, amp: Any = False, com
     return network
 
 
+def forget_derived(network: nn.Module) -> None:
+    """Let an accelerated network derive anew from its weights when it is called next, and give the memory back."""
+    for module in network.modules():
+        if isinstance(module.forward, Fast):
+            module.forward.forget()
+
+
 def _for_gpu(network: nn.Module, dtype: torch.dtype | None) -> None:
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     for module in network.modules():
@@ -137,11 +145,15 @@ class Fast:
         raise NotImplementedError
 
     def derived(self, name: str, derive: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
-        """`derive(weight)`, computed once."""
+        """`derive(weight)`, computed once; see `forget_derived`."""
         state = weight.data_ptr(), weight._version
         if name not in self._derived or self._derived[name][0] != state:
-            self._derived[name] = state, derive(weight)
+            self._derived[name] = state, derive(weight if is_aligned(weight) else weight.clone())
         return self._derived[name][1]
+
+    def forget(self) -> None:
+        """Let go of all that was derived."""
+        self._derived.clear()
 
 
 class FastConvolution(Fast):

@@ -18,7 +18,7 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 FACTS = "facts"
 NESTS = ("state_dict", "model")  # where other trainers put the weights: PyTorch Lightning, timm and the like
 PREFIX = "module."  # which torch.nn.parallel.DistributedDataParallel puts before each name
+ALIGNMENT = 64  # bytes, of PyTorch's own memory: products of matrices may round otherwise where it is less
+LARGE = 2**20  # bytes of a weight above which a convolution brings it into an order of its own before it computes
 WAYS_OUT = (
     "download the released weights with `python -m monai.bundle download_large_files --bundle_path .`, "
     "or use the small model that ships with the bundle: "
@@ -57,12 +59,16 @@ class Checkpoint:
         facts: plain data that training stored with it: `latent_scale`, `conditions` and so on; empty
             for the released weights.
         sha256: of the file's bytes.
+        mapped: whether the tensors are pages of the file, in memory once they are used, and all float32.
+        stamp: of the file when it was read; see `file_stamp`.
     """
 
     path: Path
     state: dict[str, Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
+    mapped: bool = False
+    stamp: tuple[int, ...] = ()
 
     @property
     def latent_scale(self) -> float:
@@ -88,33 +94,58 @@ def read_checkpoint(path: str | os.PathLike, network: str) -> Checkpoint:
     path = Path(str(path))
     if not path.is_file():
         raise BundleError(f"no weights of the {network} at {path}: {WAYS_OUT}")
+    stamp = file_stamp(path)
+    state, facts = read_state(path, network)
+    mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+    mapped = mapped and all(tensor.dtype == torch.float32 for tensor in state.values())
+    return Checkpoint(path, state, facts, file_sha256(path), mapped, stamp)
+
+
+def read_state(
+    path: Path, network: str, say: Callable[[str], None] = logger.info
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and facts of `read_checkpoint`, without the hash, for which the whole file is read.
+
+    Args:
+        path, network: as there.
+        say: is told what was chosen.
+
+    Raises:
+        BundleError: as `read_checkpoint`.
+    """
     content, facts = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     facts = content.get(FACTS, facts)
-    state = _without_prefix(_find_state(content, network, path), path)
+    state = _without_prefix(_find_state(content, network, path, say), path, say)
     if not _is_state_dict(state) or not isinstance(facts, Mapping):
         parts = ", ".join(map(str, list(content)[:6])) or "nothing"
         raise BundleError(f"{path} holds no weights of the {network}: it holds {parts}")
-    return Checkpoint(path, dict(state), dict(facts), file_sha256(path))
+    return dict(state), dict(facts)
 
 
-def _find_state(content: Mapping[str, Any], network: str, path: Path) -> Any:
+def file_stamp(path: str | os.PathLike) -> tuple[int, ...]:
+    """Device, inode, size and time of the last change: another one, another content."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _find_state(content: Mapping[str, Any], network: str, path: Path, say: Callable[[str], None]) -> Any:
     average = content.get(f"{network}_ema")
     if isinstance(average, Mapping) and "weights" in average:
-        logger.info(f"{path}: took the average of the weights over the training")
+        say(f"{path}: took the average of the weights over the training")
         return average["weights"]
     if network in content:
         return content[network]
     nest = next((name for name in NESTS if isinstance(content.get(name), Mapping)), None)
     if nest is None:
         return content
-    logger.info(f"{path}: took the weights under '{nest}'")
+    say(f"{path}: took the weights under '{nest}'")
     return content[nest]
 
 
-def _without_prefix(state: Any, path: Path) -> Any:
+def _without_prefix(state: Any, path: Path, say: Callable[[str], None]) -> Any:
     if not _is_state_dict(state) or not all(name.startswith(PREFIX) for name in state):
         return state
-    logger.info(f"{path}: left out the prefix '{PREFIX}' of the weights' names")
+    say(f"{path}: left out the prefix '{PREFIX}' of the weights' names")
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
 
 
@@ -185,6 +216,7 @@ def load_network(
     load_old: Any = 0,
     device: torch.device | str = "cpu",
     conditions: Conditions | None = None,
+    take: bool = False,
 ) -> nn.Module:
     """Put a checkpoint's weights into a network, every one of them, and set it to evaluation mode.
 
@@ -196,6 +228,8 @@ def load_network(
         device: where to move the network.
         conditions: what the network is going to be conditioned on; compared with what the checkpoint
             says it was trained with, where it says so.
+        take: let the network have the checkpoint's tensors themselves, where that makes no difference to its output,
+            in the place of copies; nothing is left in the checkpoint's `state`.
 
     Returns:
         The same network.
@@ -204,12 +238,29 @@ def load_network(
         BundleError: if any weight is missing, left over, or of another shape, or the conditions differ.
     """
     check_conditions(checkpoint, conditions)
-    matches = set(checkpoint.state) == set(network.state_dict())
-    if yes_or_no(load_old, "load_old") and not matches:
-        _load_old(network, checkpoint)
+    wanted = network.state_dict()
+    if yes_or_no(load_old, "load_old") and set(checkpoint.state) != set(wanted):
+        given = _renamed(network, checkpoint, wanted)
     else:
-        _load_same(network, checkpoint)
+        given = _of_same_names(checkpoint, wanted)
+    _check_shapes(checkpoint, given, wanted)
+    if take:
+        checkpoint.state.clear()
+        given = {name: _taken(tensor, wanted[name]) for name, tensor in given.items()}
+    network.load_state_dict(given, strict=True, assign=take)
     return network.to(device).eval()
+
+
+@torch.no_grad()
+def _taken(given: Tensor, own: Tensor) -> Tensor:
+    same = (given.dtype, given.device) == (own.dtype, own.device) and given.is_contiguous()
+    reordered = given.dim() > 2 and given.nbytes >= LARGE
+    return given if same and (reordered or is_aligned(given)) else own.copy_(given)
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether a tensor lies in memory as PyTorch's own do."""
+    return tensor.data_ptr() % ALIGNMENT == 0
 
 
 def check_conditions(checkpoint: Checkpoint, conditions: Conditions | None) -> None:
@@ -226,41 +277,50 @@ def check_conditions(checkpoint: Checkpoint, conditions: Conditions | None) -> N
         )
 
 
-def _load_same(network: nn.Module, checkpoint: Checkpoint) -> None:
-    wanted, given = network.state_dict(), checkpoint.state
-    missing, unexpected = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+def _of_same_names(checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    missing = sorted(set(wanted) - set(checkpoint.state))
+    unexpected = sorted(set(checkpoint.state) - set(wanted))
     if missing or unexpected:
         _refuse(checkpoint, missing, unexpected, "; if it comes from the monai-generative package, use --load_old 1")
-    _check_shapes(checkpoint, wanted)
-    network.load_state_dict(dict(given), strict=True)
+    return dict(checkpoint.state)
 
 
-def _load_old(network: nn.Module, checkpoint: Checkpoint) -> None:
-    # MONAI's conversion drops projections, and leaves parameters as they were, without an error. What it
-    # leaves in the dict was dropped; what is still NaN afterwards was not loaded.
-    left = dict(checkpoint.state)
-    with torch.no_grad():
-        for tensor in network.state_dict().values():
-            tensor.fill_(float("nan"))
+class _Renaming:
+    """Stands in for a network in MONAI's conversion of old names: keeps what it would load."""
+
+    def __init__(self, own: Mapping[str, Tensor]) -> None:
+        self.own, self.given = own, dict(own)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.own)
+
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
+        self.given.update(state)
+
+
+def _renamed(network: nn.Module, checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # MONAI's conversion drops projections, and leaves weights as they were, without an error. What it leaves in the
+    # dict was dropped; what is the network's own afterwards was not loaded.
+    left, renaming = dict(checkpoint.state), _Renaming(wanted)
     try:
         with redirect_stdout(StringIO()):
-            network.load_old_state_dict(left)  # type: ignore[operator]
+            type(network).load_old_state_dict(renaming, left)  # type: ignore[attr-defined]
     except KeyError as error:
         _refuse(checkpoint, [str(error.args[0])], [])
-    except RuntimeError as error:
-        raise BundleError(f"{checkpoint.path} is of another model: {str(error).splitlines()[-1].strip()}") from error
-    empty = [name for name, tensor in network.state_dict().items() if tensor.isnan().any()]
-    if left or empty:
-        _refuse(checkpoint, empty, sorted(left))
+    given = renaming.given
+    missing = [name for name in wanted if given[name] is wanted[name]]
+    unexpected = [name for name in left if left[name] is not given.get(name)] + list(set(given) - set(wanted))
+    if missing or unexpected:
+        _refuse(checkpoint, missing, sorted(unexpected))
+    return given
 
 
-def _check_shapes(checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> None:
-    for name, tensor in wanted.items():
-        given = checkpoint.state[name]
-        if given.shape != tensor.shape:
+def _check_shapes(checkpoint: Checkpoint, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    for name, tensor in given.items():
+        if tensor.shape != wanted[name].shape:
             raise BundleError(
-                f"{checkpoint.path} is of another model: its {name} is {tuple(given.shape)}, "
-                f"the configured network's is {tuple(tensor.shape)}"
+                f"{checkpoint.path} is of another model: its {name} is {tuple(tensor.shape)}, "
+                f"the configured network's is {tuple(wanted[name].shape)}"
             )
 
 

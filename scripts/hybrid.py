@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class LatentDiffusionSampler(Inferer):
         latent_scale: factor that training put on the latents; they are divided by it before decoding.
         guidance: factor w of classifier-free guidance, which calls the network with and without conditions; None
             calls it with them alone. See `scripts.guidance`.
+        release: called before decoding; see `scripts.memory.release_weights`.
     """
 
     def __init__(
@@ -88,12 +89,14 @@ class LatentDiffusionSampler(Inferer):
         autoencoder: nn.Module,
         latent_scale: float = 1.0,
         guidance: float | None = None,
+        release: Callable[[], None] | None = None,
     ) -> None:
         self.hybrid = hybrid
         self.sampler = sampler
         self.autoencoder = autoencoder
         self.latent_scale = latent_scale
         self.guidance = guidance
+        self.release = release
 
     def __call__(
         self, inputs: Tensor, network: nn.Module, condition: Tensor, generators: Sequence[torch.Generator]
@@ -109,7 +112,10 @@ class LatentDiffusionSampler(Inferer):
         Returns:
             (B, 1, X, Y, Z) float32 on the network's device; intensities nominally 0..1, not clipped.
         """
-        return self.decode(self.sample_latent(inputs, network, condition, generators))
+        latent = self.sample_latent(inputs, network, condition, generators)
+        if self.release is not None:
+            self.release()
+        return self.decode(latent)
 
     @torch.no_grad()
     def sample_latent(
