@@ -21,11 +21,7 @@ nothing of any model.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -35,19 +31,15 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from benchmarks.command import configuration, report
-from scripts.errors import BundleError
+from benchmarks.command import bundle_command, configuration, report, run
 from scripts.grid import Grid
 from scripts.volume_folders import find_volumes
 from scripts.volumes import read_volume, write_volume
-from scripts.workflow import CONFIGS
 
 SIZES = {"coarse": ["inference.json", "coarse.yaml"], "tiny": ["inference.json", "tiny.yaml"]}
 SETS = {"synthetic": 1, "real": 2, "training": 3}
 """Name of each folder -> its part of the seeds."""
 BLUR_MM = 1.5
-POLL_SECONDS = 0.2
-GIB = 2**30
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -150,7 +142,6 @@ def _changed(head: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def _command(options: argparse.Namespace, work: Path) -> list[str]:
-    files = [str(CONFIGS / name) for name in ("inference.json", "evaluate.yaml", SIZES[options.size][1])]
     flags: dict[str, Any] = {
         "synthetic_dir": work / "synthetic",
         "real_dir": work / "real",
@@ -161,39 +152,7 @@ def _command(options: argparse.Namespace, work: Path) -> list[str]:
         "output_dir": work / "output",
         "device": "cpu",
     }
-    given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", str(files), *given]
-
-
-def run(command: Sequence[str], output: Path, kill_when: Any = None) -> dict[str, Any]:
-    """Run a command to its end, or kill it with SIGKILL when something is true.
-
-    Returns:
-        Seconds of the clock and of the CPU, and peak memory in GiB.
-
-    Raises:
-        BundleError: if the command fails, or ends before it was to be killed.
-    """
-    start = time.perf_counter()
-    with open(output.with_suffix(".log"), "ab") as log:
-        process = subprocess.Popen(command, cwd=CONFIGS.parent, stdout=log, stderr=log)
-        while kill_when is not None and process.returncode is None:
-            time.sleep(POLL_SECONDS)
-            if kill_when():
-                process.kill()
-                break
-            if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                break
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    wanted = 0 if kill_when is None else -9
-    if process.returncode != wanted:
-        raise BundleError(f"the evaluation ended with {process.returncode}, not {wanted}: see {log.name}")
-    return {
-        "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_gib": round(usage.ru_maxrss * 1024 / GIB, 2),
-    }
+    return bundle_command(["inference.json", "evaluate.yaml", SIZES[options.size][1]], flags)
 
 
 def _stamps(work: Path) -> dict[str, int]:

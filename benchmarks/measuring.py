@@ -16,21 +16,27 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import monai
+import monai.config
+import monai.utils
 import torch
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.checkpoints import Checkpoint, load_network
 from scripts.patching import OnCubes
 
+monai.config.IgniteInfo = monai.utils.IgniteInfo  # where monai-generative 0.2.3 looks for it
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from generative.networks import nets as generative_nets
+    from generative.networks import schedulers as generative_schedulers
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SIZES = {
@@ -110,6 +116,44 @@ def _peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+class Work(NamedTuple):
+    """What a call has to do.
+
+    Attributes:
+        flop: floating-point operations.
+        bytes: that its operators read and write, each of them for itself.
+    """
+
+    flop: float = 0.0
+    bytes: float = 0.0
+
+    def times(self, number: int) -> Work:
+        """Of as many calls."""
+        return Work(self.flop * number, self.bytes * number)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes of what operators take and give, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in str(func):
+            self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, output)) if isinstance(x, Tensor))
+        return output
+
+
+@torch.no_grad()
+def counted(call: Callable[[], Any]) -> Work:
+    """The work of one call, on tensors without values (`torch.device("meta")`) or with them."""
+    with FlopCounterMode(display=False) as counter, Traffic() as traffic:
+        call()
+    return Work(counter.get_total_flops(), traffic.bytes)
+
+
 def relative_difference(output: Tensor, reference: Tensor) -> float:
     """Largest absolute difference over the reference's largest absolute value."""
     return float((output - reference).abs().max() / reference.abs().max())
@@ -117,12 +161,23 @@ def relative_difference(output: Tensor, reference: Tensor) -> float:
 
 def original_network(config: ConfigParser, key: str, device: torch.device) -> nn.Module:
     """monai-generative's network of one of the bundle's configurations, with random weights."""
+    network = bare_original_network(config, key)
+    fill_with_random_values(network)
+    return network.to(device)
+
+
+def bare_original_network(config: ConfigParser, key: str) -> nn.Module:
+    """The same as monai-generative initialises it."""
     entry = config.ref_resolver.get_item(key) and config.get_parsed_content(key, instantiate=False).get_config()
     arguments = {name: value for name, value in entry.items() if not name.startswith("_")}
     arguments["num_channels"] = arguments.pop("channels")
-    network = GENERATIVE[entry["_target_"]](**arguments).eval()
-    fill_with_random_values(network)
-    return network.to(device)
+    return GENERATIVE[entry["_target_"]](**arguments).eval()
+
+
+def original_scheduler(name: str, entry: Mapping[str, Any]) -> Any:
+    """monai-generative's scheduler of that name, of one of the bundle's schedules."""
+    given = {key: value for key, value in entry.items() if not key.startswith("_")}
+    return getattr(generative_schedulers, name)(**given)
 
 
 def our_network(config: ConfigParser, key: str, original: nn.Module, device: torch.device) -> nn.Module:

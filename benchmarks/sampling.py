@@ -15,10 +15,15 @@ come, under autocast (--amp); `ours` the bundle's with --fast and --streaming. A
 calls of the three alternate after warm-up, and medians are compared, so that a machine whose load changes favours none.
 
     python -m benchmarks.sampling --size full --device cuda --batches 1 2 4 8 16 32 --folder report
+    python -m benchmarks.sampling --size full --device cpu --cases command --steps 50 --warmup 0 --repeats 1
     python -m benchmarks.sampling --size tiny --repeats 1
 
+The case `command` is the whole way from files of weights to a volume's file, each way in a process of its own, with the
+resident memory of that process; it needs 2.3 GB of disk for weights of full size.
+
 The folder gets `sampling.json`, `sampling.tsv` and `sampling.png`. Per cent are of the machine's own matrix
-multiplication in the way's precision, measured first; FLOP are those of MONAI's plain network.
+multiplication in the way's precision and of its copy, measured first; FLOP and bytes are those of MONAI's plain
+network, each operator of which reads its inputs from memory and writes its output there.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,19 +41,21 @@ import torch
 from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import (
     CONFIGS,
     GIB,
     SIZES,
     Measured,
+    Work,
+    counted,
     machine,
     measure,
     original_network,
     our_network,
     relative_difference,
 )
+from benchmarks.sampling_command import SamplingCommand
 from scripts.acceleration import accelerate_autoencoder, accelerate_unet
 from scripts.atomic import make_folder, replacing, write_json
 from scripts.devices import compute_device
@@ -59,9 +67,11 @@ from scripts.volumes import write_volume
 
 WAYS = ("original", "monai", "ours")
 CASES = ("unet", "steps", "decode", "encode", "write")
+COMMAND = "command"
 AXES = {"steps": "steps", "batch": "unet", "voxels": "decode"}
 
 Calls = dict[str, Callable[[], Tensor]]
+Measurements = dict[str, Callable[[], Measured]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,7 +97,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--size", nargs="+", choices=sorted(SIZES), default=["full"], help="tiny only shows that it runs"
     )
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--cases", nargs="+", choices=(*CASES, COMMAND), default=CASES)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument(
         "--batches", nargs="+", type=int, default=[1], help="latents in a UNet call and in a trajectory"
@@ -133,21 +143,33 @@ def _rows(
     if options.amp == "auto":
         options.amp = "bf16" if device.type == "cuda" else "0"
     bench = Bench(config, options, device)
+    with tempfile.TemporaryDirectory() as folder:
+        return _measured(size, bench, Path(folder), options, ceilings)
+
+
+def _measured(
+    size: str, bench: Bench, folder: Path, options: argparse.Namespace, ceilings: Mapping[str, float]
+) -> list[dict[str, Any]]:
     varied = [(case, batch, steps) for case in options.cases for batch, steps in bench.variations(case)]
+    command = SamplingCommand(bench.config, size, options, folder) if COMMAND in options.cases else None
     rows: list[dict[str, Any]] = []
     for case, batch, steps in varied:
-        runs = alternate(bench.calls(case, batch, steps), options.warmup, options.repeats, device)
-        flop = bench.flop(case, batch, steps)
+        if command is not None and case == COMMAND:
+            measurements = command.calls(bench.ways("autoencoder_def"), steps or 1)
+        else:
+            measurements = bench.measurements(case, batch, steps)
+        runs = alternate(measurements, options.warmup, options.repeats)
+        work = bench.work(case, batch, steps)
         about = {"size": size, "case": case, "batch": batch, "steps": steps, "voxels": bench.voxels}
         for way, series in runs.items():
-            rows.append({**about, "way": way, **_figures(series, runs, flop, ceilings, way, options.amp)})
+            rows.append({**about, "way": way, **_figures(series, runs, work, ceilings, way, options.amp)})
     return rows
 
 
 def _figures(
     series: Sequence[Measured],
     runs: Mapping[str, Sequence[Measured]],
-    flop: float,
+    work: Work,
     ceilings: Mapping[str, float],
     way: str,
     amp: str,
@@ -155,6 +177,7 @@ def _figures(
     seconds = median(run.seconds for run in series)
     half = way != "original" and half_precision(amp) is not None
     ceiling = ceilings["matmul_bf16_tflops" if half else "matmul_fp32_tflops"]
+    gigabytes = work.bytes / 1e9 / (2 if half else 1)
     reference = runs.get("original")
     return {
         "seconds": [round(run.seconds, 5) for run in series],
@@ -164,19 +187,21 @@ def _figures(
         else None,
         "peak_gib": round(max(run.peak for run in series) / GIB, 3),
         "growth_gib": round(max(run.growth for run in series) / GIB, 3),
-        "tflop": round(flop / 1e12, 4),
-        "percent_of_matmul": round(100 * flop / 1e12 / seconds / ceiling, 1),
+        "tflop": round(work.flop / 1e12, 4),
+        "percent_of_matmul": round(100 * work.flop / 1e12 / seconds / ceiling, 1),
+        "gigabytes": round(gigabytes, 4),
+        "percent_of_copy": round(100 * gigabytes / seconds / ceilings["copy_gbs"], 1),
         "relative_error": relative_difference(series[-1].output, reference[-1].output) if reference else None,
     }
 
 
 @torch.no_grad()
-def alternate(calls: Calls, warmup: int, repeats: int, device: torch.device) -> dict[str, list[Measured]]:
-    """Call each in turn, `warmup + repeats` times, and keep the last `repeats` measurements of each."""
-    runs: dict[str, list[Measured]] = {way: [] for way in calls}
+def alternate(measurements: Measurements, warmup: int, repeats: int) -> dict[str, list[Measured]]:
+    """Measure each in turn, `warmup + repeats` times, and keep the last `repeats` of each."""
+    runs: dict[str, list[Measured]] = {way: [] for way in measurements}
     for number in range(warmup + repeats):
-        for way, call in calls.items():
-            run = measure(call, device)
+        for way, measurement in measurements.items():
+            run = measurement()
             runs[way].append(run)
             said = f"{run.seconds:.2f} s, {run.cpu_seconds:.2f} CPU s, {run.growth / GIB:.2f} GiB more"
             print(f"{number + 1}/{warmup + repeats} {way} {said}", file=sys.stderr, flush=True)
@@ -191,15 +216,23 @@ class Bench:
         self.conditions = len(config.get_parsed_content("conditions"))
         self.latent_shape = config.get_parsed_content("latent_shape")
         self.grid = config.get_parsed_content("grid")
+        self.image = [1, *self.grid.shape]
         self.voxels = int(torch.Size(self.grid.shape).numel())
         self._made: tuple[str, dict[str, nn.Module]] = ("", {})
-        self._flop: dict[str, int] = {}
+        self._work: dict[str, Work] = {}
 
     def variations(self, case: str) -> list[tuple[int, int | None]]:
         """Batch and number of steps of each measurement of a case."""
         if case in ("decode", "encode", "write"):
             return [(1, None)]
+        if case == COMMAND:
+            return [(1, n) for n in self.options.steps]
         return [(b, n) for b in self.options.batches for n in (self.options.steps if case == "steps" else [None])]
+
+    def measurements(self, case: str, batch: int, steps: int | None) -> Measurements:
+        """Way -> measurement of a call."""
+        calls = self.calls(case, batch, steps)
+        return {way: partial(measure, call, self.device) for way, call in calls.items()}
 
     def calls(self, case: str, batch: int, steps: int | None) -> Calls:
         """Way -> call."""
@@ -209,31 +242,30 @@ class Bench:
         networks = self._networks("network_def" if case in ("unet", "steps") else "autoencoder_def")
         if case in ("unet", "steps"):
             return self._denoise(networks, batch, steps)
-        space = self.latent_shape if case == "decode" else [1, *self.grid.shape]
-        x = torch.rand(1, *space, device=self.device)
+        x = torch.rand(1, *(self.latent_shape if case == "decode" else self.image), device=self.device)
         return {way: self._autoencode(network, case, x, way) for way, network in networks.items()}
 
-    def flop(self, case: str, batch: int, steps: int | None) -> float:
-        """Floating-point operations of one call of MONAI's plain network, counted on empty tensors."""
+    def work(self, case: str, batch: int, steps: int | None) -> Work:
+        """Of one call of MONAI's plain network in float32."""
+        if case == "write":
+            return Work()
+        if case == COMMAND:
+            return Work(*map(sum, zip(self.work("steps", batch, steps), self.work("decode", batch, None))))
         part = "unet" if case == "steps" else case
-        if part == "write":
-            return 0.0
-        if part not in self._flop:
-            self._flop[part] = self._count(part)
-        return self._flop[part] * batch * (steps or 1)
+        if part not in self._work:
+            self._work[part] = self._count(part)
+        return self._work[part].times(batch * (steps or 1))
 
-    def _count(self, part: str) -> int:
-        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+    def _count(self, part: str) -> Work:
+        with torch.device("meta"):
             key = "network_def" if part == "unet" else "autoencoder_def"
             network: Any = ConfigParser(self.config.get()).get_parsed_content(key)
             if part == "unet":
                 channels, *space = self.latent_shape
-                x = torch.empty(1, channels + self.conditions, *space)
-                network(x, torch.empty(1), torch.empty(1, 1, self.conditions))
-            else:
-                method = network.decode if part == "decode" else network.encode
-                method(torch.empty(1, *(self.latent_shape if part == "decode" else [1, *self.grid.shape])))
-        return counter.get_total_flops()
+                x, context = torch.empty(1, channels + self.conditions, *space), torch.empty(1, 1, self.conditions)
+                return counted(partial(network, x, torch.empty(1), context))
+            method = network.decode if part == "decode" else network.encode
+            return counted(partial(method, torch.empty(1, *(self.latent_shape if part == "decode" else self.image))))
 
     def _networks(self, key: str) -> dict[str, nn.Module]:
         if self._made[0] == key:
@@ -242,13 +274,14 @@ class Bench:
         torch.manual_seed(self.options.seed)
         original = original_network(self.config, key, self.device)
         made: dict[str, nn.Module] = {}
-        for way in self._ways(key):
+        for way in self.ways(key):
             network = original if way == "original" else our_network(self.config, key, original, self.device)
             made[way] = self._ours(network, key, way) if way.startswith("ours") else network
         self._made = key, made
         return made
 
-    def _ways(self, key: str) -> list[str]:
+    def ways(self, key: str) -> list[str]:
+        """What is compared, of the UNet (`network_def`) or where the autoencoder is in it (`autoencoder_def`)."""
         several = key == "autoencoder_def" and len(self.options.streaming) > 1
         ours = [f"ours, streaming {s}" for s in self.options.streaming] if several else ["ours"]
         return [name for way in self.options.ways for name in (ours if way == "ours" else [way])]
@@ -335,8 +368,8 @@ def _alone(rows: Sequence[Mapping[str, Any]], name: str, case: str, way: str) ->
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    names = ["size", "case", "batch", "steps", "way", "seconds", "cpu_seconds", "times_original", "growth_gib"]
-    names += ["percent_of_matmul", "relative_error"]
+    names = ["size", "case", "batch", "steps", "way", "seconds", "cpu_seconds", "times_original", "peak_gib"]
+    names += ["growth_gib", "percent_of_matmul", "percent_of_copy", "relative_error"]
     print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     for row in rows:
         shown = {**row, "seconds": median(row["seconds"])}

@@ -111,7 +111,7 @@ class Trajectories:
         config.update({name: getattr(options, name) for name in flags})
         self.samplers = config.get_parsed_content("samplers")
         self.inferer = config.get_parsed_content("inferer")
-        self.network = config.get_parsed_content("diffusion")
+        self.network = config.get_parsed_content("sampling_network")
         self.device = config.get_parsed_content("compute_device")
         shape = config.get_parsed_content("latent_shape")
         self.generators = [sample_generator(options.seed, i) for i in range(options.samples)]

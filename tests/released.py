@@ -16,20 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import monai.config
-import monai.utils
 import torch
 from conftest import BASE, ROOT, TINY
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
-from benchmarks.measuring import fill_with_random_values
+from benchmarks.measuring import GENERATIVE, fill_with_random_values, original_scheduler
 
-monai.config.IgniteInfo = monai.utils.IgniteInfo  # where monai-generative 0.2.3 looks for it
-
-from generative.networks import nets, schedulers  # noqa: E402
-
-CLASSES = {"autoencoder_def": nets.AutoencoderKL, "network_def": nets.DiffusionModelUNet}
 FILES = {"autoencoder_def": "tiny_autoencoder.pt", "network_def": "tiny_diffusion.pt"}  # as tiny.yaml has them
 
 
@@ -51,7 +44,7 @@ def generative_network(config: ConfigParser, key: str, seed: int = 0) -> nn.Modu
     """The network `autoencoder_def` or `network_def` as monai-generative builds it, all its weights random."""
     given = arguments(config, key)
     given["num_channels"] = given.pop("channels")
-    network = CLASSES[key](**given).eval()
+    network = GENERATIVE[key](**given).eval()
     torch.manual_seed(seed)
     fill_with_random_values(network)
     return network
@@ -59,7 +52,7 @@ def generative_network(config: ConfigParser, key: str, seed: int = 0) -> nn.Modu
 
 def generative_scheduler(config: ConfigParser, name: str) -> Any:
     """The configured noise schedule as monai-generative's scheduler of that name."""
-    return getattr(schedulers, name)(**arguments(config, "schedules::ddim"))
+    return original_scheduler(name, arguments(config, "schedules::ddim"))
 
 
 def write_weights(folder: Path, config: ConfigParser) -> None:

@@ -14,16 +14,22 @@ from __future__ import annotations
 
 import copy
 import shutil
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import BASE, TINY, RunHere
 from monai.networks.nets import DiffusionModelUNet
+from released import FILES, configuration
 from torch import Tensor, nn
 
 from benchmarks.measuring import fill_with_random_values
 from scripts.acceleration import FastConvolution, accelerate_unet, is_fast
 from scripts.errors import BundleError
+from scripts.requests import sample_generator
+from scripts.volumes import read_volume
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +90,36 @@ def test_gradients_are_the_plain_network_s(plain: nn.Module) -> None:
 @torch.no_grad()
 def test_without_fast_nothing_changes(plain: nn.Module) -> None:
     assert torch.equal(accelerate_unet(copy.deepcopy(plain), fast=False)(**inputs()), plain(**inputs()))
+
+
+def test_fast_0_gives_monai_s_volume_bit_for_bit(bundle_copy: Path, run_here: RunHere, tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"num_inference_steps": 3, "seed": 5, "output_dtype": "float32"}
+    volumes = {}
+    for fast in (0, 1):
+        run_here([BASE, TINY], bundle_root=str(bundle_copy), output_dir=str(tmp_path / str(fast)), fast=fast, **flags)
+        volumes[fast] = read_volume(tmp_path / str(fast) / "sample_seed-5_000000.nii.gz")
+    plain = plain_volume(configuration(), bundle_copy / "models", seed=5, steps=3)
+    assert np.array_equal(volumes[0], plain)
+    assert not np.array_equal(volumes[1], plain) and np.abs(volumes[1] - plain).max() < 1e-5 * np.abs(plain).max()
+
+
+@torch.no_grad()
+def plain_volume(config: Any, weights: Path, seed: int, steps: int) -> np.ndarray:
+    """From MONAI's networks alone, called one step after the other."""
+    networks = {}
+    for key, name in FILES.items():
+        networks[key] = config.get_parsed_content(key).eval()
+        networks[key].load_old_state_dict(torch.load(weights / name, weights_only=True))
+    schedule = config.get_parsed_content("schedule")
+    schedule.set_timesteps(steps)
+    latent = torch.randn(config.get_parsed_content("latent_shape"), generator=sample_generator(seed, 0))[None]
+    condition = torch.full((1, 4), 0.5)
+    channels = condition[:, :, None, None, None].expand(-1, -1, *latent.shape[2:])
+    for timestep in schedule.timesteps:
+        times = torch.full((1,), int(timestep))
+        output = networks["network_def"](torch.cat([latent, channels], 1), times, condition[:, None])
+        latent, _ = schedule.step(output, int(timestep), latent)
+    return networks["autoencoder_def"].decode_stage_2_outputs(latent)[0, 0].numpy()
 
 
 @pytest.mark.slow

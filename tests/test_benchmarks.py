@@ -35,8 +35,9 @@ from scripts.volumes import read_volume, write_volume
 pytest.importorskip("generative")
 
 from benchmarks import steps, training_step, writing  # noqa: E402
+from benchmarks.command import run as measured_run  # noqa: E402
 from benchmarks.evaluation import SIZES, make_volumes  # noqa: E402
-from benchmarks.evaluation import run as measured_run  # noqa: E402
+from benchmarks.measuring import counted  # noqa: E402
 from benchmarks.preparation import main as time_preparation  # noqa: E402
 
 
@@ -62,9 +63,27 @@ def test_original_and_ours_give_the_same_and_are_timed_alike(tmp_path: Path) -> 
     for (case, *_), row in rows.items():
         assert len(row["seconds"]) == 1 and row["peak_gib"] > 0
         assert case == "write" or (row["relative_error"] < 1e-5 and row["tflop"] > 0 and row["times_original"] > 0)
+    assert all(row["percent_of_copy"] > 0 for (case, *_), row in rows.items() if case != "write")
     assert rows["steps", 2, 2, "ours"]["tflop"] == pytest.approx(4 * rows["unet", 1, None, "ours"]["tflop"], abs=5e-4)
     assert len((tmp_path / "sampling.tsv").read_text().splitlines()) == 1 + len(rows)
     assert (tmp_path / "sampling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_work_is_counted() -> None:
+    layer, x = torch.nn.Linear(3, 5, bias=False), torch.ones(2, 3)
+    assert counted(lambda: layer(x)) == (2 * 2 * 3 * 5, 4 * (2 * 3 + 3 * 5 + 2 * 5))
+    assert counted(lambda: x.view(3, 2).relu()).times(2) == (0, 2 * 4 * (6 + 6))
+
+
+def test_whole_commands_are_compared_in_processes_of_their_own(tmp_path: Path) -> None:
+    words = "--size tiny --device cpu --warmup 0 --repeats 1 --cases command --ways original ours --steps 2"
+    done = run(*words.split(), "--folder", tmp_path, module="benchmarks.sampling")
+    assert done.returncode == 0, done.stderr
+    original, ours = json.loads((tmp_path / "sampling.json").read_text())["rows"]
+    assert (original["way"], ours["way"], ours["case"], ours["steps"]) == ("original", "ours", "command", 2)
+    assert ours["relative_error"] < 1e-5 and ours["cpu_seconds"] > 0 and 0.1 < ours["peak_gib"] < 4
+    assert ours["times_original"] == pytest.approx(original["seconds"][0] / ours["seconds"][0], abs=1e-3)
+    assert ours["tflop"] > 0
 
 
 def test_the_benchmark_refuses_what_it_cannot_do() -> None:
@@ -179,6 +198,17 @@ def test_steps_against_their_distance_to_a_long_trajectory(bundle_copy: Path, tm
     assert read_table(tmp_path / "steps.tsv", ["sampler", "steps", "seconds", "volume_rmse"])[0]["reference"] == "yes"
     with Image.open(tmp_path / "steps.png") as image:
         assert image.width > image.height > 200
+
+
+@pytest.mark.slow
+def test_samples_of_each_number_of_steps_are_evaluated(bundle_copy: Path, tmp_path: Path) -> None:
+    words = "--overlay configs/tiny.yaml --samplers unipc --steps 2 3 --reference ddim:4 --samples 1"
+    given = [*words.split(), "--measure", "1", "--measured", "4", "--evaluate_flags", "--num_pairs 2"]
+    steps.main([*given, "--bundle_root", str(bundle_copy), "--output_dir", str(tmp_path)])
+    reference, *rows = json.loads((tmp_path / "steps.json").read_text())["steps"]
+    assert "volumetry ventricular_vol_pearson" not in reference and [row["steps"] for row in rows] == [2, 3]
+    assert all("volumetry ventricular_vol_pearson" in row for row in rows)
+    assert len(list((tmp_path / "samples" / "unipc-3").glob("*.nii.gz"))) == 4
 
 
 def test_measures_are_found_in_an_evaluation(tmp_path: Path) -> None:
