@@ -44,7 +44,7 @@ def generative_network(config: ConfigParser, key: str, seed: int = 0) -> nn.Modu
     """The network `autoencoder_def` or `network_def` as monai-generative builds it, all its weights random."""
     given = arguments(config, key)
     given["num_channels"] = given.pop("channels")
-    network = GENERATIVE[key](**given).eval()
+    network = GENERATIVE[config[f"{key}::_target_"]](**given).eval()
     torch.manual_seed(seed)
     fill_with_random_values(network)
     return network

@@ -26,6 +26,8 @@ import pytest
 from conftest import BASE, ROOT, TINY, RunHere
 from trained import AUTOENCODER, DIFFUSION, Pipeline, content, difference, trained_pipeline
 
+from scripts.curves import losses
+
 LAST = "checkpoint_iteration=8.pt"
 STAGES = {"autoencoder": AUTOENCODER, "diffusion": DIFFUSION}
 PATIENCE_S = 240.0
@@ -100,6 +102,11 @@ def test_two_processes_are_one_with_the_whole_batch(
     found = content(tmp_path / "two" / LAST)
     for name in expected.keys() - {"config", "code"}:
         assert difference(without_best(expected[name]), without_best(found[name])) < 1e-5, name
+    of_one, of_two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert of_one.keys() == of_two.keys()
+    for name in of_one.keys() - {"gradient_norm", "discriminator_gradient_norm"}:
+        iterations, values = of_one[name]
+        assert len(iterations) == 8 and values == pytest.approx(of_two[name][1], rel=1e-5, abs=1e-5), name
     lines = [line for line in (ran.stdout + ran.stderr).splitlines() if " iteration " in line]
     assert len(lines) == 8, "one process speaks, with the means of both"
 
