@@ -220,7 +220,8 @@ class OwnSegmentations(Segmentations):
 
     def measured(self) -> dict[str, dict[str, float]]:
         """See `Segmentations`; `brain_vol` is normalised for head size, as the condition is."""
-        self.prepare()
+        if any(self.measurement.known(index) is None for index in range(len(self.measurement.folder))):
+            self.prepare()
         rows = self.measurement.rows()
         return {name: {key: row[column] for key, column in MEASURED.items()} for name, row in zip(self.names(), rows)}
 

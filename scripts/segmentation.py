@@ -216,7 +216,8 @@ class SegmentedNow(Segmentations):
             BundleError: as `prepare`, or if a label map or the table cannot be used.
         """
         assert self.path is not None
-        self.prepare()
+        if not all(_is_done(self.segmenter.label_map(volume, self.path), volume) for volume in self.folder.paths):
+            self.prepare()
         names, table = [stem(volume) for volume in self.folder.paths], self.segmenter.table(self.path)
         if table is not None and table.is_file():
             rows = read_synthseg(table)

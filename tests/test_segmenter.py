@@ -31,9 +31,12 @@ from scipy import ndimage
 from synthetic_head import GRID, synthetic_image, synthetic_labels
 from trained import content, difference
 
+from scripts import measured_volumes
 from scripts.checkpoints import file_sha256
+from scripts.conditions import Conditions
 from scripts.grid import Grid
 from scripts.head_size import normalised_brain, reference_intracranial_mm3
+from scripts.measured_volumes import OwnSegmentations
 from scripts.outlines import COLOURS
 from scripts.phantom_heads import LABELS, count_volumes
 from scripts.segmenter import (
@@ -49,6 +52,8 @@ from scripts.segmenter import (
 )
 from scripts.segmenter_training import random_contrast, targets_of
 from scripts.tables import read_table, write_table
+from scripts.values import Values
+from scripts.volume_folders import VolumeFolder
 from scripts.volumes import read_volume, write_labels, write_volume
 
 TRAIN, SEGMENT, EVALUATE = (f"configs/{name}.yaml" for name in ("train_segmenter", "segment", "evaluate"))
@@ -289,6 +294,16 @@ def test_segmenting_a_folder_goes_on_where_it_was(
     inside = {"volumes_dir": str(dataset), "output_dir": str(dataset / "maps")}
     assert "give another" in refused(run_here, [BASE, SEGMENT], **inside)
     assert "give --volumes_dir FOLDER" in refused(run_here, [BASE, SEGMENT], output_dir=str(output))
+
+
+def test_first_process_does_not_wait_again_for_others_that_have_ended(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, values = VolumeFolder(phantoms(tmp_path / "samples"), "synthetic_dir"), Values(tmp_path / "values")
+    own = OwnSegmentations(lambda: load_segmenter(weights), values, Conditions(), weights, folder)
+    own.prepare()
+    monkeypatch.setattr(measured_volumes, "wait_for_all_processes", None)
+    assert own.measured().keys() == set(own.names())
 
 
 def test_evaluation_measures_with_it_by_default(
