@@ -108,7 +108,7 @@ class StripSkull:
         """The stripper, and the hash of its weights if it has some."""
         weights = getattr(self.make, "keywords", {}).get("weights")
         there = weights is not None and Path(str(weights)).is_file()
-        return {"stripper": self.name, **({"weights_sha256": file_hash(weights)} if there else {})}
+        return {"stripper": self.name, **({"weights_sha256": file_hash(weights)} if there else {})}  # type: ignore[arg-type]
 
 
 def template_stripper(space: TargetSpace, seed: int = 1) -> Stripper:

@@ -36,7 +36,7 @@ class OnCubes:
 
     def __init__(self, patch: int = 2, in_channels: int = 1, out_channels: int = 1, **network: Any) -> None:
         cube = patch**3
-        super().__init__(in_channels=in_channels * cube, out_channels=out_channels * cube, **network)
+        super().__init__(in_channels=in_channels * cube, out_channels=out_channels * cube, **network)  # type: ignore[call-arg]
         self.patch = patch
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
