@@ -34,13 +34,14 @@ def box_grid(shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
 
 
-def sample(volume: Tensor, positions: Tensor, mode: str = "bilinear") -> Tensor:
-    """Values of a volume at given positions; beyond the box, those at its rim.
+def sample(volume: Tensor, positions: Tensor, mode: str = "bilinear", beyond: str = "border") -> Tensor:
+    """Values of a volume at given positions.
 
     Args:
         volume: (1, C, x, y, z), any resolution.
         positions: (1, 3, X, Y, Z) in units of the box.
         mode: `bilinear` (which in 3D is trilinear) or `nearest`.
+        beyond: what is beyond the box: `border`, the values at its rim, or `zeros`.
 
     Returns:
         (1, C, X, Y, Z).
@@ -49,7 +50,7 @@ def sample(volume: Tensor, positions: Tensor, mode: str = "bilinear") -> Tensor:
     parts = _parts(positions)
     cut = grid.reshape(parts, -1, *grid.shape[2:])
     spread = volume.expand(parts, -1, -1, -1, -1)
-    found = F.grid_sample(spread, cut, mode=mode, padding_mode="border", align_corners=False)
+    found = F.grid_sample(spread, cut, mode=mode, padding_mode=beyond, align_corners=False)
     return torch.cat(tuple(found), dim=1)[None] if parts > 1 else found
 
 

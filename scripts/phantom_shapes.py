@@ -325,10 +325,16 @@ def _solved(
     )
 
 
+def _with_neck(positions: Tensor, planes: int) -> Tensor:
+    """Positions below and above the field of view moved onto its first and last plane: a neck goes on, ears do not."""
+    x, y, z = positions.split(1, dim=1)
+    return torch.cat((x, y, z.clamp(-1.0 + 1.0 / planes, 1.0 - 1.0 / planes)), dim=1)
+
+
 def _at_full_size(course: _Course, displacement: Tensor, stages: int) -> Shape:
     head = course.head
     positions = course.pose.positions(_extent(head), head.grid.shape, displacement.device)
-    positions = positions + sample(displacement, positions)
-    labels = sample(head.labels, positions, "nearest")
+    positions = _with_neck(positions + sample(displacement, positions), head.grid.shape[2])
+    labels = sample(head.labels, positions, "nearest", "zeros")
     least = _unfolded(course, displacement)
     return Shape(displacement, labels, positions, count_volumes(labels, head.grid), least, stages)

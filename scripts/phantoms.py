@@ -184,7 +184,7 @@ class Phantoms:
     ) -> Phantom:
         head = self.heads[anatomy.head]
         contrast = 1.0 - self.ageing["contrast"] * (wanted.age_years - self.ageing["head_age"])
-        image = scanned(aged(sample(head.images, shape.positions), head.levels, contrast), looks)
+        image = scanned(aged(sample(head.images, shape.positions, beyond="zeros"), head.levels, contrast), looks)
         labels = shape.labels.to(torch.uint8)
         if anatomy.flipped:
             image, labels = image.flip(2), labels.flip(2)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -163,7 +164,7 @@ def picture(names: Sequence[str], planes: Sequence[tuple[np.ndarray, np.ndarray]
     """
     figure = Figure(figsize=(7.5, 3.2 * len(planes)), layout="constrained")
     for axes, name, (original, copy) in zip(figure.subplots(len(planes), 3, squeeze=False), names, planes):
-        _show(axes[0], original, name)
+        _show(axes[0], original, fill(name, 40, break_on_hyphens=False))
         _show(axes[1], copy, "reconstruction")
         _show(axes[2], np.abs(original - copy), f"difference, 0 to {LARGEST_DIFFERENCE}", "inferno", LARGEST_DIFFERENCE)
     return figure
@@ -171,5 +172,5 @@ def picture(names: Sequence[str], planes: Sequence[tuple[np.ndarray, np.ndarray]
 
 def _show(axes: Axes, plane: np.ndarray, title: str, colours: str = "gray", top: float = 1.0) -> None:
     axes.imshow(plane, cmap=colours, vmin=0.0, vmax=top)
-    axes.set_title(title, fontsize=8, wrap=True)
+    axes.set_title(title, fontsize=8)
     axes.set_axis_off()

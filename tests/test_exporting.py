@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BASE, ROOT, TINY, RunHere
+from monai.bundle import ckpt_export
 from released import configuration, write_weights
 
 from scripts.errors import find_bundle_error
@@ -132,3 +133,21 @@ def test_unknown_format(bundle: Path, run_here: RunHere, tmp_path: Path) -> None
         run_here([BASE, TINY, EXPORT], bundle_root=str(bundle), export_dir=str(tmp_path), formats="ts", **SMALL)
     assert "--formats must be among onnx, pt2, got 'ts'" in str(find_bundle_error(caught.value))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_monais_own_command_exports_the_decoder(bundle: Path, tmp_path: Path) -> None:
+    files = {"ckpt_file": bundle / "models" / "tiny_autoencoder.pt", "meta_file": ROOT / "configs" / "metadata.json"}
+    ckpt_export(
+        net_id="decoder",
+        filepath=str(tmp_path / "decoder.ts"),
+        config_file=[str(ROOT / name) for name in (BASE, TINY)],
+        use_trace=True,
+        input_shape=[1, 3, 8, 12, 8],
+        **{name: str(path) for name, path in files.items()},
+    )
+    latent = torch.rand(1, 3, 8, 12, 8, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(bundle / "exported" / "decoder.onnx")
+    (scaled,) = session.run(None, {"latent": SCALE * latent.numpy()})
+    with torch.no_grad():
+        found = torch.jit.load(tmp_path / "decoder.ts")(latent).numpy()
+    assert np.abs(found - scaled).max() < 1e-4 * np.abs(scaled).max()

@@ -115,6 +115,19 @@ def test_ventricles_grow_around_themselves(head: SeedHead) -> None:
     assert ndimage.label(grown[-1])[1] <= 2 + ndimage.label(head.labels.numpy()[0, 0] == VENTRICLES)[1]
 
 
+def test_ears_end_at_the_field_of_view_and_the_neck_goes_on(head: SeedHead) -> None:
+    """A head that is smaller or turned shows what was beyond the field of view of its scan: air beside, neck below."""
+    labels, skin = head.labels.clone(), LABELS["scalp_and_skull"]
+    labels[:, :, 0, 28:33, 18:23] = skin
+    labels[:, :, :, :, 0] = skin
+    wanted = Target(20e3, 0.7, head.volumes.grey / head.volumes.white)
+    still = torch.zeros(1, 3, *head.shares.shape[2:])
+    pose = Pose((0.8, 0.8, 0.8), (0.1, 0.0, 0.0))
+    small = deform(dataclasses.replace(head, labels=labels), wanted, pose, still).labels[0, 0]
+    assert (small[:2] == LABELS["outside"]).all()
+    assert (small[10:-10, 10:-10, 0] == skin).float().mean() > 0.4
+
+
 def test_what_does_not_fit_is_refused(head: SeedHead) -> None:
     with pytest.raises(BundleError, match=r"do not fit into a skull of \d+ mL"):
         reached(head, 170e3, 0.9)
