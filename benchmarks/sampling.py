@@ -16,6 +16,7 @@ calls of the three alternate after warm-up, and medians are compared, so that a 
 
     python -m benchmarks.sampling --size full --device cuda --batches 1 2 4 8 16 32 --folder report
     python -m benchmarks.sampling --size full --device cpu --cases command --steps 50 --warmup 0 --repeats 1
+    python -m benchmarks.sampling --size demo --cases steps unet decode --steps 10 20 50 --batches 1 2 4 --sides .4 .6 1
     python -m benchmarks.sampling --size tiny --repeats 1
 
 The case `command` is the whole way from files of weights to a volume's file, each way in a process of its own, with the
@@ -103,6 +104,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--batches", nargs="+", type=int, default=[1], help="latents in a UNet call and in a trajectory"
     )
     parser.add_argument("--steps", nargs="+", type=int, default=[2], help="lengths of the trajectories of DDIM")
+    parser.add_argument(
+        "--sides", nargs="+", type=float, default=[1.0], help="volumes: fractions of the grid's sides, in whole latents"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--amp", default="auto", help="of monai and ours: 0, bf16 or fp16; auto is bf16 on a GPU, else 0"
@@ -117,6 +121,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.warmup < 0 or min(options.repeats, *options.batches, *options.steps) < 1:
         parser.error("--warmup must be at least 0, --repeats, --batches and --steps at least 1")
+    if not 0 < min(options.sides) <= max(options.sides) <= 1 or (COMMAND in options.cases and options.sides != [1.0]):
+        parser.error("--sides must be above 0 and at most 1; --cases command takes whole volumes alone")
     return options
 
 
@@ -138,13 +144,26 @@ def measured_ceilings(device: torch.device) -> dict[str, float]:
 def _rows(
     size: str, options: argparse.Namespace, device: torch.device, ceilings: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    config = ConfigParser()
-    config.read_config([str(CONFIGS / file) for file in SIZES[size]])
     if options.amp == "auto":
         options.amp = "bf16" if device.type == "cuda" else "0"
-    bench = Bench(config, options, device)
-    with tempfile.TemporaryDirectory() as folder:
-        return _measured(size, bench, Path(folder), options, ceilings)
+    rows: list[dict[str, Any]] = []
+    for side in options.sides:
+        bench = Bench(_configuration(size, side), options, device)
+        with tempfile.TemporaryDirectory() as folder:
+            rows += _measured(size, bench, Path(folder), options, ceilings)
+    return rows
+
+
+def _configuration(size: str, side: float) -> ConfigParser:
+    """Of a size, on a grid whose sides are a fraction of its own, in whole latents on every level of the UNet."""
+    config = ConfigParser()
+    config.read_config([str(CONFIGS / file) for file in SIZES[size]])
+    if side < 1.0:
+        levels = len(config.get_parsed_content("network_def::channels"))
+        unit = config.get_parsed_content("latent_factor") * 2 ** (levels - 1)
+        shape = config.get_parsed_content("grid").shape
+        config["grid::shape"] = [max(1, round(side * n / unit)) * unit for n in shape]
+    return config
 
 
 def _measured(
@@ -360,15 +379,15 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _alone(rows: Sequence[Mapping[str, Any]], name: str, case: str, way: str) -> list[Mapping[str, Any]]:
-    # Only `name` varies among them: the batch is the smallest measured, the volume the largest.
-    found = [row for row in rows if (row["case"], row["way"]) == (case, way)]
+    # Only `name` varies: the networks are those of the first size, the batch the smallest, the volume the largest.
+    found = [row for row in rows if (row["size"], row["case"], row["way"]) == (rows[0]["size"], case, way)]
     fixed = {"batch": min, "voxels": max}
     kept = {key: choose(row[key] for row in found) for key, choose in fixed.items() if key != name and found}
     return [row for row in found if all(row[key] == value for key, value in kept.items())]
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    names = ["size", "case", "batch", "steps", "way", "seconds", "cpu_seconds", "times_original", "peak_gib"]
+    names = ["size", "voxels", "case", "batch", "steps", "way", "seconds", "cpu_seconds", "times_original", "peak_gib"]
     names += ["growth_gib", "percent_of_matmul", "percent_of_copy", "relative_error"]
     print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     for row in rows:

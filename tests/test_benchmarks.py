@@ -69,6 +69,16 @@ def test_original_and_ours_give_the_same_and_are_timed_alike(tmp_path: Path) -> 
     assert (tmp_path / "sampling.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_volumes_of_several_sizes(tmp_path: Path) -> None:
+    words = "--size tiny --device cpu --warmup 0 --repeats 1 --cases decode --ways original ours --sides 0.5 1"
+    done = run(*words.split(), "--folder", tmp_path, module="benchmarks.sampling")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "sampling.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == 2 * ["original", "ours"]
+    (small, large) = sorted({row["voxels"] for row in rows})
+    assert small < large and rows[0]["voxels"] == small and rows[0]["tflop"] < rows[-1]["tflop"]
+
+
 def test_work_is_counted() -> None:
     layer, x = torch.nn.Linear(3, 5, bias=False), torch.ones(2, 3)
     assert counted(lambda: layer(x)) == (2 * 2 * 3 * 5, 4 * (2 * 3 + 3 * 5 + 2 * 5))
@@ -87,6 +97,7 @@ def test_whole_commands_are_compared_in_processes_of_their_own(tmp_path: Path) -
 
 
 def test_the_benchmark_refuses_what_it_cannot_do() -> None:
+    assert "--sides must" in run("--size", "tiny", "--sides", 2, module="benchmarks.sampling").stderr
     assert "--repeats, --batches" in run("--size", "tiny", "--repeats", 0, module="benchmarks.sampling").stderr
     done = run("--size", "tiny", "--device", "gpu", module="benchmarks.sampling")
     assert done.returncode != 0 and done.stderr.splitlines()[-1].startswith("error: --device must be")
