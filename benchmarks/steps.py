@@ -83,7 +83,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50, 100])
     parser.add_argument("--reference", default="ddim:1000", help="sampler:steps")
     parser.add_argument("--samples", type=int, default=2, help="pairs of noise and conditions")
-    parser.add_argument("--target", default="epsilon", help="of the diffusion model")
+    parser.add_argument("--target", help="of the diffusion model; by default that of the configuration")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", type=int, default=0, help="1: evaluate samples as well")
@@ -92,6 +92,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--evaluate_flags", default="", help="further flags of the evaluation, in one word")
     parser.add_argument("--output_dir", default="steps")
     return parser.parse_args(arguments)
+
+
+def _target(options: argparse.Namespace) -> dict[str, str]:
+    return {} if options.target is None else {"target": options.target}
 
 
 def _name(sampler: str, steps: int) -> str:
@@ -107,8 +111,7 @@ class Trajectories:
 
     def __init__(self, options: argparse.Namespace) -> None:
         config = ConfigParser(ConfigParser.load_config_files([str(ROOT / f) for f in (BASE, *options.overlay)]))
-        flags = ("bundle_root", "device", "target")
-        config.update({name: getattr(options, name) for name in flags})
+        config.update({"bundle_root": options.bundle_root, "device": options.device, **_target(options)})
         self.samplers = config.get_parsed_content("samplers")
         self.inferer = config.get_parsed_content("inferer")
         self.network = config.get_parsed_content("sampling_network")
@@ -157,7 +160,7 @@ def evaluated(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
     folders = {}
     for sampler, steps in [(s, n) for s in options.samplers for n in options.steps]:
         way = folders[_name(sampler, steps)] = folder / "samples" / _name(sampler, steps)
-        flags = {"sampler": sampler, "num_inference_steps": steps, "target": options.target, "seed": options.seed}
+        flags = {"sampler": sampler, "num_inference_steps": steps, **_target(options), "seed": options.seed}
         _run(options, [], {**flags, "conditions_table": table, "output_dir": way})
     given = {"synthetic_dir": {name: str(path) for name, path in folders.items()}, "output_dir": folder / "evaluation"}
     real = {"real_dir": options.real_dir} if options.real_dir else {}

@@ -29,6 +29,7 @@ from preparing import save
 
 from scripts.errors import BundleError
 from scripts.grid import Grid
+from scripts.schedules import target_of
 from scripts.tables import read_table
 from scripts.volumes import read_volume, write_volume
 
@@ -209,6 +210,17 @@ def test_steps_against_their_distance_to_a_long_trajectory(bundle_copy: Path, tm
     assert read_table(tmp_path / "steps.tsv", ["sampler", "steps", "seconds", "volume_rmse"])[0]["reference"] == "yes"
     with Image.open(tmp_path / "steps.png") as image:
         assert image.width > image.height > 200
+
+
+@pytest.mark.parametrize(("given", "target"), [([], "velocity"), (["--target", "sample"], "sample")])
+def test_steps_are_of_the_target_of_the_overlay(
+    bundle_copy: Path, tmp_path: Path, given: list[str], target: str
+) -> None:
+    overlay = tmp_path / "velocity.yaml"
+    overlay.write_text("target: velocity\n")
+    words = ["--overlay", "configs/tiny.yaml", str(overlay), "--samples", "1", "--bundle_root", str(bundle_copy)]
+    trajectories = steps.Trajectories(steps._options([*words, *given]))
+    assert target_of(trajectories.samplers["ddim"]().schedule) == target
 
 
 @pytest.mark.slow
