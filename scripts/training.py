@@ -203,6 +203,15 @@ def check_options(rates: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
             whole_number(value, flag, least=0 if flag == "num_workers" else 1)
 
 
+def epoch_length(value: Any) -> int | None:
+    """Iterations of an epoch; None for one pass over the data, which the command line hands over as `null`.
+
+    Raises:
+        BundleError: for a number below 1, or none.
+    """
+    return None if is_absent(value) else whole_number(value, "epoch_length", least=1)
+
+
 def seed_networks(seed: int, deterministic: Any = False) -> None:
     """Set the random state from which networks are initialised, alike in all processes.
 

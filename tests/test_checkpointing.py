@@ -32,7 +32,7 @@ from torch import nn
 from scripts.checkpointing import Checkpoints, Progress, Resume, SaveCheckpoints, save, training_seed, why_damaged
 from scripts.errors import BundleError
 from scripts.repeatable import Stream
-from scripts.training import Facts, FiniteLosses, StopOnSignal, check_options
+from scripts.training import Facts, FiniteLosses, StopOnSignal, check_options, epoch_length
 
 
 class Run:
@@ -327,6 +327,13 @@ def test_numbers_that_a_training_cannot_use(flag: str, value: Any) -> None:
     given = ({"lr": value}, whole) if flag == "lr" else ({"lr": 1e-4}, {**whole, flag: value})
     with pytest.raises(BundleError, match=f"--{flag} must be"):
         check_options(*given)
+
+
+@pytest.mark.parametrize(("given", "length"), [(None, None), ("null", None), (100, 100), ("100", 100)])
+def test_length_of_an_epoch_as_the_command_line_hands_it_over(given: Any, length: int | None) -> None:
+    assert epoch_length(given) == length
+    with pytest.raises(BundleError, match="--epoch_length must be at least 1"):
+        epoch_length(0)
 
 
 def test_loss_that_is_not_finite_names_all_there_is_to_know(tmp_path: Path) -> None:
