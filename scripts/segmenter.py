@@ -153,7 +153,7 @@ class Segmenter:
         The mean over the volume and its mirror image, so that left and right are treated alike.
 
         Args:
-            volume: (1, X, Y, Z) or (X, Y, Z) on the grid; the head upright, in any contrast.
+            volume: (1, X, Y, Z) or (X, Y, Z) on the grid; the head upright, T1-weighted.
             grid: where its voxels lie, in the world of MNI152.
 
         Returns:
@@ -254,7 +254,7 @@ def brain_volumes(
     """Volumes of a head, in the names of the conditions and of the phantoms' table.
 
     Args:
-        volume: (1, X, Y, Z) or (X, Y, Z) on the grid, in any contrast.
+        volume: (1, X, Y, Z) or (X, Y, Z) on the grid, T1-weighted.
         grid: where its voxels lie.
         segmenter: what measures; None for the one that ships, on the CPU.
         reference_mm3: intracranial volume to which the brain is normalised; None for that of the phantoms.
