@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", default="runs/demo", help="phantoms, runs, latents, samples (default runs/demo)")
     parser.add_argument("--deliver_dir", default="runs/demo/delivered", help="weights, curves and the evaluation")
-    parser.add_argument("--minutes", type=float, help="after which to stop, 10 or less at a time on a borrowed machine")
+    parser.add_argument("--minutes", type=float, help="after which to stop; the same command then goes on")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that make phantoms (default: all cores)")
     parser.add_argument("--phantoms", type=int, default=480, help="to train on (default 480)")
     parser.add_argument("--held_out", type=int, default=40, help="phantoms of another seed (default 40)")
