@@ -111,6 +111,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--amp", default="auto", help="of monai and ours: 0, bf16 or fp16; auto is bf16 on a GPU, else 0"
     )
+    parser.add_argument("--decoder_amp", help="of monai's and ours' autoencoder, where it is another")
     parser.add_argument("--fast", type=int, default=1, choices=(0, 1), help="of ours")
     parser.add_argument("--streaming", nargs="+", default=["auto"], help="of ours: one or several of 0, 1, 2, auto")
     parser.add_argument("--compile", type=int, default=0, choices=(0, 1), help="of ours: PyTorch's compiler")
@@ -146,6 +147,8 @@ def _rows(
 ) -> list[dict[str, Any]]:
     if options.amp == "auto":
         options.amp = "bf16" if device.type == "cuda" else "0"
+    if options.decoder_amp is None:
+        options.decoder_amp = options.amp
     rows: list[dict[str, Any]] = []
     for side in options.sides:
         bench = Bench(_configuration(size, side), options, device)
@@ -179,9 +182,10 @@ def _measured(
             measurements = bench.measurements(case, batch, steps)
         runs = alternate(measurements, options.warmup, options.repeats)
         work = bench.work(case, batch, steps)
+        amp = options.decoder_amp if case in ("decode", "encode") else options.amp
         about = {"size": size, "case": case, "batch": batch, "steps": steps, "voxels": bench.voxels}
         for way, series in runs.items():
-            rows.append({**about, "way": way, **_figures(series, runs, work, ceilings, way, options.amp)})
+            rows.append({**about, "way": way, **_figures(series, runs, work, ceilings, way, amp)})
     return rows
 
 
@@ -316,7 +320,10 @@ class Bench:
         config = ConfigParser({**self.config.get(), "num_inference_steps": steps})
         amp = "0" if way == "original" else self.options.amp
         hybrid = HybridInferer(config.get_parsed_content("schedule"), amp)
-        return LatentDiffusionSampler(hybrid, config.get_parsed_content("chosen_sampler"), network)
+        decoder_amp = "0" if way == "original" else self.options.decoder_amp
+        return LatentDiffusionSampler(
+            hybrid, config.get_parsed_content("chosen_sampler"), network, decoder_amp=decoder_amp
+        )
 
     def _denoise(self, networks: Mapping[str, nn.Module], batch: int, steps: int | None) -> Calls:
         noise = torch.randn(batch, *self.latent_shape, device=self.device)
@@ -335,7 +342,7 @@ class Bench:
         sampler = self._sampler(way, network)
         if case == "decode":
             return lambda: sampler.decode(x)
-        amp = None if way == "original" else half_precision(self.options.amp)
+        amp = None if way == "original" else half_precision(self.options.decoder_amp)
 
         def encode() -> Tensor:
             with torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None):

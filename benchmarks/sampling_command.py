@@ -78,6 +78,7 @@ class SamplingCommand:
             "output_dir": output,
             "output_dtype": "float32",
             "amp": self.options.amp,
+            "decoder_amp": self.options.decoder_amp,
         }
         return bundle_command(SIZES[self.size], {**flags, **common, **(plain if way == "monai" else chosen)})
 

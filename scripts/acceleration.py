@@ -157,10 +157,12 @@ class Fast:
 
 
 class FastConvolution(Fast):
-    """`torch.nn.Conv3d` by Winograd's algorithm."""
+    """`torch.nn.Conv3d` on a CPU: in float32 by Winograd's algorithm, under autocast with weights cast once."""
 
     def suits(self, x: Tensor, *args: Any, **kwargs: Any) -> bool:
-        """3 x 3 x 3 with stride 1, in float32 on a CPU, at least four tiles along z: below that it is no faster."""
+        """Under autocast all; else 3 x 3 x 3 with stride 1 and at least four tiles along z: below it is no faster."""
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            return True
         conv = self.module
         plain = conv.kernel_size == (3, 3, 3) and conv.stride == (1, 1, 1) and conv.padding == (1, 1, 1)
         wide = conv.groups == 1 and min(conv.weight.shape[:2]) >= FEW and x.shape[4] % TILE == 0
@@ -168,7 +170,14 @@ class FastConvolution(Fast):
 
     def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(N, I, X, Y, Z) to (N, O, X, Y, Z)."""
-        return winograd(x, self.derived("winograd", winograd_weights, self.module.weight), self.module.bias)
+        if not torch.is_autocast_enabled("cpu"):
+            return winograd(x, self.derived("winograd", winograd_weights, self.module.weight), self.module.bias)
+        conv, half = self.module, torch.get_autocast_dtype("cpu")
+        weight = self.derived(str(half), lambda w: w.to(half, memory_format=torch.channels_last_3d), conv.weight)
+        bias = None if conv.bias is None else conv.bias.to(half)
+        with torch.autocast("cpu", enabled=False):
+            x = x.to(half, memory_format=torch.channels_last_3d)
+            return F.conv3d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 class FastTransformer(Fast):

@@ -73,13 +73,17 @@ class LatentDiffusionSampler(Inferer):
     """Noise to volumes: the reverse trajectory in latent space, then the decoder.
 
     Args:
-        hybrid: calls the denoiser with its conditions; its precision holds for the decoder too.
+        hybrid: calls the denoiser with its conditions.
         sampler: steps along the trajectory.
         autoencoder: MONAI's `AutoencoderKL`; it decodes.
         latent_scale: factor that training put on the latents; they are divided by it before decoding.
         guidance: factor w of classifier-free guidance, which calls the network with and without conditions; None
             calls it with them alone. See `scripts.guidance`.
         release: called before decoding; see `scripts.memory.release_weights`.
+        decoder_amp: precision of the decoder, see `scripts.precision.half_precision`.
+
+    Raises:
+        BundleError: for a precision that does not exist.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class LatentDiffusionSampler(Inferer):
         latent_scale: float = 1.0,
         guidance: float | None = None,
         release: Callable[[], None] | None = None,
+        decoder_amp: Any = False,
     ) -> None:
         self.hybrid = hybrid
         self.sampler = sampler
@@ -97,6 +102,7 @@ class LatentDiffusionSampler(Inferer):
         self.latent_scale = latent_scale
         self.guidance = guidance
         self.release = release
+        self.decoder_amp = precision_name(decoder_amp)
 
     def __call__(
         self, inputs: Tensor, network: nn.Module, condition: Tensor, generators: Sequence[torch.Generator]
@@ -147,7 +153,7 @@ class LatentDiffusionSampler(Inferer):
         """Volumes (B, 1, X, Y, Z) of latents, one at a time since one full-size decode takes most memory."""
         volumes = []
         for one in latent.split(1):
-            with autocast(latent.device, self.hybrid.amp):
+            with autocast(latent.device, self.decoder_amp):
                 decoded = self.autoencoder.decode_stage_2_outputs(one / self.latent_scale)  # type: ignore[operator]
             volumes.append(decoded.float())
         return torch.cat(volumes)

@@ -159,6 +159,7 @@ def sampling_facts(
     diffusion: Checkpoint,
     guidance: float | None = None,
     fast: bool = False,
+    decoder_amp: Any = False,
 ) -> dict[str, Any]:
     """What a sidecar says of how all samples of a run were made.
 
@@ -175,6 +176,7 @@ def sampling_facts(
         "target": target_of(sampler.schedule),
         "schedule": schedule_facts(sampler.schedule),
         "amp": amp,
+        "decoder_amp": decoder_amp,
         "fast": fast,
         "latent_scale": diffusion.latent_scale,
         "weights": {name: {"file": c.path.name, "sha256": c.sha256} for name, c in weights.items()},

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from released import FILES, configuration
 from torch import Tensor, nn
 
 from benchmarks.measuring import fill_with_random_values
-from scripts.acceleration import FastConvolution, accelerate_unet, is_fast
+from scripts.acceleration import FastConvolution, accelerate_unet, forget_derived, is_fast
 from scripts.errors import BundleError
 from scripts.requests import sample_generator
 from scripts.volumes import read_volume
@@ -69,6 +70,24 @@ def test_the_same_output_to_rounding(plain: nn.Module, tokens: int, monkeypatch:
     assert list(fast.state_dict()) == list(plain.state_dict())
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+@torch.no_grad()
+def test_in_bfloat16_the_weights_are_cast_once(plain: nn.Module, tokens: int) -> None:
+    """As near to float32 as MONAI's own network under autocast; what was cast is kept, and given back."""
+    fast, exact = accelerate_unet(copy.deepcopy(plain)), plain(**inputs(tokens))
+    outputs = []
+    for network in (fast, plain, fast):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(network(**inputs(tokens)).float())
+    assert torch.equal(outputs[0], outputs[2])
+    assert 0 < error(outputs[0], exact) < 1.5 * error(outputs[1], exact) < 0.1
+    kept = [module.forward for module in fast.modules() if isinstance(module.forward, FastConvolution)]
+    cast = [forward._derived["torch.bfloat16"][1] for forward in kept if forward._derived]
+    assert cast and all(weight.dtype == torch.bfloat16 for weight in cast)
+    forget_derived(fast)
+    assert not any(forward._derived for forward in kept)
+
+
 @torch.no_grad()
 def test_weights_that_change_are_followed(plain: nn.Module) -> None:
     fast, other = accelerate_unet(copy.deepcopy(plain)), copy.deepcopy(plain)
@@ -101,6 +120,16 @@ def test_fast_0_gives_monai_s_volume_bit_for_bit(bundle_copy: Path, run_here: Ru
     plain = plain_volume(configuration(), bundle_copy / "models", seed=5, steps=3)
     assert np.array_equal(volumes[0], plain)
     assert not np.array_equal(volumes[1], plain) and np.abs(volumes[1] - plain).max() < 1e-5 * np.abs(plain).max()
+
+
+@pytest.mark.parametrize(("flags", "decoder"), [({}, "bf16"), ({"decoder_amp": 0}, False)])
+def test_the_decoder_s_precision_is_the_network_s_unless_it_is_said(
+    flags: dict[str, Any], decoder: Any, bundle_copy: Path, run_here: RunHere, tmp_path: Path
+) -> None:
+    given = {"num_inference_steps": 2, "seed": 5, "amp": 1, **flags}
+    run_here([BASE, TINY], bundle_root=str(bundle_copy), output_dir=str(tmp_path), **given)
+    sidecar = json.loads((tmp_path / "sample_seed-5_000000.json").read_text())
+    assert (sidecar["amp"], sidecar["decoder_amp"]) == ("bf16", decoder)
 
 
 @torch.no_grad()

@@ -109,6 +109,26 @@ def test_latents_are_divided_by_their_scale_before_decoding(scale: float) -> Non
     assert torch.allclose(volumes, 2.0 * latent[:, :1] / scale)
 
 
+@pytest.mark.parametrize(("amp", "decoder_amp"), [(0, 0), (1, 0), (0, "bf16"), ("bf16", 1)])
+def test_network_and_decoder_have_precisions_of_their_own(amp: Any, decoder_amp: Any) -> None:
+    seen = {}
+
+    class Watching(Decoder):
+        def decode_stage_2_outputs(self, latent: Tensor) -> Tensor:
+            seen["decoder"] = torch.is_autocast_enabled("cpu")
+            return super().decode_stage_2_outputs(latent)
+
+    class Network(Recorder):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            seen["network"] = torch.is_autocast_enabled("cpu")
+            return super().forward(*args, **kwargs)
+
+    steps = configuration(num_inference_steps=2).get_parsed_content("chosen_sampler")
+    sampler = LatentDiffusionSampler(inferer(amp=amp), steps, Watching(), decoder_amp=decoder_amp)
+    volumes = sampler(batch()["noise"], Network(), batch()["condition"], [])
+    assert seen == {"network": bool(amp), "decoder": bool(decoder_amp)} and volumes.dtype == torch.float32
+
+
 # Classifier-free guidance.
 
 
