@@ -345,6 +345,19 @@ def test_intensities_outside_0_to_1_are_reported_once(tmp_path: Path, caplog: py
     ]
 
 
+def test_empty_volumes_are_told_also_when_all_is_known_already(tmp_path: Path) -> None:
+    """4-G-R-SSIM of an empty volume with any other is 1."""
+    for name in ("x", "y"):
+        save(folder_of(tmp_path / "volumes", 1) / f"{name}.nii.gz", np.zeros(SHAPE, np.float32))
+    for _ in range(2):
+        found = run_here(tmp_path / "output", synthetic_dir=str(tmp_path / "volumes"))
+        assert found["synthetic_pairs"]["synthetic_dir"]["constant_volumes"] == 2
+        warnings = json.loads((tmp_path / "output" / "evaluation.json").read_text())["warnings"]
+        assert [text.partition(":")[0] for text in warnings] == [
+            f"{tmp_path / 'volumes' / 'x.nii.gz'} is 0 everywhere, so it shows no head"
+        ]
+
+
 def truncated(path: Path) -> None:
     save(path, volume(9))
     path.write_bytes(path.read_bytes()[:-2000])
