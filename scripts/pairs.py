@@ -23,7 +23,7 @@ from tqdm import tqdm
 from scripts.bootstrap import summarise
 from scripts.devices import process_rank
 from scripts.errors import BundleError
-from scripts.measures import Metric, Result, missing_flags, settings
+from scripts.measures import Metric, Result, check_entries, missing_flags, settings
 from scripts.metrics.features import FeatureSet, wait_for_all_processes
 from scripts.options import whole_number
 from scripts.values import Values, identity
@@ -77,6 +77,7 @@ class PairSimilarity:
         self.num_pairs = whole_number(num_pairs, "num_pairs", least=1)
         self.seed = whole_number(seed, "seed")
         self.device = torch.device(device)
+        check_entries("pair_metrics", metrics)
         if not missing_flags(self):
             self._check_folders()
             self.metrics = {name: build(self.folders[0].shape) for name, build in metrics.items()}

@@ -409,6 +409,19 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
     "--resamplings must be at least 2": {"synthetic_dir": "two", "resamplings": 1},
     "--segmentations: there is no folder of label maps": {"synthetic_dir": "two", "segmentations": "gone"},
     "--seed must be a whole number": {"synthetic_dir": "two", "seed": "many"},
+    "--metrics::fidd 3: an entry of metrics is an object.* reconstruction, synthetic_pairs,": {
+        "synthetic_dir": "two",
+        "metrics::fidd": 3,
+    },
+    "--pair_metrics::ms_sim 3: .*are ms_ssim, four_g_r_ssim: is the name": {
+        "synthetic_dir": "two",
+        "pair_metrics::ms_sim": 3,
+    },
+    "--feature_networks::inceptoin None: .*medicalnet, highres3dnet, inception:": {
+        "synthetic_dir": "two",
+        "feature_networks::inceptoin": None,
+    },
+    "--reconstruction_metrics::pnsr 1: .*psnr, ssim, mae": {"real_dir": "two", "reconstruction_metrics::pnsr": 1},
     "no weights of the autoencoder": {"reconstruct_dir": "one"},
     "give --real_dir FOLDER or --reconstruct_dir FOLDER or --synthetic_dir FOLDER": {},
 }
