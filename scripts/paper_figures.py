@@ -68,8 +68,8 @@ class GridRequests(SampleRequests):
         labels: of rows and of columns.
 
     Raises:
-        BundleError: for a condition that there is not, a value that is none, a grid without cells, or an unused flag
-            that was given.
+        BundleError: for a condition that there is not or that a cell states twice, a value that is none, a grid
+            without cells, or an unused flag that was given.
     """
 
     def __init__(
@@ -85,6 +85,9 @@ class GridRequests(SampleRequests):
             raise BundleError(f"--{flag} does not go with a figure, whose samples --rows and --columns state")
         super().__init__(conditions, latent_shape, None, seed)
         axes = {"rows": _checked(rows, "rows"), "columns": _checked(columns, "columns")}
+        for row in axes["rows"]:
+            for column in axes["columns"]:
+                _check_stated_once([*row, *column], conditions)
         self.labels = {axis: [_label(cell, conditions, axis) for cell in some] for axis, some in axes.items()}
         base = self.vectors[0]
         pairs = [(row, column) for row in axes["rows"] for column in axes["columns"]]
@@ -118,6 +121,15 @@ def _condition(flag: str, conditions: Conditions, axis: str) -> tuple[int, Condi
     if not found:
         raise BundleError(f"--{axis}: there is no condition '{flag}'; there are {', '.join(conditions.flags())}")
     return found[0]
+
+
+def _check_stated_once(flags: Sequence[str], conditions: Conditions) -> None:
+    for condition in conditions:
+        given = [flag for flag in flags if flag in (condition.name, condition.raw)]
+        if len(given) > 1:
+            raise BundleError(
+                f"--rows and --columns state {condition.name} twice in one cell ({', '.join(given)}): which is meant?"
+            )
 
 
 def _with(vector: Tensor, cell: Cell, conditions: Conditions, axis: str) -> Tensor:

@@ -401,6 +401,9 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
         "synthetic_dir": "larger",
         "real_dir": "two",
     },
+    r"volume .*x\.nii\.gz has shape \(40, 40, 40\), but .*volume_1\.nii\.gz has \(32, 48, 32\)": {
+        "synthetic_dir": ["two", "larger"],
+    },
     "--num_pairs must be at least 1": {"synthetic_dir": "two", "num_pairs": 0},
     "--features: there is no network 'lenet'; there are medicalnet, highres3dnet, inception": {
         "synthetic_dir": "two",
@@ -427,6 +430,10 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
 }
 
 
+def within(folder: Path, names: str | list[str]) -> str | list[str]:
+    return str(folder / names) if isinstance(names, str) else [str(folder / name) for name in names]
+
+
 @pytest.mark.parametrize("message", BAD_REQUESTS)
 def test_bad_requests_are_refused_and_nothing_is_written(tmp_path: Path, message: str) -> None:
     (tmp_path / "empty").mkdir()
@@ -436,7 +443,7 @@ def test_bad_requests_are_refused_and_nothing_is_written(tmp_path: Path, message
     folder_of(tmp_path / "two", 1, 2)
     for name in ("x", "y"):
         save(tmp_path / "larger" / f"{name}.nii.gz", volume(1, (40, 40, 40)))
-    given = {k: str(tmp_path / v) if k.endswith("_dir") else v for k, v in BAD_REQUESTS[message].items()}
+    given = {k: within(tmp_path, v) if k.endswith("_dir") else v for k, v in BAD_REQUESTS[message].items()}
     with pytest.raises(BundleError, match=message):
         run_here(tmp_path / "output", autoencoder_path=str(tmp_path / "nowhere.pt"), **given)
     assert not list((tmp_path / "output").glob("*"))

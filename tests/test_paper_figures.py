@@ -102,6 +102,8 @@ def test_figures_of_the_paper(bundle_copy: Path, tmp_path: Path) -> None:
         ({"columns": 3}, "--columns must be a list such as"),
         ({"rows": []}, "--rows must be a list such as"),
         ({"figure": "violin", "rows": None}, "--figure: there is no 'violin'; there are volumes, extrapolation"),
+        ({"rows": [{"age": 0.5}]}, "--rows and --columns state age twice in one cell (age, age_years)"),
+        ({"rows": [{"age": 0.5, "age_years": 50}], "columns": [{}]}, "twice in one cell (age, age_years)"),
         ({"num_samples": 2}, "--num_samples does not go with a figure"),
     ],
 )
