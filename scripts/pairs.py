@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ class PairSimilarity:
         target: name of the measure whose means these should equal; None if there is none.
 
     Raises:
-        BundleError: if there is no pair, the sets differ in shape, or a metric refuses that shape.
+        BundleError: if there is no pair, the sets differ in shape, or a metric refuses that shape; where pairs are
+            measured, if one has a value that is not finite.
     """
 
     says = (
@@ -131,6 +133,11 @@ class PairSimilarity:
         one, other = first[a].to(self.device), last[b].to(self.device)
         for name in self.metrics.keys() - self._known(a, b).keys():
             value = float(self.metrics[name](one, other))
+            if not math.isfinite(value):
+                raise BundleError(
+                    f"{name} of {first.paths[a]} and {last.paths[b]} is {value:g}: their intensities are too large for "
+                    "it; give volumes of 0 to 1"
+                )
             self.values.add(self._identities[name], [first.hashes[a], last.hashes[b]], [value])
 
     def _sources(self) -> dict[str, Any]:

@@ -378,6 +378,7 @@ BAD_FILES: dict[str, Any] = {
     "zzz.nii.gz .*shape": lambda path: save(path, volume(9, (32, 48, 40))),
     "zzz.nii.gz .*not 3D": lambda path: save(path, volume(9)[..., None]),
     "zzz.nii.gz.*holds NaN": with_nan,
+    r"ms_ssim of .*volume_1.*zzz\.nii\.gz is nan: their intensities": lambda path: save(path, 1e25 * volume(9)),
     "zzz.nii.gz: it is damaged": truncated,
     "zzz.nii.gz: it is damaged.*": lambda path: path.write_bytes(gzip.compress(b"no image")),
 }
