@@ -32,6 +32,12 @@ from scripts.values import Values, identity
 logger = logging.getLogger(__name__)
 
 
+SAYS_OF_TWO_SETS = (
+    "How alike a sample and a real volume are, over random pairs. Samples that could be real are as alike to real "
+    "volumes as these are to each other; it says nothing of how diverse they are."
+)
+
+
 class PairSimilarity:
     """Metrics of random pairs within one set of volumes, or of pairs with one volume from each of two sets.
 
@@ -74,6 +80,8 @@ class PairSimilarity:
         target: str | None = None,
     ) -> None:
         self.inputs = self.folders = [features.folder for features in (synthetic, real) if features is not None]
+        if len(self.folders) == 2:
+            self.says = SAYS_OF_TWO_SETS
         self.values = values
         self.target = target
         self.num_pairs = whole_number(num_pairs, "num_pairs", least=1)

@@ -141,15 +141,21 @@ def _with(vector: Tensor, cell: Cell, conditions: Conditions, axis: str) -> Tens
 
 
 def _label(cell: Cell, conditions: Conditions, axis: str) -> str:
-    """Raw value and unit, and the normalised value in brackets, of each condition of a cell."""
+    """Raw value and unit, or its word, and the normalised value in brackets, of each condition of a cell."""
     lines = []
     for flag, value in cell.items():
         _, condition = _condition(flag, conditions, axis)
         normalised = condition.parse(flag, value, f" in --{axis}")
-        raw, unit = condition.denormalise(normalised), condition.unit
-        raw, unit = (raw / 1000, "mL") if unit == "mm3" else (raw, unit)
-        lines.append(f"{condition.name}\n{raw:.4g} {unit} ({normalised:.3g})")
+        lines.append(f"{condition.name}\n{_in_words(condition, normalised)} ({normalised:.3g})")
     return "\n".join(lines)
+
+
+def _in_words(condition: Condition, normalised: float) -> str:
+    raw = condition.denormalise(normalised)
+    word = next((word for word, code in condition.codes.items() if code == raw), None)
+    if word is not None:
+        return word
+    return f"{raw / 1000:.4g} mL" if condition.unit == "mm3" else f"{raw:.4g} {condition.unit}".strip()
 
 
 def draw_grid(requests: GridRequests, saver: SampleSaver, name: str) -> None:

@@ -23,7 +23,8 @@ from heads import refused, write_dataset
 from PIL import Image
 from released import configuration
 
-from scripts.paper_figures import grid_figure
+from scripts.conditions import Conditions
+from scripts.paper_figures import _label, grid_figure
 
 FIGURES, SIDE = "configs/figures.yaml", "configs/side_by_side.yaml"
 ROWS: list[dict[str, float]] = [{"ventricular_vol": -0.5}, {"ventricular_vol_mm3": 89185.34}]
@@ -92,6 +93,13 @@ def test_figures_of_the_paper(bundle_copy: Path, tmp_path: Path) -> None:
     assert len(figures["volumes"]["rows"]) * len(figures["volumes"]["columns"]) == 25
     cells = figures["extrapolation"]["columns"]
     assert cells == [{"ventricular_vol": -0.5}, {"ventricular_vol": 1.5}, {"ventricular_vol": 1.9}, {"brain_vol": -0.5}]
+
+
+def test_labels_have_units_or_words(conditions: Conditions) -> None:
+    cell = {"sex": "f", "age": 0.5, "brain_vol_mm3": 1144240, "gender": 0.25}
+    labels = [_label({name: value}, conditions, "rows") for name, value in cell.items()]
+    expected = ["gender\nfemale (0)", "age\n63 years (0.5)", "brain_vol\n1144 mL (0)", "gender\n0.25 (0.25)"]
+    assert labels == expected
 
 
 @pytest.mark.parametrize(
