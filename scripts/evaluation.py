@@ -22,7 +22,7 @@ from scripts.atomic import make_folder
 from scripts.devices import process_rank
 from scripts.errors import BundleError
 from scripts.html_report import write_html
-from scripts.measures import Measure, missing_flags
+from scripts.measures import Measure, check_entries, missing_flags
 from scripts.report import Measured, Report, write_report
 from scripts.samples import Samples
 
@@ -51,6 +51,7 @@ def evaluate(
     Raises:
         BundleError: if no measure has its inputs, or what a measure raises.
     """
+    check_entries("metrics", metrics)
     measures = _for_each_model(metrics, samples)
     missing = {key: missing_flags(entry.measure) for key, entry in measures.items()}
     wanted = {key: entry for key, entry in measures.items() if not missing[key]}

@@ -20,6 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 from scripts.bootstrap import Difference, Estimate, Summary
+from scripts.errors import BundleError
 
 Metric = Callable[..., torch.Tensor]
 
@@ -89,6 +90,22 @@ def missing_flags(measure: Measure) -> list[str]:
 def settings(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
     """The plain settings of MONAI metrics (kernel size, weights, data range and the like), for the report."""
     return {name: {k: v for k, v in vars(m).items() if _plain(v) and k[0] != "_"} for name, m in metrics.items()}
+
+
+def check_entries(flag: str, entries: Mapping[str, Any]) -> None:
+    """Raise a `BundleError` for an entry of a configuration's map that is a plain value, as a misspelt flag makes it.
+
+    Args:
+        flag: the map's id.
+        entries: what stands in it.
+    """
+    for name, entry in entries.items():
+        if entry is None or _plain(entry):
+            others = ", ".join(other for other in entries if other != name)
+            raise BundleError(
+                f"--{flag}::{name} {entry}: an entry of {flag} is an object with _target_, and no value; the others "
+                f"are {others}: is the name misspelt?"
+            )
 
 
 def _plain(value: Any) -> bool:

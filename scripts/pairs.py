@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,12 +24,18 @@ from tqdm import tqdm
 from scripts.bootstrap import summarise
 from scripts.devices import process_rank
 from scripts.errors import BundleError
-from scripts.measures import Metric, Result, missing_flags, settings
+from scripts.measures import Metric, Result, check_entries, missing_flags, settings
 from scripts.metrics.features import FeatureSet, wait_for_all_processes
 from scripts.options import whole_number
 from scripts.values import Values, identity
 
 logger = logging.getLogger(__name__)
+
+
+SAYS_OF_TWO_SETS = (
+    "How alike a sample and a real volume are, over random pairs. Samples that could be real are as alike to real "
+    "volumes as these are to each other; it says nothing of how diverse they are."
+)
 
 
 class PairSimilarity:
@@ -48,7 +55,8 @@ class PairSimilarity:
         target: name of the measure whose means these should equal; None if there is none.
 
     Raises:
-        BundleError: if there is no pair, the sets differ in shape, or a metric refuses that shape.
+        BundleError: if there is no pair, the sets differ in shape, or a metric refuses that shape; where pairs are
+            measured, if one has a value that is not finite.
     """
 
     says = (
@@ -72,11 +80,14 @@ class PairSimilarity:
         target: str | None = None,
     ) -> None:
         self.inputs = self.folders = [features.folder for features in (synthetic, real) if features is not None]
+        if len(self.folders) == 2:
+            self.says = SAYS_OF_TWO_SETS
         self.values = values
         self.target = target
         self.num_pairs = whole_number(num_pairs, "num_pairs", least=1)
         self.seed = whole_number(seed, "seed")
         self.device = torch.device(device)
+        check_entries("pair_metrics", metrics)
         if not missing_flags(self):
             self._check_folders()
             self.metrics = {name: build(self.folders[0].shape) for name, build in metrics.items()}
@@ -130,6 +141,11 @@ class PairSimilarity:
         one, other = first[a].to(self.device), last[b].to(self.device)
         for name in self.metrics.keys() - self._known(a, b).keys():
             value = float(self.metrics[name](one, other))
+            if not math.isfinite(value):
+                raise BundleError(
+                    f"{name} of {first.paths[a]} and {last.paths[b]} is {value:g}: their intensities are too large for "
+                    "it; give volumes of 0 to 1"
+                )
             self.values.add(self._identities[name], [first.hashes[a], last.hashes[b]], [value])
 
     def _sources(self) -> dict[str, Any]:

@@ -68,8 +68,8 @@ class GridRequests(SampleRequests):
         labels: of rows and of columns.
 
     Raises:
-        BundleError: for a condition that there is not, a value that is none, a grid without cells, or an unused flag
-            that was given.
+        BundleError: for a condition that there is not or that a cell states twice, a value that is none, a grid
+            without cells, or an unused flag that was given.
     """
 
     def __init__(
@@ -85,6 +85,9 @@ class GridRequests(SampleRequests):
             raise BundleError(f"--{flag} does not go with a figure, whose samples --rows and --columns state")
         super().__init__(conditions, latent_shape, None, seed)
         axes = {"rows": _checked(rows, "rows"), "columns": _checked(columns, "columns")}
+        for row in axes["rows"]:
+            for column in axes["columns"]:
+                _check_stated_once([*row, *column], conditions)
         self.labels = {axis: [_label(cell, conditions, axis) for cell in some] for axis, some in axes.items()}
         base = self.vectors[0]
         pairs = [(row, column) for row in axes["rows"] for column in axes["columns"]]
@@ -120,6 +123,15 @@ def _condition(flag: str, conditions: Conditions, axis: str) -> tuple[int, Condi
     return found[0]
 
 
+def _check_stated_once(flags: Sequence[str], conditions: Conditions) -> None:
+    for condition in conditions:
+        given = [flag for flag in flags if flag in (condition.name, condition.raw)]
+        if len(given) > 1:
+            raise BundleError(
+                f"--rows and --columns state {condition.name} twice in one cell ({', '.join(given)}): which is meant?"
+            )
+
+
 def _with(vector: Tensor, cell: Cell, conditions: Conditions, axis: str) -> Tensor:
     vector = vector.clone()
     for flag, value in cell.items():
@@ -129,15 +141,21 @@ def _with(vector: Tensor, cell: Cell, conditions: Conditions, axis: str) -> Tens
 
 
 def _label(cell: Cell, conditions: Conditions, axis: str) -> str:
-    """Raw value and unit, and the normalised value in brackets, of each condition of a cell."""
+    """Raw value and unit, or its word, and the normalised value in brackets, of each condition of a cell."""
     lines = []
     for flag, value in cell.items():
         _, condition = _condition(flag, conditions, axis)
         normalised = condition.parse(flag, value, f" in --{axis}")
-        raw, unit = condition.denormalise(normalised), condition.unit
-        raw, unit = (raw / 1000, "mL") if unit == "mm3" else (raw, unit)
-        lines.append(f"{condition.name}\n{raw:.4g} {unit} ({normalised:.3g})")
+        lines.append(f"{condition.name}\n{_in_words(condition, normalised)} ({normalised:.3g})")
     return "\n".join(lines)
+
+
+def _in_words(condition: Condition, normalised: float) -> str:
+    raw = condition.denormalise(normalised)
+    word = next((word for word, code in condition.codes.items() if code == raw), None)
+    if word is not None:
+        return word
+    return f"{raw / 1000:.4g} mL" if condition.unit == "mm3" else f"{raw:.4g} {condition.unit}".strip()
 
 
 def draw_grid(requests: GridRequests, saver: SampleSaver, name: str) -> None:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from scripts.bootstrap import summarise
 from scripts.devices import process_rank
 from scripts.errors import BundleError
-from scripts.measures import Metric, Result, settings
+from scripts.measures import Metric, Result, check_entries, settings
 from scripts.metrics.features import wait_for_all_processes
 from scripts.options import whole_number
 from scripts.values import Values, identity
@@ -70,6 +70,7 @@ class Reconstruction:
     ) -> None:
         self.inputs = [folder]
         self.autoencoder = autoencoder
+        check_entries("reconstruction_metrics", metrics)
         self.metrics = metrics
         self.values = values
         self._planes: dict[int, tuple[np.ndarray, np.ndarray]] = {}

@@ -43,8 +43,8 @@ class Samples:
         sets: name of the model -> its volumes. One folder that was not given a name has an empty one.
 
     Raises:
-        BundleError: if two models have one name, or a name is `real` or unfit for a file, and for what
-            `VolumeFolder` refuses.
+        BundleError: if two models have one name, or a name is `real` or unfit for a file, if their volumes are not
+            on one grid, and for what `VolumeFolder` refuses.
     """
 
     def __init__(
@@ -56,6 +56,9 @@ class Samples:
         device: torch.device | str = "cpu",
     ) -> None:
         found = {name: VolumeFolder(path, FLAG, values) for name, path in named_folders(folders).items()}
+        given = [folder for folder in found.values() if folder.requested]
+        for other in given[1:]:
+            given[0].check_same_grid(other)
         self.sets = {name: FeatureSet(folder, networks, feature_dir, device) for name, folder in found.items()}
 
 

@@ -68,7 +68,7 @@ class VolumeFolder:
         self.shape, self.spacing, self.axes = _common_grid(self.paths, self._warn)
         self._ranges: dict[int, tuple[float, float]] = {}
         self._hashes: list[str] = []
-        self._warned = False
+        self._warned: set[str] = set()
 
     @property
     def requested(self) -> bool:
@@ -115,12 +115,23 @@ class VolumeFolder:
 
     def _note_range(self, index: int, low: float, high: float) -> None:
         self._ranges[index] = low, high
-        if not self._warned and (low < -TOLERANCE or high > 1 + TOLERANCE):
-            self._warned = True
-            logger.warning(
+        if _outside(low, high):
+            self._warn_once(
+                "outside",
                 f"{self.paths[index]} ranges from {low:g} to {high:g}: the measures are meant for intensities of 0 to "
-                "1, and take these as they are"
+                "1, and take these as they are",
             )
+        if low == high:
+            self._warn_once(
+                "constant",
+                f"{self.paths[index]} is {low:g} everywhere, so it shows no head: similarities to it say nothing "
+                "(4-G-R-SSIM is 1 with any volume); remove such volumes, or find out why they are empty",
+            )
+
+    def _warn_once(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned = {*self._warned, kind}
+            logger.warning(text)
 
     def _recall_ranges(self) -> None:
         if self.values is not None:
@@ -144,13 +155,13 @@ class VolumeFolder:
         """Where the volumes are, how many, their shape, and the intensity range of those read, now or earlier."""
         self._recall_ranges()
         lows, highs = zip(*self._ranges.values()) if self._ranges else ((), ())
-        outside = sum(low < -TOLERANCE or high > 1 + TOLERANCE for low, high in self._ranges.values())
         return {
             "folder": str(self.folder),
             "volumes": len(self),
             "shape": list(self.shape),
             "intensities_read": [min(lows), max(highs)] if lows else None,
-            "volumes_outside_0_to_1": outside,
+            "volumes_outside_0_to_1": sum(_outside(low, high) for low, high in self._ranges.values()),
+            "constant_volumes": sum(low == high for low, high in self._ranges.values()),
         }
 
 
@@ -195,6 +206,10 @@ def _listed(folder: Path, rows: Sequence[Mapping[str, str]]) -> list[Path]:
 def _searched(folder: Path) -> list[Path]:
     found = (path for pattern in ("*.nii", "*.nii.gz") for path in folder.rglob(pattern))
     return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+
+
+def _outside(low: float, high: float) -> bool:
+    return low < -TOLERANCE or high > 1 + TOLERANCE
 
 
 class VolumeGrid(NamedTuple):

@@ -26,6 +26,7 @@ from torch import nn
 
 from scripts.brain_age import BrainAgeNetwork, fingerprint
 from scripts.grid import Grid
+from scripts.pairs import PairSimilarity
 from scripts.tables import read_table, write_table
 from scripts.volumes import write_volume
 
@@ -165,3 +166,12 @@ def test_what_cannot_be_compared(checkpoint: Path, run_here: RunHere, tmp_path: 
     assert "has (33, 32, 32) voxels of 2 x 2 x 2 mm, the brain age network was trained on (32, 32, 32)" in line(
         checkpoint, str(tmp_path / "large")
     )
+
+
+def test_what_cannot_be_compared_is_told_before_anything_is_measured(
+    checkpoint: Path, run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PairSimilarity, "prepare", lambda self: pytest.fail("pairs are measured first"))
+    ageless = samples(tmp_path / "ageless", [None, None])
+    line = refused(evaluated, run_here, tmp_path / "report", checkpoint, synthetic_dir=ageless)
+    assert "no volume has an age to compare with" in line

@@ -345,6 +345,19 @@ def test_intensities_outside_0_to_1_are_reported_once(tmp_path: Path, caplog: py
     ]
 
 
+def test_empty_volumes_are_told_also_when_all_is_known_already(tmp_path: Path) -> None:
+    """4-G-R-SSIM of an empty volume with any other is 1."""
+    for name in ("x", "y"):
+        save(folder_of(tmp_path / "volumes", 1) / f"{name}.nii.gz", np.zeros(SHAPE, np.float32))
+    for _ in range(2):
+        found = run_here(tmp_path / "output", synthetic_dir=str(tmp_path / "volumes"))
+        assert found["synthetic_pairs"]["synthetic_dir"]["constant_volumes"] == 2
+        warnings = json.loads((tmp_path / "output" / "evaluation.json").read_text())["warnings"]
+        assert [text.partition(":")[0] for text in warnings] == [
+            f"{tmp_path / 'volumes' / 'x.nii.gz'} is 0 everywhere, so it shows no head"
+        ]
+
+
 def truncated(path: Path) -> None:
     save(path, volume(9))
     path.write_bytes(path.read_bytes()[:-2000])
@@ -365,6 +378,7 @@ BAD_FILES: dict[str, Any] = {
     "zzz.nii.gz .*shape": lambda path: save(path, volume(9, (32, 48, 40))),
     "zzz.nii.gz .*not 3D": lambda path: save(path, volume(9)[..., None]),
     "zzz.nii.gz.*holds NaN": with_nan,
+    r"ms_ssim of .*volume_1.*zzz\.nii\.gz is nan: their intensities": lambda path: save(path, 1e25 * volume(9)),
     "zzz.nii.gz: it is damaged": truncated,
     "zzz.nii.gz: it is damaged.*": lambda path: path.write_bytes(gzip.compress(b"no image")),
 }
@@ -388,6 +402,9 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
         "synthetic_dir": "larger",
         "real_dir": "two",
     },
+    r"volume .*x\.nii\.gz has shape \(40, 40, 40\), but .*volume_1\.nii\.gz has \(32, 48, 32\)": {
+        "synthetic_dir": ["two", "larger"],
+    },
     "--num_pairs must be at least 1": {"synthetic_dir": "two", "num_pairs": 0},
     "--features: there is no network 'lenet'; there are medicalnet, highres3dnet, inception": {
         "synthetic_dir": "two",
@@ -396,9 +413,26 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
     "--resamplings must be at least 2": {"synthetic_dir": "two", "resamplings": 1},
     "--segmentations: there is no folder of label maps": {"synthetic_dir": "two", "segmentations": "gone"},
     "--seed must be a whole number": {"synthetic_dir": "two", "seed": "many"},
+    "--metrics::fidd 3: an entry of metrics is an object.* reconstruction, synthetic_pairs,": {
+        "synthetic_dir": "two",
+        "metrics::fidd": 3,
+    },
+    "--pair_metrics::ms_sim 3: .*are ms_ssim, four_g_r_ssim: is the name": {
+        "synthetic_dir": "two",
+        "pair_metrics::ms_sim": 3,
+    },
+    "--feature_networks::inceptoin None: .*medicalnet, highres3dnet, inception:": {
+        "synthetic_dir": "two",
+        "feature_networks::inceptoin": None,
+    },
+    "--reconstruction_metrics::pnsr 1: .*psnr, ssim, mae": {"real_dir": "two", "reconstruction_metrics::pnsr": 1},
     "no weights of the autoencoder": {"reconstruct_dir": "one"},
     "give --real_dir FOLDER or --reconstruct_dir FOLDER or --synthetic_dir FOLDER": {},
 }
+
+
+def within(folder: Path, names: str | list[str]) -> str | list[str]:
+    return str(folder / names) if isinstance(names, str) else [str(folder / name) for name in names]
 
 
 @pytest.mark.parametrize("message", BAD_REQUESTS)
@@ -410,7 +444,7 @@ def test_bad_requests_are_refused_and_nothing_is_written(tmp_path: Path, message
     folder_of(tmp_path / "two", 1, 2)
     for name in ("x", "y"):
         save(tmp_path / "larger" / f"{name}.nii.gz", volume(1, (40, 40, 40)))
-    given = {k: str(tmp_path / v) if k.endswith("_dir") else v for k, v in BAD_REQUESTS[message].items()}
+    given = {k: within(tmp_path, v) if k.endswith("_dir") else v for k, v in BAD_REQUESTS[message].items()}
     with pytest.raises(BundleError, match=message):
         run_here(tmp_path / "output", autoencoder_path=str(tmp_path / "nowhere.pt"), **given)
     assert not list((tmp_path / "output").glob("*"))

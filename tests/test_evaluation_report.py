@@ -129,6 +129,12 @@ def test_the_page_says_what_the_report_says(two_models: Path) -> None:
     assert ["num_pairs", "3"] in page.rows and ["torch", report["versions"]["torch"]] in page.rows
 
 
+def test_pairs_of_two_sets_are_not_called_diverse(two_models: Path) -> None:
+    text = (two_models / "evaluation.html").read_text()
+    assert text.count(pairs.SAYS_OF_TWO_SETS) == 2, "one section a model"
+    assert text.count(pairs.PairSimilarity.says) == 3, "and one of the real volumes"
+
+
 def test_figures_of_different_networks_share_no_column(two_models: Path) -> None:
     columns = list(read(two_models / "table_1.tsv")[0])
     ends = ("", "_halves", "_halves_sd", "_floor", "_floor_sd")

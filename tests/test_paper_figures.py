@@ -23,7 +23,8 @@ from heads import refused, write_dataset
 from PIL import Image
 from released import configuration
 
-from scripts.paper_figures import grid_figure
+from scripts.conditions import Conditions
+from scripts.paper_figures import _label, grid_figure
 
 FIGURES, SIDE = "configs/figures.yaml", "configs/side_by_side.yaml"
 ROWS: list[dict[str, float]] = [{"ventricular_vol": -0.5}, {"ventricular_vol_mm3": 89185.34}]
@@ -94,6 +95,13 @@ def test_figures_of_the_paper(bundle_copy: Path, tmp_path: Path) -> None:
     assert cells == [{"ventricular_vol": -0.5}, {"ventricular_vol": 1.5}, {"ventricular_vol": 1.9}, {"brain_vol": -0.5}]
 
 
+def test_labels_have_units_or_words(conditions: Conditions) -> None:
+    cell = {"sex": "f", "age": 0.5, "brain_vol_mm3": 1144240, "gender": 0.25}
+    labels = [_label({name: value}, conditions, "rows") for name, value in cell.items()]
+    expected = ["gender\nfemale (0)", "age\n63 years (0.5)", "brain_vol\n1144 mL (0)", "gender\n0.25 (0.25)"]
+    assert labels == expected
+
+
 @pytest.mark.parametrize(
     ("wrong", "expected"),
     [
@@ -102,6 +110,8 @@ def test_figures_of_the_paper(bundle_copy: Path, tmp_path: Path) -> None:
         ({"columns": 3}, "--columns must be a list such as"),
         ({"rows": []}, "--rows must be a list such as"),
         ({"figure": "violin", "rows": None}, "--figure: there is no 'violin'; there are volumes, extrapolation"),
+        ({"rows": [{"age": 0.5}]}, "--rows and --columns state age twice in one cell (age, age_years)"),
+        ({"rows": [{"age": 0.5, "age_years": 50}], "columns": [{}]}, "twice in one cell (age, age_years)"),
         ({"num_samples": 2}, "--num_samples does not go with a figure"),
     ],
 )

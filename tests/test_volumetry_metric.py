@@ -222,6 +222,8 @@ def test_what_was_asked_for_must_be_known(tmp_path: Path, conditions: Conditions
     sidecar = tmp_path / "samples" / "sample_seed-1_000001.json"
     for content, message in (
         ("{}", "does not state the conditions"),
+        ('{"conditions": [0.5, 0.5]}', "does not state the conditions"),
+        ('{"conditions": "rest"}', "does not state the conditions"),
         ('{"conditions": {"ventricular_vol": 0.5}}', "has no value of brain_vol_mm3"),
         ('{"conditions": {"ventricular_vol": "x", "brain_vol": 1}}', "finite number"),
     ):

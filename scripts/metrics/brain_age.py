@@ -203,6 +203,10 @@ class BrainAge:
         named = {path: rows[path].get("participant_id", "") for path in ages if path in rows}
         return {p for p, name in named.items() if ages[p] is not None and fingerprint(name, ages[p] or 0.0) in known}
 
+    def check(self) -> None:
+        """Raise a `BundleError` as `sets`, before anything is computed."""
+        _ = self.sets
+
     def prepare(self) -> None:
         """Tell the ages that are not on disk yet; under torchrun, each process its share."""
         for volumes, _ in self.sets.values():

@@ -29,7 +29,7 @@ from scripts import distributed
 from scripts.atomic import make_folder, replacing, write_json
 from scripts.devices import process_rank
 from scripts.errors import BundleError
-from scripts.measures import Input
+from scripts.measures import Input, check_entries
 from scripts.volume_folders import VolumeFolder
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class FeatureNetworks:
     flag = "features"
 
     def __init__(self, names: Any, networks: Mapping[str, FeatureNetwork]) -> None:
+        check_entries("feature_networks", networks)
         named = _names(names)
         for name in named:
             if name not in networks:

@@ -225,7 +225,7 @@ def stated_conditions(path: Path, row: Mapping[str, str] | None) -> Mapping[str,
     if not sidecar.is_file():
         return row
     try:
-        stated = json.loads(sidecar.read_text(encoding="utf-8"))["conditions"]
+        stated = dict(json.loads(sidecar.read_text(encoding="utf-8"))["conditions"])
     except (ValueError, KeyError, TypeError) as error:
         if row is not None:
             return row
