@@ -326,9 +326,9 @@ def _solved(
 
 
 def _with_neck(positions: Tensor, planes: int) -> Tensor:
-    """Positions below and above the field of view moved onto its first and last plane: a neck goes on, ears do not."""
+    """Positions below the field of view moved onto its lowest plane: a neck goes on, ears and crown do not."""
     x, y, z = positions.split(1, dim=1)
-    return torch.cat((x, y, z.clamp(-1.0 + 1.0 / planes, 1.0 - 1.0 / planes)), dim=1)
+    return torch.cat((x, y, z.clamp(min=-1.0 + 1.0 / planes)), dim=1)
 
 
 def _at_full_size(course: _Course, displacement: Tensor, stages: int) -> Shape:

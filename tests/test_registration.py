@@ -24,6 +24,7 @@ from nibabel.affines import apply_affine, from_matvec
 from registry_scans import SCANS, RegistryScan
 from scipy.spatial.transform import Rotation
 
+from scripts import registration
 from scripts.bias_field import without_bias_field
 from scripts.errors import BundleError
 from scripts.grid import Grid
@@ -109,6 +110,19 @@ def test_any_pose_is_found(coarse: Template, tmp_path: Path) -> None:
     millimetres, degrees = differences(motion, found.rigid, coarse)
     assert millimetres < 1.0 and degrees < 1.0
     assert found.similarity > 0.95 and abs(found.scale - 1) < 0.01
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_the_more_similar_of_two_fits_is_taken(coarse: Template, better: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From starts that lie close together, ANTs may end in places that do not."""
+    fits = [(np.eye(4), 0.5), (np.eye(4), 0.5)]
+    fits[better][0][0, 3] = 7.0
+    fits[better] = fits[better][0], 0.6
+    left = iter(fits)
+    monkeypatch.setattr(registration, "_refined", lambda scan, template, seed, start: next(left))
+    found = register(coarse.head, coarse, seed=1, enough=0.4)
+    assert found.similarity == 0.6 and found.rigid[0, 3] == pytest.approx(7.0)
+    assert next(left, None) is None
 
 
 def test_a_field_of_view_counts_signal_not_padding(coarse: Template) -> None:
