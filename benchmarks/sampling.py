@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
@@ -70,6 +71,7 @@ WAYS = ("original", "monai", "ours")
 CASES = ("unet", "steps", "decode", "encode", "write")
 COMMAND = "command"
 AXES = {"steps": "steps", "batch": "unet", "voxels": "decode"}
+TITLES = {"steps": "trajectory", "unet": "UNet call"}
 
 Calls = dict[str, Callable[[], Tensor]]
 Measurements = dict[str, Callable[[], Measured]]
@@ -380,7 +382,12 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
         for way in ways:
             points = sorted((r[name], median(r["seconds"])) for r in _alone(rows, name, case, way))
             axis.plot(*zip(*points), "o-", color=colours[way], label=way) if points else None
-        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds", title=f"{case} over {name}")
+        axis.set(
+            xscale="log", yscale="log", xlabel=name, ylabel="seconds", title=f"{TITLES.get(case, case)} over {name}"
+        )
+        axis.xaxis.set_major_locator(FixedLocator(sorted({row[name] for row in rows if row[name] is not None})))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
     parts.legend(fontsize=7)
     return figure
 
