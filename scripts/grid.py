@@ -48,13 +48,23 @@ class Grid:
         affine[:3, 3] = self.origin
         return affine
 
-    def latent_shape(self, factor: int) -> tuple[int, int, int]:
+    def latent_shape(self, factor: int, multiple: int = 1) -> tuple[int, int, int]:
         """Spatial shape of the latent of an autoencoder which divides each side by `factor`.
 
+        Args:
+            factor: of the autoencoder.
+            multiple: what each side of the latent has to be divisible by: a UNet that halves it twice needs 4.
+
         Raises:
-            BundleError: if a size of the grid is no multiple of it.
+            BundleError: if a size of the grid is no multiple of the factor, or the latent's none of `multiple`.
         """
         if any(n % factor for n in self.shape):
             raise BundleError(f"the autoencoder divides the grid {self.shape} by {factor}: use multiples of {factor}")
+        if any(n // factor % multiple for n in self.shape):
+            raise BundleError(
+                f"of the grid {self.shape} the autoencoder makes latents {tuple(n // factor for n in self.shape)}, and "
+                f"the diffusion UNet needs multiples of {multiple}: use a grid of multiples of {factor * multiple}, or "
+                "fewer levels"
+            )
         x, y, z = (n // factor for n in self.shape)
         return x, y, z

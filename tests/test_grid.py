@@ -58,6 +58,17 @@ def test_tiny_grid_covers_the_same_brain(grid: Grid) -> None:
 def test_grid_that_cannot_be_divided_is_refused(grid: Grid) -> None:
     with pytest.raises(BundleError, match="multiples of 64"):
         grid.latent_shape(64)
+    assert grid.latent_shape(8, 4) == (20, 28, 20)
+    with pytest.raises(BundleError, match=r"latents \(20, 28, 20\).* multiples of 8: .* of multiples of 64"):
+        grid.latent_shape(8, 8)
+
+
+def test_latents_that_the_unet_cannot_halve_are_refused() -> None:
+    config = configuration()
+    config["grid"]["shape"] = [32, 24, 32]
+    with pytest.raises(RuntimeError) as caught:
+        config.get_parsed_content("latent_shape")
+    assert isinstance(caught.value.__cause__, BundleError) and "needs multiples of 4" in str(caught.value.__cause__)
 
 
 @pytest.mark.parametrize(
