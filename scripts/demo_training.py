@@ -11,8 +11,8 @@
 """`python -m scripts.demo_training`: the small model of configs/demo.yaml, from phantoms to weights and figures.
 
 Each stage is one command of the bundle with the demo overlay: phantoms, stage 1, encoding, stage 2, the age network,
-samples and their evaluation. Trainings are planned by the clock: a few iterations are timed first, and the number that
-fits the stage's minutes is then trained with a learning rate that falls to 0 by its end.
+samples, the paper's Figure 4 and the evaluation. Trainings are planned by the clock: a few iterations are timed first,
+and the number that fits the stage's minutes is then trained with a learning rate that falls to 0 by its end.
 
 With --minutes the program stops in time, and the same command goes on where it stopped. What has been reached is in
 --deliver_dir, in few small files. Where --work_dir was lost but --deliver_dir is there, the weights in it are taken
@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 from monai.bundle import ConfigParser
 
-from scripts.atomic import make_folder, write_json
+from scripts.atomic import make_folder, replacing, write_json
 from scripts.checkpoints import write_safetensors
 from scripts.conditions import Conditions
 from scripts.curves import draw, losses, validations
@@ -52,12 +52,20 @@ BASE, DEMO, TINY = "configs/inference.json", "configs/demo.yaml", "configs/tiny.
 PROBED = 20
 EPOCHS = 20
 GRACE_S = 30.0
-DELIVERED = ("evaluation.html", "evaluation.json", "table_1.tsv")
+HIGHRES3DNET = ROOT / "models" / "highres3dnet.pth"
+DELIVERED = (
+    "evaluation/evaluation.html",
+    "evaluation/evaluation.json",
+    "evaluation/table_1.tsv",
+    "evaluation/reconstruction.png",
+    "figures/extrapolation.png",
+    "figures/models.png",
+)
 NEEDED = {
     "phantoms": ("held_out/participants.tsv", ("latents", "diffusion", "brain_age", "evaluation")),
     "latents": ("latents", ("diffusion",)),
     "brain_age": ("runs/brain_age/brain_age.pt", ("evaluation",)),
-    "samples": ("samples", ("evaluation",)),
+    "samples": ("samples", ("figures", "evaluation")),
 }
 """What a stage makes in the work folder, and which later stages read it."""
 
@@ -90,7 +98,7 @@ class Machine:
     plan: dict[str, Any] = field(default_factory=dict)
 
     def run(self, verb: str | None, flags: Mapping[str, Any], processes: int = 1) -> None:
-        """One command of the bundle; it is told to stop shortly before the deadline.
+        """One command of the bundle with the demo overlay; it is told to stop shortly before the deadline.
 
         Raises:
             OutOfTimeError: if it had to be stopped.
@@ -99,7 +107,8 @@ class Machine:
         verbs = [f"configs/{verb}.yaml"] if verb else []
         files = [BASE, *verbs, DEMO, *([TINY] if self.options.rehearse else [])]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        given = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+        smaller = {"autoencoder_channels": [8, 16]} if self.options.rehearse else {}  # the tiny grid is halved twice
+        given = [str(part) for name, value in {**flags, **smaller}.items() for part in (f"--{name}", value)]
         command = ["-m", "monai.bundle", "run", "--config_file", str(files), *given]
         self.call([sys.executable, *(launcher if processes > 1 else []), *command])
 
@@ -161,6 +170,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--autoencoder_minutes", type=float, default=8.0)
     parser.add_argument("--diffusion_minutes", type=float, default=9.0)
     parser.add_argument("--brain_age_minutes", type=float, default=1.0)
+    parser.add_argument(
+        "--part_mb", type=float, help="beside weights that are larger, pieces NAME.0, NAME.1 ..., which `cat` joins"
+    )
     parser.add_argument("--device", default="cuda", help="of the networks (default cuda)")
     parser.add_argument("--rehearse", action="store_true", help="all of it with configs/tiny.yaml, on a CPU too")
     return parser
@@ -175,6 +187,7 @@ def train(machine: Machine) -> None:
         "diffusion": train_diffusion,
         "brain_age": train_brain_age,
         "samples": sample,
+        "figures": draw_figures,
         "evaluation": evaluate,
     }
     for name, stage in stages.items():
@@ -238,8 +251,21 @@ def sample(machine: Machine) -> None:
     machine.run(None, {**flags, **_networks(machine), "device": machine.options.device})
 
 
+def draw_figures(machine: Machine) -> None:
+    """Samples beyond the range of training, as in the paper's Figure 4, and eight of the samples beside each other."""
+    folder = machine.work_dir / "figures"
+    columns = [{"ventricular_vol": value} for value in (-0.5, 0.0, 1.0, 1.5, 1.9)]
+    cells = {"figure": "extrapolation", "rows": [{}], "columns": columns, "seed": 500}
+    machine.run("figures", {**cells, "output_dir": folder, **_networks(machine), "device": machine.options.device})
+    models = {"demo": str(machine.work_dir / "samples")}
+    machine.run("side_by_side", {"models": models, "count": min(8, machine.options.samples), "output_dir": folder})
+
+
 def evaluate(machine: Machine) -> None:
-    """Samples against held-out phantoms and the phantoms trained on; reconstructions of the held-out ones."""
+    """Samples against held-out phantoms and the phantoms trained on; reconstructions of the held-out ones.
+
+    FID, KID and the search for copies take part where HighRes3DNet's weights are there, as no network may be.
+    """
     folders = {
         "synthetic_dir": machine.work_dir / "samples",
         "real_dir": machine.work_dir / "held_out",
@@ -247,7 +273,10 @@ def evaluate(machine: Machine) -> None:
         "output_dir": machine.work_dir / "evaluation",
         "brain_age_path": machine.work_dir / "runs" / "brain_age" / "brain_age.pt",
     }
-    machine.run("evaluate", {**folders, "num_pairs": 100, **_autoencoder(machine), "device": machine.options.device})
+    copies = {"features": "highres3dnet", "training_dir": machine.work_dir / "phantoms"}
+    searched = {**copies, "feature_networks::highres3dnet::shrink": 4} if HIGHRES3DNET.is_file() else {}
+    flags = {"num_pairs": 100, **_autoencoder(machine), "device": machine.options.device}
+    machine.run("evaluate", {**folders, **searched, **flags})
 
 
 def _train(machine: Machine, name: str, flags: Mapping[str, Any]) -> None:
@@ -281,7 +310,21 @@ def _computing(machine: Machine) -> dict[str, Any]:
 def _ship(machine: Machine, network: str) -> None:
     result = machine.work_dir / "runs" / network / f"{network}.pt"
     if result.is_file():
-        write_safetensors(machine.deliver_dir / f"{network}.safetensors", result, network)
+        shipped = machine.deliver_dir / f"{network}.safetensors"
+        write_safetensors(shipped, result, network)
+        if machine.options.part_mb:
+            _write_parts(shipped, int(machine.options.part_mb * 1e6))
+
+
+def _write_parts(file: Path, size: int) -> None:
+    """Pieces of at most `size` bytes, NAME.0, NAME.1 ..., of a larger file."""
+    content = file.read_bytes()
+    starts = range(0, len(content), size) if len(content) > size else range(0)
+    for old in file.parent.glob(f"{file.name}.*"):
+        old.unlink()
+    for number, start in enumerate(starts):
+        with replacing(file.with_name(f"{file.name}.{number}")) as temporary:
+            temporary.write_bytes(content[start : start + size])
 
 
 def _autoencoder(machine: Machine) -> dict[str, Any]:
@@ -300,9 +343,9 @@ def deliver(machine: Machine) -> None:
             _ship(machine, network)
             draw(losses(run), validations(run), machine.deliver_dir / f"{network}.png")
     for name in DELIVERED:
-        made = machine.work_dir / "evaluation" / name
+        made = machine.work_dir / name
         if made.is_file():
-            shutil.copyfile(made, machine.deliver_dir / name)
+            shutil.copyfile(made, machine.deliver_dir / made.name)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ VERBS: list[str | None] = [
     "encode_latents",
     "train_diffusion",
 ]
-VERBS += ["train_diffusion", "train_brain_age", "train_brain_age", None, "evaluate"]
+VERBS += ["train_diffusion", "train_brain_age", "train_brain_age", None, "figures", "side_by_side", "evaluate"]
 
 
 class Commands:
@@ -108,6 +108,33 @@ def test_goes_on_from_the_kept_weights_alone(commands: Commands, tmp_path: Path)
     run(tmp_path)
     assert commands.verbs() == ["phantoms", "phantoms", "encode_latents", *VERBS[6:]]
     assert commands.ran[3][1]["pretrained"] == tmp_path / "kept" / "diffusion.safetensors"
+
+
+def test_pieces_of_large_weights(commands: Commands, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    run(tmp_path)
+    whole = (kept / "autoencoder.safetensors").read_bytes()
+    assert not list(kept.glob("*.safetensors.*")), "nothing is cut where nobody asked for it"
+    for size, number in ((0.6 * len(whole), 2), (0.3 * len(whole), 4), (2.0 * len(whole), 0)):
+        run(tmp_path, "--part_mb", str(size / 1e6))
+        pieces = [piece.read_bytes() for piece in sorted(kept.glob("autoencoder.safetensors.*"))]
+        assert len(pieces) == number and all(len(piece) <= size for piece in pieces)
+        assert b"".join(pieces) == (whole if number else b"")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_search_for_copies_needs_weights(
+    there: bool, commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "highres3dnet.pth"
+    monkeypatch.setattr(demo_training, "HIGHRES3DNET", weights)
+    if there:
+        weights.touch()
+    run(tmp_path)
+    evaluation = commands.ran[-1][1]
+    assert (evaluation.get("training_dir"), evaluation.get("features")) == (
+        (tmp_path / "work" / "phantoms", "highres3dnet") if there else (None, None)
+    )
 
 
 def test_command_that_fails(tmp_path: Path) -> None:
