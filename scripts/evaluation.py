@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from scripts.atomic import make_folder
+from scripts.atomic import make_folder, write_text
 from scripts.devices import process_rank
 from scripts.errors import BundleError
-from scripts.html_report import write_html
+from scripts.html_report import PAGE, html
 from scripts.measures import Measure, check_entries, missing_flags
-from scripts.report import Measured, Report, write_report
+from scripts.metrics.features import FeatureSet
+from scripts.overlap import check_overlap
+from scripts.report import Measured, Report, remove_earlier, write_report
 from scripts.samples import Samples
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,8 @@ def evaluate(
 
     Writes `evaluation.json`, `evaluation.tsv` with one row a metric, `evaluation.html`, `table_1.tsv` with one row a
     model, and the tables and pictures of the single measures. A measure that lacks an input is in the report as not
-    requested. Under torchrun all processes share what measures prepare; the first one does the rest.
+    requested. Tables and pictures that an earlier evaluation has left in the folder, and that this one does not make,
+    are removed. Under torchrun all processes share what measures prepare; the first one does the rest.
 
     Args:
         metrics: name -> measure, or a function that makes one of the `synthetic` volumes: this is measured for each
@@ -61,6 +64,7 @@ def evaluate(
     with _warnings() as warnings:
         warnings += _warned_before(measures)
         _check(wanted)
+        check_overlap([entry.measure for entry in wanted.values()], samples)
         for entry in wanted.values():
             with _timed(entry):
                 getattr(entry.measure, "prepare", _nothing)()
@@ -69,9 +73,11 @@ def evaluate(
                 with _timed(entry):
                     entry.result = entry.measure.compute()
             report = Report(measures, missing, samples, dict(flags or {}), warnings)
+            page = html(report)
+            remove_earlier(folder, report)
             write_report(folder, report)
-            write_html(folder, report)
-            logger.info(f"wrote {folder / 'evaluation.html'}, evaluation.json and evaluation.tsv")
+            write_text(folder / PAGE, page)
+            logger.info(f"wrote {folder / PAGE}, evaluation.json and evaluation.tsv")
 
 
 def _for_each_model(metrics: Mapping[str, Measure | Callable[..., Measure]], samples: Samples) -> dict[str, Measured]:
@@ -79,10 +85,17 @@ def _for_each_model(metrics: Mapping[str, Measure | Callable[..., Measure]], sam
     for name, entry in metrics.items():
         if callable(entry):
             for model, features in samples.sets.items():
-                found[f"{name}_{model}" if model else name] = Measured(name, model, entry(synthetic=features))
+                found[f"{name}_{model}" if model else name] = Measured(name, model, _made(name, entry, features))
         else:
             found[name] = Measured(name, "", entry)
     return found
+
+
+def _made(name: str, entry: Callable[..., Measure], features: FeatureSet) -> Measure:
+    try:
+        return entry(synthetic=features)
+    except TypeError as error:
+        raise BundleError(f"--metrics::{name} cannot be made with these options: {error}") from error
 
 
 def _check(wanted: Mapping[str, Measured]) -> None:

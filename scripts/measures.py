@@ -93,14 +93,14 @@ def settings(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
 
 
 def check_entries(flag: str, entries: Mapping[str, Any]) -> None:
-    """Raise a `BundleError` for an entry of a configuration's map that is a plain value, as a misspelt flag makes it.
+    """Raise a `BundleError` for an entry of a configuration's map that is plain data, as a misspelt flag makes it.
 
     Args:
         flag: the map's id.
         entries: what stands in it.
     """
     for name, entry in entries.items():
-        if entry is None or _plain(entry):
+        if entry is None or _plain(entry) or isinstance(entry, (Mapping, list, tuple)):
             others = ", ".join(other for other in entries if other != name)
             raise BundleError(
                 f"--{flag}::{name} {entry}: an entry of {flag} is an object with _target_, and no value; the others "
