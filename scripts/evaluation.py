@@ -30,6 +30,8 @@ from scripts.samples import Samples
 
 logger = logging.getLogger(__name__)
 
+MEASURE = ("inputs", "compute")
+
 
 def evaluate(
     metrics: Mapping[str, Measure | Callable[..., Measure]],
@@ -54,7 +56,9 @@ def evaluate(
     Raises:
         BundleError: if no measure has its inputs, or what a measure raises.
     """
-    check_entries("metrics", metrics)
+    if not metrics:
+        raise BundleError("--metrics has no entries: leave it out, or give it some")
+    check_entries("metrics", metrics, MEASURE)
     measures = _for_each_model(metrics, samples)
     missing = {key: missing_flags(entry.measure) for key, entry in measures.items()}
     wanted = {key: entry for key, entry in measures.items() if not missing[key]}
@@ -88,6 +92,11 @@ def _for_each_model(metrics: Mapping[str, Measure | Callable[..., Measure]], sam
                 found[f"{name}_{model}" if model else name] = Measured(name, model, _made(name, entry, features))
         else:
             found[name] = Measured(name, "", entry)
+    check_entries("metrics", {one.name: one.measure for one in found.values()}, MEASURE)
+    for one in found.values():
+        target = getattr(one.measure, "target", None)
+        if target is not None and target not in found:
+            raise BundleError(f"--metrics::{one.name}::target: there is no '{target}'; there are {', '.join(found)}")
     return found
 
 

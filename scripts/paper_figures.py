@@ -231,6 +231,7 @@ def draw_models(models: Any, count: Any, output_dir: str) -> None:
     wanted = whole_number(count, "count", least=1)
     rows = []
     seen: dict[Path, str] = {}
+    axes: dict[str, str] = {}
     for name, path in models.items():
         if path is None or isinstance(path, (Sequence, Mapping)) and not isinstance(path, str):
             raise BundleError(f"--models: {name} must have one folder, got {path}")
@@ -238,9 +239,13 @@ def draw_models(models: Any, count: Any, output_dir: str) -> None:
         if other != str(name):
             logger.warning(f"--models: {other} and {name} are one folder, {path}: their rows show the same volumes")
         folder = VolumeFolder(path, "models")
+        axes[str(name)] = folder.axes
         if len(folder) < wanted:
             raise BundleError(f"--models: {name} has {len(folder)} volumes in {folder.folder}, --count is {wanted}")
         rows.append([strip(folder[i][0, 0].numpy()) for i in range(wanted)])
+    if len(set(axes.values())) > 1:
+        runs = ", ".join(f"those of {name} to {to}" for name, to in axes.items())
+        logger.warning(f"--models: axes run elsewhere ({runs}): heads are drawn as they are stored, mirrored or turned")
     _write(grid_figure(rows, [str(name) for name in models], [""] * wanted), make_folder(output_dir) / "models.png")
 
 

@@ -415,6 +415,19 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
     "--segmentations: there is no folder of label maps": {"synthetic_dir": "two", "segmentations": "gone"},
     "--seed must be a whole number": {"synthetic_dir": "two", "seed": "many"},
     "--metrics::mine {'a': 1}: an entry of metrics is an object": {"synthetic_dir": "two", "metrics::mine": {"a": 1}},
+    "--metrics has no entries": {"synthetic_dir": "two", "metrics": {}},
+    "--metrics::mine is a Values, which has no 'inputs'": {
+        "synthetic_dir": "two",
+        "metrics::mine": {"_target_": "scripts.values.Values", "folder": "x"},
+    },
+    "--feature_networks::mine is a Values, which has no 'given'": {
+        "synthetic_dir": "two",
+        "feature_networks::mine": {"_target_": "scripts.values.Values", "folder": "x"},
+    },
+    "--metrics::synthetic_pairs::target: there is no 'real_pair'; there are reconstruction,": {
+        "synthetic_dir": "two",
+        "metrics::synthetic_pairs::target": "real_pair",
+    },
     "--metrics::fid cannot be made with these options: .*'resamplngs'": {
         "synthetic_dir": "two",
         "metrics::fid::resamplngs": 3,

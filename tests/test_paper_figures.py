@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from conftest import BASE, TINY, RunHere
@@ -178,6 +179,19 @@ def test_names_are_no_formulae_and_a_folder_given_twice_is_told(
     run_here([BASE, SIDE, TINY], models=names, count=1, output_dir=str(tmp_path))
     assert (tmp_path / "models.png").is_file()
     assert [text for text in caplog.messages if r"<b>$\frac$ and again are one folder" in text]
+    assert not [text for text in caplog.messages if "axes run elsewhere" in text]
+
+
+def test_models_whose_axes_run_elsewhere_are_told(
+    run_here: RunHere, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, side in (("a", 1.0), ("b", -1.0)):
+        (tmp_path / name).mkdir()
+        image = nib.Nifti1Image(np.zeros((8, 9, 10), np.float32), np.diag([side, 1.0, 1.0, 1.0]))
+        nib.save(image, tmp_path / name / "x.nii")
+    models = {name: str(tmp_path / name) for name in ("a", "b")}
+    run_here([BASE, SIDE, TINY], models=models, count=1, output_dir=str(tmp_path))
+    assert "axes run elsewhere (those of a to RAS, those of b to LAS)" in caplog.text
 
 
 def test_size_follows_the_number_of_cells() -> None:
