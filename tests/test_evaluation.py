@@ -415,6 +415,10 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
     "--segmentations: there is no folder of label maps": {"synthetic_dir": "two", "segmentations": "gone"},
     "--seed must be a whole number": {"synthetic_dir": "two", "seed": "many"},
     "--metrics::mine {'a': 1}: an entry of metrics is an object": {"synthetic_dir": "two", "metrics::mine": {"a": 1}},
+    "--segmenter_path: there are no weights of a segmenter at gone.pt": {
+        "synthetic_dir": "two",
+        "segmenter_path": "gone.pt",
+    },
     "--metrics has no entries": {"synthetic_dir": "two", "metrics": {}},
     "--metrics::mine is a Values, which has no 'inputs'": {
         "synthetic_dir": "two",
