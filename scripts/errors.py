@@ -53,6 +53,8 @@ def _failed_component(error: BaseException | None) -> str | None:
             name = str(error).split("'")[1].rsplit(".", 1)[-1]
             reason = str(error.__cause__).strip().splitlines() or [type(error.__cause__).__name__]
             return f"cannot build {name} with these options: {reason[0]}"
+        if str(error).startswith("Cannot locate class or function path"):
+            return f"a _target_ of the configuration cannot be found: {str(error).split(': ', 1)[-1].rstrip('.')}"
         error = error.__cause__ or error.__context__
     return None
 

@@ -18,15 +18,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from scripts.atomic import make_folder
+from scripts.atomic import make_folder, write_text
 from scripts.devices import process_rank
 from scripts.errors import BundleError
-from scripts.html_report import write_html
+from scripts.html_report import PAGE, html
 from scripts.measures import Measure, check_entries, missing_flags
-from scripts.report import Measured, Report, write_report
+from scripts.metrics.features import FeatureSet
+from scripts.overlap import check_overlap
+from scripts.report import Measured, Report, remove_earlier, write_report
 from scripts.samples import Samples
 
 logger = logging.getLogger(__name__)
+
+MEASURE = ("inputs", "compute")
 
 
 def evaluate(
@@ -39,7 +43,8 @@ def evaluate(
 
     Writes `evaluation.json`, `evaluation.tsv` with one row a metric, `evaluation.html`, `table_1.tsv` with one row a
     model, and the tables and pictures of the single measures. A measure that lacks an input is in the report as not
-    requested. Under torchrun all processes share what measures prepare; the first one does the rest.
+    requested. Tables and pictures that an earlier evaluation has left in the folder, and that this one does not make,
+    are removed. Under torchrun all processes share what measures prepare; the first one does the rest.
 
     Args:
         metrics: name -> measure, or a function that makes one of the `synthetic` volumes: this is measured for each
@@ -51,7 +56,9 @@ def evaluate(
     Raises:
         BundleError: if no measure has its inputs, or what a measure raises.
     """
-    check_entries("metrics", metrics)
+    if not metrics:
+        raise BundleError("--metrics has no entries: leave it out, or give it some")
+    check_entries("metrics", metrics, MEASURE)
     measures = _for_each_model(metrics, samples)
     missing = {key: missing_flags(entry.measure) for key, entry in measures.items()}
     wanted = {key: entry for key, entry in measures.items() if not missing[key]}
@@ -61,6 +68,7 @@ def evaluate(
     with _warnings() as warnings:
         warnings += _warned_before(measures)
         _check(wanted)
+        check_overlap([entry.measure for entry in wanted.values()], samples)
         for entry in wanted.values():
             with _timed(entry):
                 getattr(entry.measure, "prepare", _nothing)()
@@ -69,9 +77,11 @@ def evaluate(
                 with _timed(entry):
                     entry.result = entry.measure.compute()
             report = Report(measures, missing, samples, dict(flags or {}), warnings)
+            page = html(report)
+            remove_earlier(folder, report)
             write_report(folder, report)
-            write_html(folder, report)
-            logger.info(f"wrote {folder / 'evaluation.html'}, evaluation.json and evaluation.tsv")
+            write_text(folder / PAGE, page)
+            logger.info(f"wrote {folder / PAGE}, evaluation.json and evaluation.tsv")
 
 
 def _for_each_model(metrics: Mapping[str, Measure | Callable[..., Measure]], samples: Samples) -> dict[str, Measured]:
@@ -79,10 +89,22 @@ def _for_each_model(metrics: Mapping[str, Measure | Callable[..., Measure]], sam
     for name, entry in metrics.items():
         if callable(entry):
             for model, features in samples.sets.items():
-                found[f"{name}_{model}" if model else name] = Measured(name, model, entry(synthetic=features))
+                found[f"{name}_{model}" if model else name] = Measured(name, model, _made(name, entry, features))
         else:
             found[name] = Measured(name, "", entry)
+    check_entries("metrics", {one.name: one.measure for one in found.values()}, MEASURE)
+    for one in found.values():
+        target = getattr(one.measure, "target", None)
+        if target is not None and target not in found:
+            raise BundleError(f"--metrics::{one.name}::target: there is no '{target}'; there are {', '.join(found)}")
     return found
+
+
+def _made(name: str, entry: Callable[..., Measure], features: FeatureSet) -> Measure:
+    try:
+        return entry(synthetic=features)
+    except TypeError as error:
+        raise BundleError(f"--metrics::{name} cannot be made with these options: {error}") from error
 
 
 def _check(wanted: Mapping[str, Measured]) -> None:

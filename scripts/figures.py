@@ -76,7 +76,8 @@ def sample_picture(labels: Sequence[str], planes: Sequence[np.ndarray]) -> np.nd
     """
     figure, rows = _grid(len(labels), (_LABEL_WIDTH, 1.0), planes[0].shape)
     for axes, label, plane in zip(rows, labels, planes, strict=True):
-        axes[0].text(1.0, 0.5, label, ha="right", va="center", fontsize=8, transform=axes[0].transAxes)
+        where = {"ha": "right", "va": "center", "transform": axes[0].transAxes}
+        axes[0].text(1.0, 0.5, label, fontsize=8, parse_math=False, **where)
         axes[0].set_axis_off()
         _show(axes[1], plane, "")
     return _pixels(figure)
@@ -119,7 +120,7 @@ def _grid(rows: int, widths: Sequence[float], shape: tuple[int, ...]) -> tuple[F
 
 def _show(axes: Axes, plane: np.ndarray, title: str, colours: str = "gray", top: float = 255.0) -> None:
     axes.imshow(plane, cmap=colours, vmin=0.0, vmax=top)
-    axes.set_title(title, fontsize=8)
+    axes.set_title(title, fontsize=8, parse_math=False)  # names of files may have a dollar
     axes.set_axis_off()
 
 

@@ -15,16 +15,15 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from scripts.atomic import write_text
 from scripts.measures import Result
 from scripts.report import Measured, Report, about
 from scripts.report_pictures import histogram, png, volumes_picture
 from scripts.samples import FLAG, REAL
 from scripts.volume_folders import VolumeFolder
 
+PAGE = "evaluation.html"
 STYLE = """
 body { font: 15px/1.45 Georgia, serif; max-width: 80em; margin: 2em auto; padding: 0 1em; color: #111; }
 p, ul, figcaption { max-width: 62em; overflow-wrap: anywhere; }
@@ -56,15 +55,16 @@ READING = (
 )
 
 
-def write_html(folder: Path, report: Report) -> None:
-    """Write `evaluation.html`: tables, pictures and what they mean."""
-    parts = [_models(report), _warnings(report), _summary(report), _volumes(report)]
+def html(report: Report) -> str:
+    """The page: tables, pictures and what they mean."""
+    volumes = _volumes(report)  # first, since reading them may warn
+    parts = [_models(report), _warnings(report), _summary(report), volumes]
     parts += [_section(key, entry, result, report) for key, entry, result in report.computed()]
     body, links = _linked("\n".join([*parts, _missing(report), _about(report)]))
     size = "<meta name='viewport' content='width=device-width, initial-scale=1'>"
     head = f"<meta charset='utf-8'>{size}<title>Evaluation</title><style>{STYLE}</style>"
     text = f"<!DOCTYPE html>\n<html lang='en'><head>{head}</head>\n<body><h1>Evaluation of brain MRI samples</h1>\n"
-    write_text(folder / "evaluation.html", f"{text}{links}{body}\n</body></html>\n")
+    return f"{text}{links}{body}\n</body></html>\n"
 
 
 def _linked(body: str) -> tuple[str, str]:

@@ -157,6 +157,9 @@ class OwnSegmentations(Segmentations):
         conditions: which are known.
         path: weights of the segmenter; None for those that ship.
         folder: the samples of one model; see `of`.
+
+    Raises:
+        BundleError: if weights were given that are not there.
     """
 
     def __init__(
@@ -170,6 +173,11 @@ class OwnSegmentations(Segmentations):
         super().__init__(None)
         self._make, self.values, self.conditions, self.folder = segmenter, values, conditions, folder
         self.weights = SHIPPED if path is None else Path(str(path))
+        if self.weights != SHIPPED and not self.weights.is_file():
+            raise BundleError(
+                f"--segmenter_path: there are no weights of a segmenter at {path}: leave it out for those that ship, "
+                "or train some with configs/train_segmenter.yaml"
+            )
 
     def of(self, folder: VolumeFolder) -> Segmentations:
         """Those of one model's samples."""

@@ -92,20 +92,24 @@ def settings(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
     return {name: {k: v for k, v in vars(m).items() if _plain(v) and k[0] != "_"} for name, m in metrics.items()}
 
 
-def check_entries(flag: str, entries: Mapping[str, Any]) -> None:
-    """Raise a `BundleError` for an entry of a configuration's map that is a plain value, as a misspelt flag makes it.
+def check_entries(flag: str, entries: Mapping[str, Any], needed: Sequence[str] = ()) -> None:
+    """Raise a `BundleError` for an entry of a configuration's map that is plain data, as a misspelt flag makes it.
 
     Args:
         flag: the map's id.
         entries: what stands in it.
+        needed: attributes that an entry must have, unless it is a function that makes one.
     """
     for name, entry in entries.items():
-        if entry is None or _plain(entry):
+        if entry is None or _plain(entry) or isinstance(entry, (Mapping, list, tuple)):
             others = ", ".join(other for other in entries if other != name)
             raise BundleError(
                 f"--{flag}::{name} {entry}: an entry of {flag} is an object with _target_, and no value; the others "
                 f"are {others}: is the name misspelt?"
             )
+        lacking = [] if callable(entry) else [attribute for attribute in needed if not hasattr(entry, attribute)]
+        if lacking:
+            raise BundleError(f"--{flag}::{name} is a {type(entry).__name__}, which has no '{lacking[0]}'")
 
 
 def _plain(value: Any) -> bool:

@@ -173,5 +173,5 @@ def picture(names: Sequence[str], planes: Sequence[tuple[np.ndarray, np.ndarray]
 
 def _show(axes: Axes, plane: np.ndarray, title: str, colours: str = "gray", top: float = 1.0) -> None:
     axes.imshow(plane, cmap=colours, vmin=0.0, vmax=top)
-    axes.set_title(title, fontsize=8)
+    axes.set_title(title, fontsize=8, parse_math=False)
     axes.set_axis_off()

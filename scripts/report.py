@@ -25,6 +25,7 @@ from typing import Any
 
 from scripts.atomic import replacing, write_json
 from scripts.bootstrap import Difference, Estimate, Summary, difference
+from scripts.errors import BundleError
 from scripts.measures import Measure, Result
 from scripts.samples import REAL, Samples
 from scripts.tables import write_table
@@ -32,6 +33,9 @@ from scripts.workflow import CONFIGS
 
 logger = logging.getLogger(__name__)
 
+JSON = "evaluation.json"
+TABLE_1 = "table_1"
+COMPUTED = "computed"
 PACKAGES = ("monai", "numpy", "torch")
 FLOOR = re.compile(r"(fid_.+)_floor((?:_sd)?)")
 """Columns of the floor in the table of models."""
@@ -96,7 +100,7 @@ class Report:
             return {**model, "status": "not requested", "missing": missing, **({"why": reasons} if reasons else {})}
         distances = self.distances(entry, entry.result)
         metrics = {name: _in_brief(found, distances.get(name)) for name, found in entry.result.summaries.items()}
-        return {**model, "status": "computed", "metrics": metrics, **entry.result.facts}
+        return {**model, "status": COMPUTED, "metrics": metrics, **entry.result.facts}
 
     def distances(self, entry: Measured, result: Result) -> dict[str, Difference]:
         """Name of a metric -> how far it lies from its floor or target, where it has one."""
@@ -159,6 +163,41 @@ def _value(metric: Mapping[str, Any]) -> Any:
     return metric.get("value", metric.get("mean"))
 
 
+def remove_earlier(folder: Path, report: Report) -> None:
+    """Remove the tables and pictures of an earlier evaluation in the folder that this one is not going to replace.
+
+    Which they are is in its `evaluation.json`; all else in the folder is left alone.
+
+    Raises:
+        BundleError: if one cannot be removed.
+    """
+    replaced = {path.name for path in _files(folder, report)}
+    for name in _computed_before(folder / JSON):
+        for path in (folder / f"{name}.tsv", folder / f"{name}.png"):
+            if path.parent == folder and path.name not in replaced and path.is_file():
+                try:
+                    path.unlink()
+                except OSError as error:
+                    raise BundleError(f"cannot remove {path} of an earlier evaluation: {error.strerror}") from error
+                logger.info(f"removed {path}, which an earlier evaluation has left")
+
+
+def _computed_before(path: Path) -> list[str]:
+    """The measures that an earlier evaluation computed, and its table of models."""
+    try:
+        measures = json.loads(path.read_text(encoding="utf-8"))["measures"]
+        return [TABLE_1, *(str(key) for key, entry in measures.items() if entry["status"] == COMPUTED)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # there is none, or it is no evaluation's
+
+
+def _files(folder: Path, report: Report) -> list[Path]:
+    """The tables and pictures of single measures, and the table of models, that a report has."""
+    found = [folder / f"{key}.tsv" for key, _, result in report.computed() if result.rows]
+    found += [folder / f"{key}.png" for key, _, result in report.computed() if result.picture is not None]
+    return [*found, folder / f"{TABLE_1}.tsv"] if report.table_1() else found
+
+
 def write_report(folder: Path, report: Report) -> None:
     """Write `evaluation.json`, `evaluation.tsv`, `table_1.tsv`, and the tables and pictures of single measures."""
     for key, _, result in report.computed():
@@ -172,8 +211,8 @@ def write_report(folder: Path, report: Report) -> None:
     columns = [column for column in COLUMNS if any(column in row for row in rows)]
     write_table(folder / "evaluation.tsv", [{column: row.get(column) for column in columns} for row in rows])
     if table_1:
-        write_table(folder / "table_1.tsv", table_1)
-    write_json(folder / "evaluation.json", {"measures": entries, "table_1": table_1, **about(report)})
+        write_table(folder / f"{TABLE_1}.tsv", table_1)
+    write_json(folder / JSON, {"measures": entries, "table_1": table_1, **about(report)})
     _log(report)
 
 

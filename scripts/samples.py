@@ -25,7 +25,7 @@ from scripts.values import Values
 from scripts.volume_folders import VolumeFolder
 
 FLAG = "synthetic_dir"
-NAME = re.compile(r"[\w.+-]+")
+NAME = re.compile(r"(?!\.+$)[\w.+-]+")
 REAL = "real"
 """The name of the real volumes' row in the table of models."""
 
@@ -66,11 +66,14 @@ def named_folders(folders: Any) -> dict[str, Any]:
     """Name -> folder, as `Samples` takes them.
 
     Raises:
-        BundleError: for a name that is there twice, that is `real`, or that a file cannot have.
+        BundleError: for a name that is there twice, that is `real`, that a file cannot have, or that has no folder.
     """
     if isinstance(folders, Mapping):
         named = {str(name): path for name, path in folders.items()}
         _check(list(named))
+        for name, path in named.items():
+            if path is None:
+                raise BundleError(f"--{FLAG}: the model {name} has no folder")
         return named or {"": None}
     paths = several(folders)
     if len(paths) < 2:
@@ -98,4 +101,6 @@ def _check(names: Sequence[str]) -> None:
                 f"--{FLAG}: two folders are called {name}: name them with a map, {{'first': 'a/{name}', ...}}"
             )
         if name == REAL or not NAME.fullmatch(name):
-            raise BundleError(f"--{FLAG}: '{name}' cannot be the name of a model: use letters, digits and . _ + -")
+            raise BundleError(
+                f"--{FLAG}: '{name}' cannot be the name of a model: use letters, digits and . _ + -, and not dots alone"
+            )

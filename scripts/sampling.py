@@ -23,7 +23,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch.utils.data import DataLoader
 
-from scripts.atomic import make_folder, write_json
+from scripts.atomic import make_folder, remove_leftovers, write_json
 from scripts.checkpoints import Checkpoint
 from scripts.conditions import Conditions
 from scripts.devices import process_rank
@@ -39,6 +39,7 @@ from scripts.writing import BackgroundWriter, HostCopy
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "monai", "numpy", "nibabel")
+ENDINGS = ("nii.gz", "png", "json")
 
 
 class SampleSaver:
@@ -112,6 +113,8 @@ class SampleSaver:
     def save(self, volume: Any, seed: int, index: int, vector: torch.Tensor) -> None:
         """Write one volume of the grid's shape with its sidecar and picture."""
         stem = self._stem(seed, index)
+        for ending in ENDINGS:
+            remove_leftovers(f"{stem}.{ending}")
         write_volume(f"{stem}.nii.gz", volume, self.grid, self.facts["dtype"])
         write_picture(f"{stem}.png", mid_planes(volume))
         write_json(f"{stem}.json", self._sidecar(seed, index, vector))
@@ -121,7 +124,7 @@ class SampleSaver:
         """Whether this very sample is there already.
 
         Raises:
-            BundleError: if another one has its name: it would be lost.
+            BundleError: if another one has its name: it would be lost. Also if its sidecar is damaged.
         """
         volume, sidecar = (Path(f"{self._stem(seed, index)}.{ending}") for ending in ("nii.gz", "json"))
         if not (volume.exists() and sidecar.exists()):
@@ -146,7 +149,9 @@ class SampleSaver:
 def _same_sample(sidecar: Path, wanted: Mapping[str, Any]) -> bool:
     try:
         found = json.loads(sidecar.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{sidecar} is damaged ({error}): remove it, and its sample is made again") from error
+    if not isinstance(found, Mapping):
         return False
     return {k: v for k, v in found.items() if k != "versions"} == {k: v for k, v in wanted.items() if k != "versions"}
 

@@ -62,6 +62,8 @@ class VolumeFolder:
     def __init__(self, path: Any, flag: str, values: Values | None = None) -> None:
         self.flag = flag
         self.values = values
+        if path is not None and not str(path).strip():
+            raise BundleError(f"--{flag} is empty: give a folder, or leave it out")
         self.folder = None if path is None else Path(str(path))
         self.warnings: list[str] = []
         self.paths = [] if self.folder is None else find_volumes(self.folder, flag, self._warn)

@@ -16,6 +16,7 @@ import csv
 import gzip
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -413,6 +414,28 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
     "--resamplings must be at least 2": {"synthetic_dir": "two", "resamplings": 1},
     "--segmentations: there is no folder of label maps": {"synthetic_dir": "two", "segmentations": "gone"},
     "--seed must be a whole number": {"synthetic_dir": "two", "seed": "many"},
+    "--metrics::mine {'a': 1}: an entry of metrics is an object": {"synthetic_dir": "two", "metrics::mine": {"a": 1}},
+    "--segmenter_path: there are no weights of a segmenter at gone.pt": {
+        "synthetic_dir": "two",
+        "segmenter_path": "gone.pt",
+    },
+    "--metrics has no entries": {"synthetic_dir": "two", "metrics": {}},
+    "--metrics::mine is a Values, which has no 'inputs'": {
+        "synthetic_dir": "two",
+        "metrics::mine": {"_target_": "scripts.values.Values", "folder": "x"},
+    },
+    "--feature_networks::mine is a Values, which has no 'given'": {
+        "synthetic_dir": "two",
+        "feature_networks::mine": {"_target_": "scripts.values.Values", "folder": "x"},
+    },
+    "--metrics::synthetic_pairs::target: there is no 'real_pair'; there are reconstruction,": {
+        "synthetic_dir": "two",
+        "metrics::synthetic_pairs::target": "real_pair",
+    },
+    "--metrics::fid cannot be made with these options: .*'resamplngs'": {
+        "synthetic_dir": "two",
+        "metrics::fid::resamplngs": 3,
+    },
     "--metrics::fidd 3: an entry of metrics is an object.* reconstruction, synthetic_pairs,": {
         "synthetic_dir": "two",
         "metrics::fidd": 3,
@@ -450,6 +473,12 @@ def test_bad_requests_are_refused_and_nothing_is_written(tmp_path: Path, message
     assert not list((tmp_path / "output").glob("*"))
 
 
+@pytest.mark.parametrize("flag", ["synthetic_dir", "real_dir", "reconstruct_dir", "training_dir"])
+def test_an_empty_flag_is_not_the_working_directory(tmp_path: Path, flag: str) -> None:
+    with pytest.raises(BundleError, match=f"--{flag} is empty: give a folder, or leave it out"):
+        run_here(tmp_path / "output", **{"synthetic_dir": str(folder_of(tmp_path / "two", 1, 2)), flag: ""})
+
+
 # The verb
 
 
@@ -473,6 +502,53 @@ def test_pairs_need_no_weights_and_follow_from_the_seed(tmp_path: Path) -> None:
     assert first["synthetic_pairs"]["pairs"] == 4
     assert first["real_pairs"] == {"status": "not requested", "missing": ["--real_dir"]}
     assert first["reconstruction"] == {"status": "not requested", "missing": ["--reconstruct_dir"]}
+
+
+def test_samples_that_are_real_or_training_volumes_are_told(tmp_path: Path) -> None:
+    flags = with_features(tmp_path)
+    copied = Path(flags["real_dir"]) / "volume_5.nii.gz"
+    Path(flags["synthetic_dir"], "copy.nii.gz").write_bytes(copied.read_bytes())
+    flags["synthetic_dir"] = {"a": flags["synthetic_dir"], "b": flags["real_dir"]}
+    run_here(tmp_path / "output", **{**flags, "training_dir": None})
+    warnings = json.loads((tmp_path / "output" / "evaluation.json").read_text())["warnings"]
+    for text in ("1 of the 6 volumes in .*synthetic_dir.* are also in", "5 of the 5 volumes in .*real_dir.*byte for"):
+        assert [line for line in warnings if re.match(text, line)], text
+    assert "the models a and b share 1 volumes, byte for byte: is a folder wrong?" in warnings
+    with pytest.raises(BundleError, match="--synthetic_dir and --training_dir hold the same volumes"):
+        run_here(tmp_path / "other", **{**flags, "training_dir": flags["real_dir"], "real_dir": flags["training_dir"]})
+    assert not list((tmp_path / "other").glob("*"))
+
+
+FEW = {"synthetic_dir": (1, 2), "real_dir": (3, 4), "training_dir": (5,)}
+
+
+def test_an_evaluation_leaves_no_tables_of_an_earlier_one(tmp_path: Path) -> None:
+    flags, folder = with_features(tmp_path), tmp_path / "output"
+    fewer = {flag: str(folder_of(tmp_path / f"few_{flag}", *seeds)) for flag, seeds in FEW.items()}
+    run_here(folder, **{**flags, **fewer}, **{"metrics::privacy::candidates": 1})
+    (folder / "notes.tsv").write_text("mine")
+    assert {"privacy.tsv", "privacy.png", "real_pairs.tsv", "table_1.tsv"} <= {path.name for path in folder.iterdir()}
+    run_here(folder, synthetic_dir=flags["synthetic_dir"], num_pairs=1)
+    kept = ["evaluation.html", "evaluation.json", "evaluation.tsv", "synthetic_pairs.tsv", "table_1.tsv"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*kept, "features", "notes.tsv", "values"])
+    (folder / "evaluation.json").write_text("[")
+    run_here(folder, synthetic_dir=flags["synthetic_dir"], num_pairs=1)
+    assert (folder / "notes.tsv").read_text() == "mine"
+
+
+def test_a_failure_while_drawing_leaves_the_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(folder_of(tmp_path / "volumes", 1, 2) / r"$\frac$.nii.gz", volume(3))
+    flags: dict[str, Any] = {"synthetic_dir": str(tmp_path / "volumes"), "num_pairs": 1}
+    run_here(tmp_path / "output", **flags)
+    before = {path: path.read_bytes() for path in (tmp_path / "output").glob("*.*")}
+
+    def fail(*args: Any) -> bytes:
+        raise BundleError("no picture")
+
+    monkeypatch.setattr("scripts.html_report.volumes_picture", fail)
+    with pytest.raises(BundleError, match="no picture"):
+        run_here(tmp_path / "output", **flags, seed=1)
+    assert {path: path.read_bytes() for path in (tmp_path / "output").glob("*.*")} == before
 
 
 class Plain:

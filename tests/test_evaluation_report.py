@@ -242,7 +242,13 @@ def test_models_are_named_after_their_folders(given: Any, named: dict[str, Any])
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("x/a,y/a", "two folders are called a: name them with a map"), ({"real": "x"}, "'real' cannot"), ({"a/b": 1}, "")],
+    [
+        ("x/a,y/a", "two folders are called a: name them with a map"),
+        ({"real": "x"}, "'real' cannot"),
+        ({"a/b": 1}, ""),
+        ({"..": "x"}, "not dots"),
+        ({"a": None}, "the model a has no folder"),
+    ],
 )
 def test_unfit_names_are_refused(given: Any, message: str) -> None:
     with pytest.raises(BundleError, match=f"--synthetic_dir: .*{message}"):

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Engine
+from monai.bundle import ConfigParser
 
 from scripts.devices import compute_device, process_rank
 from scripts.errors import BundleError, find_bundle_error, report_errors_in_one_line
@@ -115,6 +116,19 @@ def test_the_bundles_error_is_found_among_causes() -> None:
 
 def test_errors_are_one_line() -> None:
     assert str(BundleError("cannot read x: expected 10 bytes,\n  got 3\n")) == "cannot read x: expected 10 bytes, got 3"
+
+
+def test_a_class_that_there_is_not_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(sys, "argv", ["/x/site-packages/monai/bundle/__main__.py"])
+    report_errors_in_one_line()
+    with pytest.raises(ModuleNotFoundError) as caught:
+        ConfigParser({"metric": {"_target_": "scripts.metrics.fid.Nope"}}).get_parsed_content("metric")
+    sys.excepthook(caught.type, caught.value, None)
+    line = capsys.readouterr().err
+    assert line == "error: a _target_ of the configuration cannot be found: 'scripts.metrics.fid.Nope'\n"
 
 
 def test_the_command_line_shows_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from conftest import BASE, TINY, RunHere
@@ -113,6 +114,12 @@ def test_labels_have_units_or_words(conditions: Conditions) -> None:
         ({"rows": [{"age": 0.5}]}, "--rows and --columns state age twice in one cell (age, age_years)"),
         ({"rows": [{"age": 0.5, "age_years": 50}], "columns": [{}]}, "twice in one cell (age, age_years)"),
         ({"num_samples": 2}, "--num_samples does not go with a figure"),
+        ({"figure": "../volumes"}, "--figure: '../volumes' cannot be the name of a picture"),
+        ({"figure": "sample_seed-0_000000"}, "cannot be the name of a picture"),
+        ({"figure": ["volumes"], "rows": None}, "--figure: there is no '['volumes']'; there are"),
+        ({"figures::volumes::row": [{}], "rows": None}, "map of rows and columns, each a list of cells; it has rows,"),
+        ({"figure": "mine", "figures::mine": 3, "rows": None}, "--figures::mine must be a map of rows and columns"),
+        ({"age_years": 70}, "--age_years has no effect: all --columns state age; leave it out"),
     ],
 )
 def test_wrong_cells(
@@ -120,6 +127,32 @@ def test_wrong_cells(
 ) -> None:
     given = {name: value for name, value in flags(bundle_copy, tmp_path, **wrong).items() if value is not None}
     assert expected in refused(run_here, [BASE, FIGURES, TINY], **given)
+
+
+def test_values_outside_the_training_range_are_told(
+    bundle_copy: Path, run_here: RunHere, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_here([BASE, FIGURES, TINY], **flags(bundle_copy, tmp_path, rows=[{}], columns=[{"age": 63}, {"age": 0.5}]))
+    told = [text for text in caplog.messages if "outside the training range" in text]
+    assert len(told) == 1 and told[0].startswith("--age 63 in --columns is outside the training range (44 to 82 years")
+
+
+def test_what_a_kill_or_a_full_disk_leaves_is_put_right(bundle_copy: Path, run_here: RunHere, tmp_path: Path) -> None:
+    given = flags(bundle_copy, tmp_path, rows=[{}], columns=[{"age": 0.3}])
+    run_here([BASE, FIGURES, TINY], **given)
+    volume, sidecar = (tmp_path / f"sample_seed-0_000000.{ending}" for ending in ("nii.gz", "json"))
+    volume.write_bytes(volume.read_bytes()[:-500])
+    told = refused(run_here, [BASE, FIGURES, TINY], **given)
+    assert f"cannot read the volume {volume}" in told and "remove this file and run the command again" in told
+    for text in ("[", "[1]"):
+        sidecar.write_text(text)
+        assert str(sidecar) in refused(run_here, [BASE, FIGURES, TINY], **given)
+    sidecar.unlink()
+    (tmp_path / ".0123456789ab-sample_seed-0_000000.png").write_text("half")
+    run_here([BASE, FIGURES, TINY], **given)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["volumes.png", volume.name, sidecar.name, "sample_seed-0_000000.png"]
+    )
 
 
 def test_models_side_by_side(run_here: RunHere, tmp_path: Path) -> None:
@@ -133,6 +166,32 @@ def test_models_side_by_side(run_here: RunHere, tmp_path: Path) -> None:
     assert "--models must map names to folders" in refused(run_here, [BASE, SIDE, TINY])
     missing = {**wrong, "models": {"LDM": str(tmp_path / "none")}}
     assert "there is no folder" in refused(run_here, [BASE, SIDE, TINY], **missing)
+    for none in (None, [folders["real"]]):
+        wrong = {**wrong, "models": {"LDM": none}}
+        assert "--models: LDM must have one folder, got" in refused(run_here, [BASE, SIDE, TINY], **wrong)
+
+
+def test_names_are_no_formulae_and_a_folder_given_twice_is_told(
+    run_here: RunHere, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = str(write_dataset(tmp_path / "real", configuration().get_parsed_content("grid")))
+    names = {r"<b>$\frac$": folder, "again": folder}
+    run_here([BASE, SIDE, TINY], models=names, count=1, output_dir=str(tmp_path))
+    assert (tmp_path / "models.png").is_file()
+    assert [text for text in caplog.messages if r"<b>$\frac$ and again are one folder" in text]
+    assert not [text for text in caplog.messages if "axes run elsewhere" in text]
+
+
+def test_models_whose_axes_run_elsewhere_are_told(
+    run_here: RunHere, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, side in (("a", 1.0), ("b", -1.0)):
+        (tmp_path / name).mkdir()
+        image = nib.Nifti1Image(np.zeros((8, 9, 10), np.float32), np.diag([side, 1.0, 1.0, 1.0]))
+        nib.save(image, tmp_path / name / "x.nii")
+    models = {name: str(tmp_path / name) for name in ("a", "b")}
+    run_here([BASE, SIDE, TINY], models=models, count=1, output_dir=str(tmp_path))
+    assert "axes run elsewhere (those of a to RAS, those of b to LAS)" in caplog.text
 
 
 def test_size_follows_the_number_of_cells() -> None:
@@ -140,3 +199,4 @@ def test_size_follows_the_number_of_cells() -> None:
     small = grid_figure([[strip]], ["a"], ["b"]).get_size_inches()
     large = grid_figure([[strip] * 3] * 2, ["a", "a"], ["b"] * 3).get_size_inches()
     assert large[0] > 2 * small[0] and large[1] > 1.5 * small[1]
+    assert grid_figure([[strip]], ["a" * 60], ["b"]).get_size_inches()[0] > small[0] + 2, "names take no pictures' room"

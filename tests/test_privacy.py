@@ -190,6 +190,17 @@ def test_a_model_that_does_not_copy_is_like_new_people(tmp_path: Path) -> None:
     assert found["voxels_close"].value <= 0.15 and found["voxels_close"].interval[0] <= 0.05
 
 
+def test_training_volumes_that_were_stored_again_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sets = [
+        features(tmp_path / "synthetic", "synthetic_dir", range(1, 4)),
+        features(tmp_path / "training", "training_dir", range(100, 106)),
+        features(tmp_path / "real", "real_dir", range(200, 204)),
+    ]
+    nib.save(nib.load(tmp_path / "training" / "0100.nii.gz"), tmp_path / "real" / "plain.nii")  # type: ignore
+    Privacy(sets[0], sets[1], features(tmp_path / "real", "real_dir", range(0))).compute()
+    assert "1 volumes of" in caplog.text and "the very features (voxels) of a training volume" in caplog.text
+
+
 def test_training_volumes_among_the_held_out_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sets = [
         features(tmp_path / "synthetic", "synthetic_dir", range(1, 4)),

@@ -76,7 +76,7 @@ class FeatureNetworks:
     flag = "features"
 
     def __init__(self, names: Any, networks: Mapping[str, FeatureNetwork]) -> None:
-        check_entries("feature_networks", networks)
+        check_entries("feature_networks", networks, ("given", "facts", "load"))
         named = _names(names)
         for name in named:
             if name not in networks:

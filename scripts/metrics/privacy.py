@@ -159,7 +159,7 @@ class Privacy:
         if len(others) < 2:
             raise BundleError(
                 f"--{folder.flag}: {folder.folder} has {len(others)} volumes that were not trained on; the distance "
-                f"to training volumes needs two or more to compare with"
+                f"to training volumes needs two or more to compare with; give volumes of other people"
             )
         return others
 
@@ -172,6 +172,7 @@ class Privacy:
             (folder, everything, features, training), held_out = self._sets(name)
             positions, distances = nearest(features, training)
             usual = nearest(held_out[2], training)[1]
+            self._warn_of_equals(name, int((usual == 0.0).sum()))
             summaries.update(_of_distances(name, distances, usual, self.seed))
             found = self._rows(name, positions, distances, quantiles(distances, usual))
             if self.search is not None:
@@ -183,6 +184,15 @@ class Privacy:
                 picture = picture or self._picture(found, likest)
             rows += [found[index] for index in np.argsort(distances, kind="stable")]
         return Result(summaries, self._facts(len(self.others)), rows, picture)
+
+    def _warn_of_equals(self, network: str, equals: int) -> None:
+        """A scan that was stored again, as without compression, has the features of a training file, not its hash."""
+        if equals:
+            logger.warning(
+                f"{equals} volumes of {self.held_out.folder.folder} have the very features ({network}) of a training "
+                "volume: probably they are training volumes in other files, which hide copies; remove them from "
+                f"--{self.held_out.folder.flag}"
+            )
 
     def _facts(self, held_out: int) -> dict[str, Any]:
         return {
