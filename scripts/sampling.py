@@ -23,7 +23,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch.utils.data import DataLoader
 
-from scripts.atomic import make_folder, remove_leftovers, write_json
+from scripts.atomic import make_folder, write_json
 from scripts.checkpoints import Checkpoint
 from scripts.conditions import Conditions
 from scripts.devices import process_rank
@@ -39,7 +39,6 @@ from scripts.writing import BackgroundWriter, HostCopy
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "monai", "numpy", "nibabel")
-ENDINGS = ("nii.gz", "png", "json")
 
 
 class SampleSaver:
@@ -113,8 +112,6 @@ class SampleSaver:
     def save(self, volume: Any, seed: int, index: int, vector: torch.Tensor) -> None:
         """Write one volume of the grid's shape with its sidecar and picture."""
         stem = self._stem(seed, index)
-        for ending in ENDINGS:
-            remove_leftovers(f"{stem}.{ending}")
         write_volume(f"{stem}.nii.gz", volume, self.grid, self.facts["dtype"])
         write_picture(f"{stem}.png", mid_planes(volume))
         write_json(f"{stem}.json", self._sidecar(seed, index, vector))

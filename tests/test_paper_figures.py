@@ -137,7 +137,7 @@ def test_values_outside_the_training_range_are_told(
     assert len(told) == 1 and told[0].startswith("--age 63 in --columns is outside the training range (44 to 82 years")
 
 
-def test_what_a_kill_or_a_full_disk_leaves_is_put_right(bundle_copy: Path, run_here: RunHere, tmp_path: Path) -> None:
+def test_damaged_samples_of_an_earlier_run_are_told(bundle_copy: Path, run_here: RunHere, tmp_path: Path) -> None:
     given = flags(bundle_copy, tmp_path, rows=[{}], columns=[{"age": 0.3}])
     run_here([BASE, FIGURES, TINY], **given)
     volume, sidecar = (tmp_path / f"sample_seed-0_000000.{ending}" for ending in ("nii.gz", "json"))
@@ -148,7 +148,6 @@ def test_what_a_kill_or_a_full_disk_leaves_is_put_right(bundle_copy: Path, run_h
         sidecar.write_text(text)
         assert str(sidecar) in refused(run_here, [BASE, FIGURES, TINY], **given)
     sidecar.unlink()
-    (tmp_path / ".0123456789ab-sample_seed-0_000000.png").write_text("half")
     run_here([BASE, FIGURES, TINY], **given)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["volumes.png", volume.name, sidecar.name, "sample_seed-0_000000.png"]
