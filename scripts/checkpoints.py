@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 FACTS = "facts"
 NESTS = ("state_dict", "model")  # where other trainers put the weights: PyTorch Lightning, timm and the like
+ENCODER = ("encoder.", "quant_conv_")  # what an autoencoder's parts that make latents are called
 PREFIX = "module."  # which torch.nn.parallel.DistributedDataParallel puts before each name
 ALIGNMENT = 64  # bytes, of PyTorch's own memory: products of matrices may round otherwise where it is less
 LARGE = 2**20  # bytes of a weight above which a convolution brings it into an order of its own before it computes
@@ -162,6 +163,19 @@ def file_sha256(path: str | os.PathLike) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def encoder_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what an autoencoder's latents depend on: the weights of its encoder, in hexadecimal.
+
+    The file's format, names and order of the weights do not change it, and neither does a decoder that was trained on.
+
+    Args:
+        state: of an `AutoencoderKL`, of MONAI core or of monai-generative. Of a network without such parts, all counts.
+    """
+    parts = [tensor for name, tensor in state.items() if name.startswith(ENCODER)] or list(state.values())
+    digests = [hashlib.sha256(part.detach().cpu().float().contiguous().numpy().tobytes()).digest() for part in parts]
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from scripts.atomic import make_folder, write_json
-from scripts.checkpoints import Checkpoint, file_sha256
+from scripts.checkpoints import Checkpoint, encoder_sha256, file_sha256
 from scripts.datasets import TABLE
 from scripts.devices import process_rank
 from scripts.errors import BundleError
@@ -94,7 +94,7 @@ class LatentEncoder:
         self.versions = whole_number(versions, "latent_versions", least=1)
         self.num_workers = whole_number(num_workers, "num_workers")
         self.device, self.amp = torch.device(device), amp
-        self.origin: dict[str, Any] = {"autoencoder_sha256": checkpoint.sha256, "latent_dtype": latent_dtype}
+        self.origin: dict[str, Any] = {"encoder_sha256": encoder_sha256(checkpoint.state), "latent_dtype": latent_dtype}
         self.origin |= {"amp": str(amp), "settings": dict(settings or {})}
         self.seed = whole_number(0 if seed is None else seed, "seed")
         self.augmentation = {"seed": self.seed, **{k: float(v) for k, v in (augmentation or {}).items()}}

@@ -87,7 +87,7 @@ def network_to_train(
     return network.to(device).train()
 
 
-def check_origin(checkpoint: Checkpoint | None, schedule: Scheduler, autoencoder_sha256: str) -> None:
+def check_origin(checkpoint: Checkpoint | None, schedule: Scheduler, encoder_sha256: str) -> None:
     """Refuse diffusion weights that were trained for another target, on another schedule, or on other latents.
 
     The latents' scale, too, is that of the weights' own autoencoder. Files that do not state these facts, such as the
@@ -96,7 +96,7 @@ def check_origin(checkpoint: Checkpoint | None, schedule: Scheduler, autoencoder
     Args:
         checkpoint: weights to start from, or None.
         schedule: of the training that begins.
-        autoencoder_sha256: of the file that made its latents.
+        encoder_sha256: of what made its latents; see `scripts.checkpoints.encoder_sha256`.
 
     Raises:
         BundleError: naming the flag to give, or the autoencoder.
@@ -104,11 +104,12 @@ def check_origin(checkpoint: Checkpoint | None, schedule: Scheduler, autoencoder
     if checkpoint is None:
         return
     check_facts(checkpoint, schedule)
-    trained = checkpoint.facts.get("autoencoder_sha256", autoencoder_sha256)
-    if trained != autoencoder_sha256:
+    trained = checkpoint.facts.get("encoder_sha256", encoder_sha256)
+    if trained != encoder_sha256:
         raise BundleError(
-            f"{checkpoint.path} was trained on latents of another autoencoder (SHA-256 {str(trained)[:12]}...) than "
-            f"those in --latents_dir ({autoencoder_sha256[:12]}...): encode the dataset with the one that it knows"
+            f"{checkpoint.path} was trained on latents of another autoencoder (SHA-256 of its encoder: "
+            f"{str(trained)[:12]}...) than those in --latents_dir ({encoder_sha256[:12]}...): encode the dataset with "
+            "the one that it knows"
         )
 
 

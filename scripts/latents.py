@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ import torch
 from monai.transforms import MapTransform
 from torch import Tensor
 
-from scripts.checkpoints import file_sha256
+from scripts.checkpoints import encoder_sha256, read_state
 from scripts.condition_ranges import check_learned_ranges
 from scripts.conditions import Conditions
 from scripts.datasets import TABLE, with_conditions
 from scripts.errors import BundleError
 from scripts.tables import read_table
+
+logger = logging.getLogger(__name__)
 
 POSTERIORS, ENCODED, ENCODING = "posteriors.npy", "encoded.npy", "encoding.json"
 AGAIN = "run configs/encode_latents.yaml again with the same flags, and it goes on from where it stopped"
@@ -163,7 +166,7 @@ def array_sha256(array: np.ndarray) -> str:
 
 
 def made_by(folder: str, autoencoder_path: str | Path, needed: Any = True) -> str:
-    """SHA-256 of the autoencoder's file that made the latents of a folder, after a look at the file that is given.
+    """`encoder_sha256` of the autoencoder that made the latents of a folder, after a look at the file that is given.
 
     Args:
         folder: of the latents.
@@ -171,18 +174,18 @@ def made_by(folder: str, autoencoder_path: str | Path, needed: Any = True) -> st
         needed: whether the training has a use for that file. Where it has none, the file need not be there.
 
     Raises:
-        BundleError: if the file is another one, or is needed and not there.
+        BundleError: if the file's encoder is another one, or the file is needed and not there.
     """
-    sha256, path = read_encoding(folder)["autoencoder_sha256"], Path(str(autoencoder_path))
+    sha256, path = read_encoding(folder).get("encoder_sha256", ""), Path(str(autoencoder_path))
     if not path.is_file() and needed:
         raise BundleError(
             f"there is no autoencoder at {path}, which decodes the samples of the figures: give the --autoencoder_path "
             "that encode_latents.yaml was given, or --sample_every 0"
         )
-    if path.is_file() and file_sha256(path) != sha256:
+    if path.is_file() and encoder_sha256(read_state(path, "autoencoder", logger.debug)[0]) != sha256:
         raise BundleError(
             f"the latents in {folder} were made by another autoencoder than {path}: encode anew, or give "
-            f"--autoencoder_path the file that made them (its SHA-256 is {sha256[:12]}...)"
+            f"--autoencoder_path the file that made them (the SHA-256 of its encoder is {sha256[:12]}...)"
         )
     return sha256
 

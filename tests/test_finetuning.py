@@ -300,7 +300,7 @@ def test_pretrained_file_that_is_not_there(tmp_path: Path) -> None:
     [
         ({"target": "velocity"}, "was trained for the target velocity, not epsilon: give --target velocity"),
         ({"schedule": {"num_train_timesteps": 500}}, "give --schedules::ddim::num_train_timesteps"),
-        ({"autoencoder_sha256": "b" * 64}, "on latents of another autoencoder (SHA-256 bbbbbbbbbbbb...)"),
+        ({"encoder_sha256": "b" * 64}, "on latents of another autoencoder (SHA-256 of its encoder: bbbbbbbbbbbb...)"),
     ],
 )
 def test_weights_that_were_trained_for_something_else(facts: dict[str, Any], told: str, config: ConfigParser) -> None:
@@ -309,7 +309,7 @@ def test_weights_that_were_trained_for_something_else(facts: dict[str, Any], tol
 
 
 def test_weights_that_say_nothing_or_fit(config: ConfigParser) -> None:
-    schedule, facts = config.get_parsed_content("schedule"), {"target": "epsilon", "autoencoder_sha256": "a" * 64}
+    schedule, facts = config.get_parsed_content("schedule"), {"target": "epsilon", "encoder_sha256": "a" * 64}
     for checkpoint in (None, Checkpoint(Path("model.pt"), {}), Checkpoint(Path("model.pt"), {}, facts)):
         check_origin(checkpoint, schedule, "a" * 64)
 

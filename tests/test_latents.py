@@ -31,11 +31,12 @@ from heads import head, refused, write_dataset
 from monai.bundle import ConfigParser
 from monai.data import Dataset
 from released import configuration, write_weights
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from scripts import latent_writer
-from scripts.checkpoints import Checkpoint, file_sha256, load_network, read_checkpoint
+from scripts.checkpoints import Checkpoint, encoder_sha256, load_network, read_checkpoint
 from scripts.conditions import Conditions
 from scripts.datasets import LoadVolumed, participants
 from scripts.encoding import LatentEncoder
@@ -126,7 +127,7 @@ def test_table_and_facts(done: Bundle) -> None:
     assert rows[1]["path"] == "sub-1/anat/sub-1_T1w.nii.gz" and rows[1]["age_years"] == "60"
     assert [(row["version"], row["row"]) for row in rows] == [("0", str(n)) for n in range(4)]
     facts = json.loads((done.latents / "encoding.json").read_text())
-    assert facts["autoencoder_sha256"] == file_sha256(done.weights)
+    assert facts["encoder_sha256"] == encoder_sha256(torch.load(done.weights, weights_only=True))
     assert facts["augmentation"] == {"seed": 3, "flip": 0.5, "affine": 1.0} and facts["versions"] == 1
     assert {path.name for path in done.latents.iterdir()} == set(NAMES)
 
@@ -155,7 +156,18 @@ def test_another_autoencoder_encodes_all_anew(work: Bundle) -> None:
     torch.save({name: 1.1 * tensor for name, tensor in state.items()}, work.weights)
     work.encode()
     assert changed(before, posteriors(work.latents)) == [0, 1, 2, 3]
-    assert made_by(str(work.latents), work.weights) == file_sha256(work.weights)
+    made_by(str(work.latents), work.weights)
+
+
+def test_another_decoder_changes_no_latent(work: Bundle, tmp_path: Path) -> None:
+    before = content(work.latents)
+    state = torch.load(work.weights, weights_only=True)
+    decoder = {name: 1.1 * tensor for name, tensor in state.items() if name.startswith(("decoder.", "post_quant_conv"))}
+    assert decoder
+    save_file({name: tensor.contiguous() for name, tensor in {**state, **decoder}.items()}, tmp_path / "b.safetensors")
+    work.encode(seed=3, autoencoder_path=str(tmp_path / "b.safetensors"))
+    assert content(work.latents) == before
+    assert made_by(str(work.latents), tmp_path / "b.safetensors") == made_by(str(work.latents), work.weights)
 
 
 def test_augmented_versions_of_a_scan(work: Bundle) -> None:
@@ -228,10 +240,10 @@ def write_scans(folder: Path, numbers: list[int], changed: int | None = None) ->
     return [{"image": str(folder / row["path"]), "row": row} for row in names]
 
 
-def encode(scans: list[dict[str, Any]], folder: Path, sha256: str = "a", **options: Any) -> int:
+def encode(scans: list[dict[str, Any]], folder: Path, scale: float = 1.0, **options: Any) -> int:
     """Encode, and say how many latents were computed."""
     before = Pooling.calls
-    checkpoint = Checkpoint(Path("x.pt"), {}, sha256=sha256)
+    checkpoint = Checkpoint(Path("x.pt"), {"encoder.weight": torch.full((1,), scale)})
     LatentEncoder(Pooling(), checkpoint, load, lambda row: row, str(folder), (1, 2, 2, 2), **options)(scans)
     return Pooling.calls - before
 
@@ -332,7 +344,7 @@ def test_other_scans_keep_what_is_there(numbers: list[int], tmp_path: Path) -> N
     ("options", "computed"),
     [
         ({}, 0),
-        ({"sha256": "b"}, 6),
+        ({"scale": 2.0}, 6),
         ({"latent_dtype": "float32"}, 6),
         ({"settings": {"resample_to_grid": True}}, 6),
         ({"amp": True}, 6),
@@ -350,7 +362,8 @@ def test_other_settings_are_encoded_anew(options: dict[str, Any], computed: int,
             return row
 
     def run(**options: Any) -> int:
-        before, checkpoint = Pooling.calls, Checkpoint(Path("x.pt"), {}, sha256=options.pop("sha256", "a"))
+        weights = {"encoder.weight": torch.full((1,), options.pop("scale", 1.0))}
+        before, checkpoint = Pooling.calls, Checkpoint(Path("x.pt"), weights)
         given = {"versions": 2, "augmentation": {"flip": 0.5}, **options}
         LatentEncoder(Pooling(), checkpoint, load, Same(), str(tmp_path / "latents"), (1, 2, 2, 2), **given)(scans)
         return Pooling.calls - before
@@ -532,7 +545,8 @@ def test_latents_that_do_not_fit(done: Bundle, conditions: Conditions, tmp_path:
     ):
         latents(str(done.latents), conditions, latent_shape=(3, 20, 28, 20))
     with pytest.raises(BundleError, match="made by another autoencoder"):
-        made_by(str(done.latents), done.latents / "participants.tsv", needed=False)
+        torch.save({"encoder.weight": torch.ones(1)}, tmp_path / "other.pt")
+        made_by(str(done.latents), tmp_path / "other.pt", needed=False)
     with pytest.raises(BundleError, match="give the --autoencoder_path .* or --sample_every 0"):
         made_by(str(done.latents), tmp_path / "none.pt", needed=True)
     with pytest.raises(BundleError, match="there are no latents in"):
