@@ -49,7 +49,7 @@ FEWEST = 3
 """Volumes that a correlation needs."""
 FACTS = {"segmentations": OWN, "brain_vol": "normalised"}
 """What a report says of volumes by the bundle's segmenter."""
-SHIPPED_AGREEMENT = {"r on phantoms": "ventricles 0.99, brain 0.81"}
+SHIPPED_AGREEMENT = {"r on phantoms": "ventricles 1.00, brain 0.98"}
 """Of the weights that ship, as measured in docs/segmenter.md."""
 MEASURED = {"ventricular_vol": "ventricular_vol_mm3", "brain_vol": "brain_vol_mm3"}
 """Names of conditions -> of `scripts.segmenter.brain_volumes`."""

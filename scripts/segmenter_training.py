@@ -218,25 +218,50 @@ def targets_of(shares: Tensor) -> Tensor:
     return both / both.sum(dim=1, keepdim=True)
 
 
+def volume_error(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Mean relative error of the volumes of ventricles, brain and the skull's inside: the absolute logarithm of ratios.
+
+    Args:
+        probabilities, targets: shares of all classes, (B, classes, x, y, z). A structure that a phantom lacks does not
+            count.
+    """
+    found, true = (_structures(shares.sum(dim=(2, 3, 4))) for shares in (probabilities, targets))
+    there = true > 0.0
+    errors = (found.clamp(min=1.0) / true.clamp(min=1.0)).log().abs()
+    return torch.where(there, errors, 0.0).sum() / there.sum().clamp(min=1)
+
+
+def _structures(sums: Tensor) -> Tensor:
+    brain = [CLASSES.index(name) for name in BRAIN]
+    ventricles = CLASSES.index(VENTRICLES)
+    return torch.stack([sums[:, ventricles], sums[:, brain].sum(1), sums[:, 1:].sum(1)])
+
+
 class SegmenterStep:
     """One iteration: the `iteration_update` of MONAI's `SupervisedTrainer`.
 
     The loss is the cross-entropy with the shares as targets, which is least where the network's probabilities are the
-    shares, so that their sums are unbiased volumes.
+    shares, so that their sums are unbiased volumes over all phantoms; and `volume_error`, for those of each.
 
     Args:
         optimisation: minimises with a `network_of`.
         amp: precision of the network.
+        volume_weight: of `volume_error`.
+
+    Raises:
+        BundleError: if the weight is negative.
     """
 
-    def __init__(self, optimisation: Optimisation, amp: Any = False) -> None:
+    def __init__(self, optimisation: Optimisation, amp: Any = False, volume_weight: Any = 0.0) -> None:
         self.optimisation, self.amp = optimisation, amp
+        self.volume_weight = number(volume_weight, "volume_weight", 0.0)
 
     def __call__(self, engine: Engine, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Train on one batch: `image` (B, 1, x, y, z) and `shares` (B, classes - 1, x, y, z).
 
         Returns:
-            `loss`, and `losses` with it: means over the batch and over all processes.
+            `loss`, and `losses` with it, the `cross_entropy` and the `volume_error`: means over the batch and over all
+            processes.
         """
         self.optimisation.network.train()
         on_device = partial(Tensor.to, device=engine.state.device, non_blocking=True)
@@ -246,8 +271,10 @@ class SegmenterStep:
 
     def _losses(self, part: Batch) -> dict[str, Tensor]:
         with autocast(part["image"].device, self.amp):
-            logits = self.optimisation.network(part["image"])
-        return {"loss": nn.functional.cross_entropy(logits.float(), targets_of(part["shares"]))}
+            logits = self.optimisation.network(part["image"]).float()
+        targets = targets_of(part["shares"])
+        entropy, error = nn.functional.cross_entropy(logits, targets), volume_error(logits.softmax(1), targets)
+        return {"loss": entropy + self.volume_weight * error, "cross_entropy": entropy, "volume_error": error}
 
 
 class SegmenterValidation(HeldOut):

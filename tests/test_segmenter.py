@@ -50,7 +50,7 @@ from scripts.segmenter import (
     shipped_segmenter,
     working_shape,
 )
-from scripts.segmenter_training import random_contrast, targets_of
+from scripts.segmenter_training import random_contrast, targets_of, volume_error
 from scripts.tables import read_table, write_table
 from scripts.values import Values
 from scripts.volume_folders import VolumeFolder
@@ -223,6 +223,22 @@ def phantoms(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return phantoms(tmp_path_factory.mktemp("phantoms") / "dataset")
+
+
+def test_volume_error_is_the_mean_relative_one() -> None:
+    labels = torch.zeros((1, 8, 8, 8), dtype=torch.long)
+    labels[0, :4], labels[0, 4:6, :4] = CLASSES.index("grey"), CLASSES.index("lateral_ventricles")
+    true = torch.nn.functional.one_hot(labels, len(CLASSES)).movedim(-1, 1).float()
+    assert volume_error(true, true) == 0.0
+    found = true.clone()
+    found[:, CLASSES.index("lateral_ventricles")] *= 1.1
+    found[:, CLASSES.index("grey")] *= 0.8
+    inside = (0.8 * 256 + 1.1 * 64) / (256 + 64)
+    expected = (abs(np.log(1.1)) + abs(np.log(0.8)) + abs(np.log(inside))) / 3.0
+    assert volume_error(found, true).item() == pytest.approx(expected, rel=1e-5)
+    without = true.clone()
+    without[:, CLASSES.index("lateral_ventricles")] = 0.0
+    assert volume_error(found, without).isfinite(), "a head without ventricles"
 
 
 def test_resumed_training_ends_in_the_same_weights(dataset: Path, tmp_path: Path, run_here: RunHere) -> None:
