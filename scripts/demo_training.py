@@ -246,8 +246,8 @@ def sample(machine: Machine) -> None:
     conditions: Conditions = ConfigParser(parser).get_parsed_content("conditions")
     table, random = machine.work_dir / "conditions.tsv", np.random.default_rng(12345)
     rows = [{one.name: random.random() for one in conditions} for _ in range(machine.options.samples)]
-    write_table(table, [{**row, "gender": round(row["gender"]), "seed": 1000 + n} for n, row in enumerate(rows)])
-    flags = {"conditions_table": table, "output_dir": machine.work_dir / "samples", "batch_size": 4}
+    write_table(table, [{**row, "gender": round(row["gender"])} for row in rows])
+    flags = {"conditions_table": table, "output_dir": machine.work_dir / "samples", "batch_size": 4, "seed": 1000}
     machine.run(None, {**flags, **_networks(machine), "device": machine.options.device})
 
 
