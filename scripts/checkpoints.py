@@ -168,13 +168,14 @@ def file_sha256(path: str | os.PathLike) -> str:
 def encoder_sha256(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of what an autoencoder's latents depend on: the weights of its encoder, in hexadecimal.
 
-    The file's format, names and order of the weights do not change it, and neither does a decoder that was trained on.
+    The file's format, names and order of the weights do not change it, nor does rounding to float16 as in files that
+    ship, nor a decoder that was trained on.
 
     Args:
         state: of an `AutoencoderKL`, of MONAI core or of monai-generative. Of a network without such parts, all counts.
     """
     parts = [tensor for name, tensor in state.items() if name.startswith(ENCODER)] or list(state.values())
-    digests = [hashlib.sha256(part.detach().cpu().float().contiguous().numpy().tobytes()).digest() for part in parts]
+    digests = [hashlib.sha256(part.detach().cpu().half().contiguous().numpy().tobytes()).digest() for part in parts]
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 

@@ -148,14 +148,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = Machine(make_folder(options.work_dir), make_folder(options.deliver_dir), options, deadline)
     kept = machine.deliver_dir / "plan.json"
     machine.plan = json.loads(kept.read_text()) if kept.is_file() else {"done": []}
+    told = "the minutes are over: the same command goes on"
     try:
+        for network in ("autoencoder", "diffusion"):
+            _join_parts(machine.deliver_dir / f"{network}.safetensors")
         train(machine)
+        told = f"all stages are done: {machine.deliver_dir}"
     except OutOfTimeError:
-        logger.info("the minutes are over: the same command goes on")
+        pass
     except BundleError as error:
         sys.exit(f"error: {error}")
     finally:
         deliver(machine)
+    logger.info(told)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--diffusion_minutes", type=float, default=9.0)
     parser.add_argument("--brain_age_minutes", type=float, default=1.0)
     parser.add_argument(
-        "--part_mb", type=float, help="beside weights that are larger, pieces NAME.0, NAME.1 ..., which `cat` joins"
+        "--part_mb", type=float, help="beside weights that are larger, pieces NAME.00, NAME.01 ..., which `cat` joins"
     )
     parser.add_argument("--device", default="cuda", help="of the networks (default cuda)")
     parser.add_argument("--rehearse", action="store_true", help="all of it with configs/tiny.yaml, on a CPU too")
@@ -312,19 +317,33 @@ def _ship(machine: Machine, network: str) -> None:
     if result.is_file():
         shipped = machine.deliver_dir / f"{network}.safetensors"
         write_safetensors(shipped, result, network)
+        for old in _parts(shipped):
+            old.unlink()
         if machine.options.part_mb:
             _write_parts(shipped, int(machine.options.part_mb * 1e6))
 
 
+def _parts(file: Path) -> list[Path]:
+    """The pieces of a file, in their order."""
+    return sorted(file.parent.glob(f"{file.name}.[0-9][0-9]"))
+
+
 def _write_parts(file: Path, size: int) -> None:
-    """Pieces of at most `size` bytes, NAME.0, NAME.1 ..., of a larger file."""
+    """Pieces of at most `size` bytes, NAME.00, NAME.01 ..., of a larger file."""
     content = file.read_bytes()
-    starts = range(0, len(content), size) if len(content) > size else range(0)
-    for old in file.parent.glob(f"{file.name}.*"):
-        old.unlink()
-    for number, start in enumerate(starts):
-        with replacing(file.with_name(f"{file.name}.{number}")) as temporary:
+    if len(content) > 100 * size:
+        raise BundleError(f"--part_mb: {file} would be more than 100 pieces")
+    for number, start in enumerate(range(0, len(content) if len(content) > size else 0, size)):
+        with replacing(file.with_name(f"{file.name}.{number:02d}")) as temporary:
             temporary.write_bytes(content[start : start + size])
+
+
+def _join_parts(file: Path) -> None:
+    """The file of its pieces, where they alone are there."""
+    parts = _parts(file)
+    if parts and not file.is_file():
+        with replacing(file) as temporary:
+            temporary.write_bytes(b"".join(part.read_bytes() for part in parts))
 
 
 def _autoencoder(machine: Machine) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from scripts.html_report import PAGE, html
 from scripts.measures import Measure, check_entries, missing_flags
 from scripts.metrics.features import FeatureSet
 from scripts.overlap import check_overlap
-from scripts.report import Measured, Report, remove_earlier, write_report
+from scripts.report import Measured, Report, left_by_earlier, remove, write_report
 from scripts.samples import Samples
 
 logger = logging.getLogger(__name__)
@@ -78,9 +78,10 @@ def evaluate(
                     entry.result = entry.measure.compute()
             report = Report(measures, missing, samples, dict(flags or {}), warnings)
             page = html(report)
-            remove_earlier(folder, report)
+            stale = left_by_earlier(folder, report)
             write_report(folder, report)
             write_text(folder / PAGE, page)
+            remove(stale)
             logger.info(f"wrote {folder / PAGE}, evaluation.json and evaluation.tsv")
 
 

@@ -174,9 +174,12 @@ def made_by(folder: str, autoencoder_path: str | Path, needed: Any = True) -> st
         needed: whether the training has a use for that file. Where it has none, the file need not be there.
 
     Raises:
-        BundleError: if the file's encoder is another one, or the file is needed and not there.
+        BundleError: if the file's encoder is another one, the file is needed and not there, or the latents do not say
+            what made them.
     """
-    sha256, path = read_encoding(folder).get("encoder_sha256", ""), Path(str(autoencoder_path))
+    sha256, path = read_encoding(folder).get("encoder_sha256"), Path(str(autoencoder_path))
+    if sha256 is None:
+        raise BundleError(f"the latents in {folder} are of an earlier version and do not state their encoder: {AGAIN}")
     if not path.is_file() and needed:
         raise BundleError(
             f"there is no autoencoder at {path}, which decodes the samples of the figures: give the --autoencoder_path "

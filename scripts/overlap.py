@@ -18,6 +18,7 @@ from collections.abc import Iterable
 
 from scripts.errors import BundleError
 from scripts.measures import Measure
+from scripts.packages import file_hash
 from scripts.samples import FLAG, Samples
 from scripts.volume_folders import VolumeFolder
 
@@ -67,5 +68,8 @@ def _compared(measures: Iterable[Measure]) -> list[tuple[VolumeFolder, VolumeFol
 
 
 def _shared(folder: VolumeFolder, other: VolumeFolder) -> int:
-    known = set(other.hashes)
-    return sum(digest in known for digest in folder.hashes)
+    """How many files of a folder are in the other. Only files of a size that is in both are read."""
+    ours, theirs = ({path: path.stat().st_size for path in one.paths} for one in (folder, other))
+    sizes = set(ours.values()) & set(theirs.values())
+    known = {file_hash(path) for path, size in theirs.items() if size in sizes}
+    return sum(file_hash(path) in known for path, size in ours.items() if size in sizes)

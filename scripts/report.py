@@ -163,30 +163,36 @@ def _value(metric: Mapping[str, Any]) -> Any:
     return metric.get("value", metric.get("mean"))
 
 
-def remove_earlier(folder: Path, report: Report) -> None:
-    """Remove the tables and pictures of an earlier evaluation in the folder that this one is not going to replace.
+def left_by_earlier(folder: Path, report: Report) -> list[Path]:
+    """The tables and pictures of an earlier evaluation in the folder that this one is not going to replace.
 
-    Which they are is in its `evaluation.json`; all else in the folder is left alone.
+    Which they are is in its `evaluation.json`; all else in the folder is not its own.
+    """
+    replaced = {path.name for path in _files(folder, report)}
+    names = [f"{name}.{ending}" for name in _computed_before(folder / JSON) for ending in ("tsv", "png")]
+    paths = [folder / name for name in (f"{TABLE_1}.tsv", *names) if (folder / JSON).is_file()]
+    return [path for path in paths if path.parent == folder and path.name not in replaced and path.is_file()]
+
+
+def remove(paths: Sequence[Path]) -> None:
+    """Remove what `left_by_earlier` found, once the new report is written.
 
     Raises:
         BundleError: if one cannot be removed.
     """
-    replaced = {path.name for path in _files(folder, report)}
-    for name in _computed_before(folder / JSON):
-        for path in (folder / f"{name}.tsv", folder / f"{name}.png"):
-            if path.parent == folder and path.name not in replaced and path.is_file():
-                try:
-                    path.unlink()
-                except OSError as error:
-                    raise BundleError(f"cannot remove {path} of an earlier evaluation: {error.strerror}") from error
-                logger.info(f"removed {path}, which an earlier evaluation has left")
+    for path in paths:
+        try:
+            path.unlink()
+        except OSError as error:
+            raise BundleError(f"cannot remove {path} of an earlier evaluation: {error.strerror}") from error
+        logger.info(f"removed {path}, which an earlier evaluation has left")
 
 
 def _computed_before(path: Path) -> list[str]:
-    """The measures that an earlier evaluation computed, and its table of models."""
+    """The measures that an earlier evaluation computed."""
     try:
         measures = json.loads(path.read_text(encoding="utf-8"))["measures"]
-        return [TABLE_1, *(str(key) for key, entry in measures.items() if entry["status"] == COMPUTED)]
+        return [str(key) for key, entry in measures.items() if entry["status"] == COMPUTED]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []  # there is none, or it is no evaluation's
 

@@ -110,12 +110,24 @@ def test_goes_on_from_the_kept_weights_alone(commands: Commands, tmp_path: Path)
     assert commands.ran[3][1]["pretrained"] == tmp_path / "kept" / "diffusion.safetensors"
 
 
+def test_goes_on_from_pieces_of_the_kept_weights(commands: Commands, tmp_path: Path) -> None:
+    kept, (first, second) = tmp_path / "kept", (f"autoencoder.safetensors.0{n}" for n in (0, 1))
+    run(tmp_path)
+    whole = (kept / "autoencoder.safetensors").read_bytes()
+    run(tmp_path, "--part_mb", str(0.6 * len(whole) / 1e6))
+    assert (kept / first).is_file() and (kept / second).is_file()
+    shutil.rmtree(tmp_path / "work")
+    (kept / "autoencoder.safetensors").unlink()
+    run(tmp_path)
+    assert (kept / "autoencoder.safetensors").read_bytes() == whole
+
+
 def test_pieces_of_large_weights(commands: Commands, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     run(tmp_path)
     whole = (kept / "autoencoder.safetensors").read_bytes()
     assert not list(kept.glob("*.safetensors.*")), "nothing is cut where nobody asked for it"
-    for size, number in ((0.6 * len(whole), 2), (0.3 * len(whole), 4), (2.0 * len(whole), 0)):
+    for size, number in ((0.3 * len(whole), 4), (0.6 * len(whole), 2), (2.0 * len(whole), 0)):
         run(tmp_path, "--part_mb", str(size / 1e6))
         pieces = [piece.read_bytes() for piece in sorted(kept.glob("autoencoder.safetensors.*"))]
         assert len(pieces) == number and all(len(piece) <= size for piece in pieces)
