@@ -24,6 +24,7 @@ Weights keep their names and values. Where gradients are wanted, only the fused 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -121,7 +122,7 @@ def _for_gpu(network: nn.Module, dtype: torch.dtype | None) -> None:
             module.to(dtype)
 
 
-class Fast:
+class Fast(ABC):
     """A module's way to compute where no gradients are wanted; with them, the module's own.
 
     What is derived from a weight is kept until that weight changes.
@@ -140,9 +141,9 @@ class Fast:
         """Whether there is a faster way for this input."""
         return True
 
+    @abstractmethod
     def compute(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The faster way."""
-        raise NotImplementedError
 
     def derived(self, name: str, derive: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
         """`derive(weight)`, computed once; see `forget_derived`."""

@@ -143,24 +143,25 @@ class OutOfTimeError(Exception):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train with command-line arguments."""
     options = _parser().parse_args(arguments)
+    if options.part_mb is not None and options.part_mb <= 0.0:
+        sys.exit(f"error: --part_mb must be above 0, got {options.part_mb:g}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     deadline = time.monotonic() + 60.0 * options.minutes if options.minutes else float("inf")
     machine = Machine(make_folder(options.work_dir), make_folder(options.deliver_dir), options, deadline)
     kept = machine.deliver_dir / "plan.json"
     machine.plan = json.loads(kept.read_text()) if kept.is_file() else {"done": []}
-    told = "the minutes are over: the same command goes on"
     try:
         for network in ("autoencoder", "diffusion"):
             _join_parts(machine.deliver_dir / f"{network}.safetensors")
-        train(machine)
-        told = f"all stages are done: {machine.deliver_dir}"
+        try:
+            train(machine)
+        finally:
+            deliver(machine)
+        logger.info(f"all stages are done: {machine.deliver_dir}")
     except OutOfTimeError:
-        pass
+        logger.info("the minutes are over: the same command goes on")
     except BundleError as error:
         sys.exit(f"error: {error}")
-    finally:
-        deliver(machine)
-    logger.info(told)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -110,6 +110,12 @@ def test_goes_on_from_the_kept_weights_alone(commands: Commands, tmp_path: Path)
     assert commands.ran[3][1]["pretrained"] == tmp_path / "kept" / "diffusion.safetensors"
 
 
+def test_pieces_that_cannot_be_written(commands: Commands, tmp_path: Path) -> None:
+    for size, told in (("0", "must be above 0"), ("-1", "must be above 0"), ("0.000001", "more than 100 pieces")):
+        with pytest.raises(SystemExit, match=f"error: --part_mb.*{told}"):
+            run(tmp_path, "--part_mb", size)
+
+
 def test_goes_on_from_pieces_of_the_kept_weights(commands: Commands, tmp_path: Path) -> None:
     kept, (first, second) = tmp_path / "kept", (f"autoencoder.safetensors.0{n}" for n in (0, 1))
     run(tmp_path)

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ from scripts.options import whole_number
 logger = logging.getLogger(__name__)
 
 
-class FeatureDistance:
+class FeatureDistance(ABC):
     """A distance between the features of the synthetic and of the real volumes, with its floor, for each network.
 
     For a network `n` the result has
@@ -52,9 +53,9 @@ class FeatureDistance:
         self.resamplings = whole_number(resamplings, "resamplings", least=2)
         self.seed = whole_number(seed, "seed")
 
+    @abstractmethod
     def distance(self, first: np.ndarray, second: np.ndarray) -> float:
         """The distance between two sets of features, (N, d) and (M, d), with N and M at least 2."""
-        raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
         """What the distance was computed with, for the report."""
