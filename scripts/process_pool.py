@@ -17,11 +17,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from typing import Any, Generic, TypeVar
+from multiprocessing.connection import wait
+from typing import TypeVar
+
+from pebble import ProcessExpired, ProcessPool
 
 from scripts.errors import BundleError
 
@@ -46,87 +48,27 @@ def results(
         died: what stands for the result of an item whose process died, from the item and words on how it died.
 
     Raises:
-        BundleError: if a process cannot start.
+        BundleError: if no process can start.
     """
     if num_workers == 0:
         yield from ((number, task(item)) for number, item in enumerate(items))
         return
-    pool = _Pool(task, items, died)
+    context = multiprocessing.get_context("spawn")  # a fork would share the threads of the libraries loaded here
+    pool = ProcessPool(min(num_workers, len(items)) or 1, initializer=_begin, context=context)
     try:
-        yield from pool.run(min(num_workers, len(items)))
+        with _one_thread():
+            futures: dict[Future[R], int] = {pool.schedule(task, (item,)): number for number, item in enumerate(items)}
+            for future in as_completed(futures):
+                number = futures.pop(future)
+                try:
+                    yield number, future.result()
+                except ProcessExpired as error:
+                    yield number, died(items[number], _how(error.exitcode))
+    except BrokenProcessPool as error:
+        raise BundleError("no process of --num_workers could start: is there too little memory for so many?") from error
     finally:
         pool.stop()
-
-
-@dataclass
-class _Worker:
-    process: BaseProcess
-    connection: Connection
-    item: int | None = None
-
-
-class _Pool(Generic[T, R]):
-    def __init__(self, task: Callable[[T], R], items: Sequence[T], died: Callable[[T, str], R]) -> None:
-        self.task, self.items, self.died = task, items, died
-        self.next = 0
-        self.workers: list[_Worker] = []
-
-    def run(self, number: int) -> Iterator[tuple[int, R]]:
-        for _ in range(number):
-            self._start()
-        while self.workers:
-            ready = wait([worker.connection for worker in self.workers])
-            for worker in [w for w in self.workers if w.connection in ready]:
-                yield from self._heard(worker)
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would share the threads of the libraries loaded here
-        here, there = context.Pipe()
-        process = context.Process(target=_work, args=(there, self.task), daemon=True)
-        with _one_thread():
-            process.start()
-        there.close()
-        self.workers.append(_Worker(process, here))
-
-    def _heard(self, worker: _Worker) -> Iterator[tuple[int, R]]:
-        try:
-            result = worker.connection.recv()
-        except (EOFError, ConnectionError):
-            yield from self._lost(worker)
-            return
-        if worker.item is not None:
-            yield worker.item, result
-        self._hand_out(worker)
-
-    def _hand_out(self, worker: _Worker) -> None:
-        """The next item, or the end; the first message of a process only says that it has started."""
-        if self.next == len(self.items):
-            self.workers.remove(worker)
-            worker.connection.close()
-            worker.process.join()
-            return
-        worker.item, self.next = self.next, self.next + 1
-        try:
-            worker.connection.send(self.items[worker.item])
-        except ConnectionError:
-            pass  # it has died: the next look at its connection finds out
-
-    def _lost(self, worker: _Worker) -> Iterator[tuple[int, R]]:
-        worker.process.join()
-        self.workers.remove(worker)
-        worker.connection.close()
-        how = _how(worker.process.exitcode)
-        if worker.item is None:
-            raise BundleError(f"a process of --num_workers could not start: it ended with {how}")
-        if self.next < len(self.items):
-            self._start()
-        yield worker.item, self.died(self.items[worker.item], how)
-
-    def stop(self) -> None:
-        for worker in self.workers:
-            worker.process.terminate()
-        for worker in self.workers:
-            worker.process.join()
+        pool.join()
 
 
 def _how(code: int | None) -> str:
@@ -138,7 +80,7 @@ def _how(code: int | None) -> str:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """While processes start: what they inherit makes their libraries use one thread."""
+    """While processes start, now or in place of dead ones: what they inherit makes their libraries use one thread."""
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
     try:
@@ -148,21 +90,15 @@ def _one_thread() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+def _begin() -> None:
+    """In each process, first: a terminal's Ctrl-C reaches all, and the process that started them decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
 def _end_with_parent() -> None:
     """So that what a killed command leaves does not write beside the same command, run again at once."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
-
-
-def _work(connection: Connection, task: Callable[[Any], Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; the first process decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    connection.send(None)
-    while True:
-        try:
-            item = connection.recv()
-        except (EOFError, ConnectionError):
-            return
-        connection.send(task(item))
