@@ -141,7 +141,7 @@ def _run(case: Case, options: argparse.Namespace, device: torch.device, perceptu
     engine = SimpleNamespace(state=SimpleNamespace(device=device, epoch=1 + int(config.get("warm_up_epochs", 0))))
 
     def call() -> Tensor:
-        return torch.tensor(step(engine, batch)["loss"])
+        return torch.tensor(step(engine, batch)["losses"]["loss"])
 
     runs = [measure(call, device) for _ in range(options.warmup + options.repeats)]
     return runs[options.warmup :], kept_for_gradients(call)

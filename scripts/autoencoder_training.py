@@ -8,27 +8,26 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The first stage: what one iteration of the autoencoder's adversarial training does."""
+"""The first stage: the autoencoder's adversarial loss, and the networks that take part."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from monai.engines import AdversarialTrainer
 from monai.losses import PatchAdversarialLoss
 from monai.transforms import MapTransform
 from torch import Tensor, nn
 
-from scripts.distributed import all_means, bare
+from scripts.distributed import bare
 from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.optimisation import Batch, Optimisation
 from scripts.options import number, whole_number
 from scripts.perceptual import SlicePerceptualLoss
 from scripts.precision import autocast
+from scripts.step import Loss
 
 
 def kl_to_standard_normal(mean: Tensor, std: Tensor) -> Tensor:
@@ -84,18 +83,19 @@ class DrawPosteriorNoised(MapTransform):
         return {**data, "noise": torch.randn(self.channels, *(side // self.factor for side in shape))}
 
 
-class AutoencoderStep:
-    """One iteration of generator and discriminator: the `iteration_update` of MONAI's `AdversarialTrainer`.
+class AdversarialLoss(Loss):
+    """What the autoencoder minimises, and the step of the discriminator that follows.
 
-    The generator minimises
+    The autoencoder minimises
 
         L1 + perceptual_weight * LPIPS + kl_weight * KL + adversarial_weight * LSGAN,
 
-    the last only after `warm_up_epochs`; until then the discriminator rests too. MONAI's own iteration
-    hands its losses the reconstruction alone, without the posterior that the KL term needs.
+    the last only after `warm_up_epochs`; until then the discriminator rests too.
+
+    A batch holds `image` (B, 1, X, Y, Z) with intensities 0..1, and `noise` (B, C, x, y, z). All terms are reported
+    unweighted, with the `loss` of the discriminator as `discriminator`.
 
     Args:
-        generator: minimises with a `PosteriorAutoencoder`.
         discriminator: minimises with the patch discriminator.
         perceptual: the perceptual loss, or None to go without.
         perceptual_weight, kl_weight, adversarial_weight: factors of the terms.
@@ -106,9 +106,10 @@ class AutoencoderStep:
         BundleError: for a weight that is negative or no number.
     """
 
+    inputs = ("image", "noise")
+
     def __init__(
         self,
-        generator: Optimisation,
         discriminator: Optimisation,
         perceptual: nn.Module | None,
         perceptual_weight: float,
@@ -117,63 +118,49 @@ class AutoencoderStep:
         warm_up_epochs: int,
         amp: Any = False,
     ) -> None:
-        self.generator, self.discriminator, self.perceptual = generator, discriminator, perceptual
+        self.discriminator, self.perceptual = discriminator, perceptual
         weights = {"perceptual": perceptual_weight, "kl": kl_weight, "adversarial": adversarial_weight}
         self.weights = {"l1": 1.0, **{name: _weight(name, weight) for name, weight in weights.items()}}
         self.warm_up_epochs = whole_number(warm_up_epochs, "warm_up_epochs")
         self.amp = amp
         self.adversarial = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True)
+        self.reconstructions: list[Tensor] = []  # of the parts of a batch, until the discriminator has seen them
 
-    def __call__(self, engine: AdversarialTrainer, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Train on one batch: `image` (B, 1, X, Y, Z) with intensities 0..1, `noise` (B, C, x, y, z).
+    def __call__(self, network: nn.Module, part: Batch, epoch: int) -> dict[str, Tensor]:
+        """The terms for a part, and their weighted sum, `loss`."""
+        with autocast(part["image"].device, self.amp):
+            reconstruction, mean, std = network(part["image"], part["noise"])
+        reconstruction = reconstruction.float()
+        terms = {"l1": (reconstruction - part["image"]).abs().mean(), "kl": kl_to_standard_normal(mean, std)}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(reconstruction, part["image"])
+        if self._is_adversarial(epoch):
+            self.reconstructions.append(reconstruction.detach())
+            opponent = bare(self.discriminator.network).train().requires_grad_(False)
+            terms["adversarial"] = self._judge(opponent, reconstruction, real=True, for_discriminator=False)
+        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        return {"loss": total, **terms}
 
-        Returns:
-            `image`, `pred` (the reconstruction), `loss` and `losses`, the unweighted terms as numbers: means over
-            the batch and over all processes.
-        """
-        on_device = partial(Tensor.to, device=engine.state.device, non_blocking=True)
-        inputs = {name: on_device(batch[name]) for name in ("image", "noise")}
-        joined = engine.state.epoch > self.warm_up_epochs and self.weights["adversarial"] > 0.0
-        reconstructions: list[Tensor] = []
-        losses = self._train_generator(inputs, joined, reconstructions)
-        images, pred = inputs["image"], torch.cat(reconstructions)
-        if joined:
-            losses |= self._train_discriminator(images, pred)
-        numbers = all_means(losses)
-        return {"image": images, "pred": pred, "loss": numbers["loss"], "losses": numbers}
-
-    def _train_generator(self, inputs: Batch, joined: bool, reconstructions: list[Tensor]) -> dict[str, Tensor]:
-        self.generator.network.train()
-        opponent = bare(self.discriminator.network).train().requires_grad_(False)
-
-        def losses_of(part: Batch) -> dict[str, Tensor]:
-            with autocast(part["image"].device, self.amp):
-                reconstruction, mean, std = self.generator.network(part["image"], part["noise"])
-            reconstruction = reconstruction.float()
-            reconstructions.append(reconstruction.detach())
-            terms = {"l1": (reconstruction - part["image"]).abs().mean(), "kl": kl_to_standard_normal(mean, std)}
-            if self.perceptual is not None:
-                terms["perceptual"] = self.perceptual(reconstruction, part["image"])
-            if joined:
-                terms["adversarial"] = self._judged(opponent, reconstruction, real=True, for_discriminator=False)
-            total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-            return {"loss": total, **terms}
-
-        return self.generator(inputs, losses_of)
-
-    def _train_discriminator(self, images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
-        network = self.discriminator.network.train()
-        bare(network).requires_grad_(True)
-
-        def losses_of(part: Batch) -> dict[str, Tensor]:
-            real = self._judged(network, part["image"], real=True, for_discriminator=True)
-            fake = self._judged(network, part["pred"], real=False, for_discriminator=True)
-            return {"loss": 0.5 * (real + fake)}
-
-        losses = self.discriminator({"image": images, "pred": reconstructions}, losses_of)
+    def after_step(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
+        """Step the discriminator on the batch and its reconstructions."""
+        if not self._is_adversarial(epoch):
+            return {}
+        bare(self.discriminator.network.train()).requires_grad_(True)
+        both = {"image": batch["image"], "reconstruction": torch.cat(self.reconstructions)}
+        self.reconstructions.clear()
+        losses = self.discriminator(both, self._discriminate)
         return {"discriminator": losses["loss"], "discriminator_gradient_norm": losses["gradient_norm"]}
 
-    def _judged(self, network: nn.Module, volumes: Tensor, real: bool, for_discriminator: bool) -> Tensor:
+    def _is_adversarial(self, epoch: int) -> bool:
+        return epoch > self.warm_up_epochs and self.weights["adversarial"] > 0.0
+
+    def _discriminate(self, part: Batch) -> dict[str, Tensor]:
+        network = self.discriminator.network
+        real = self._judge(network, part["image"], real=True, for_discriminator=True)
+        fake = self._judge(network, part["reconstruction"], real=False, for_discriminator=True)
+        return {"loss": 0.5 * (real + fake)}
+
+    def _judge(self, network: nn.Module, volumes: Tensor, real: bool, for_discriminator: bool) -> Tensor:
         with autocast(volumes.device, self.amp):
             logits = network(volumes)[-1]
         return self.adversarial(logits.float(), target_is_real=real, for_discriminator=for_discriminator)

@@ -16,25 +16,23 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import Engine
 from monai.transforms import RandAffined
 from torch import Tensor, nn
 
 from scripts.conditions import Condition, Conditions
 from scripts.correlation import pearson
 from scripts.datasets import TABLE, participants
-from scripts.distributed import all_means, bare
 from scripts.errors import BundleError
 from scripts.grid import Grid
-from scripts.optimisation import Batch, Optimisation
+from scripts.optimisation import Batch
 from scripts.options import number, probability
 from scripts.precision import autocast
+from scripts.step import Loss
 from scripts.tables import MISSING
 from scripts.training import Facts
 from scripts.validation import HeldOut
@@ -118,7 +116,7 @@ def age_of(row: Mapping[str, Any], condition: Condition, where: str) -> float | 
     return None
 
 
-def aged_participants(folder: str | os.PathLike, conditions: Conditions) -> list[dict[str, Any]]:
+def read_ages(folder: str | os.PathLike, conditions: Conditions) -> list[dict[str, Any]]:
     """The rows of a prepared dataset with `image` (a path), `age` (float32, in years), `participant_id` and `split`.
 
     Args:
@@ -153,7 +151,7 @@ def brain_age_facts(grid: Grid, rows: Sequence[Mapping[str, Any]], channels: Seq
 
     Args:
         grid: of the volumes.
-        rows: of the training, from `aged_participants`.
+        rows: of the training, from `read_ages`.
         channels: of the network's blocks.
 
     Raises:
@@ -199,35 +197,25 @@ def random_rigid(prob: Any, shift: Any, rotation: Any) -> RandAffined:
 # Training.
 
 
-class BrainAgeStep:
-    """One iteration: the `iteration_update` of MONAI's `SupervisedTrainer`. The loss is L1.
+class BrainAgeLoss(Loss):
+    """L1 of ages, in standard deviations of those in training.
+
+    A batch holds `image` (B, 1, X, Y, Z) with intensities 0..1, and `age` (B,) in years.
 
     Args:
-        optimisation: minimises with a `BrainAgeNetwork`.
+        deviation: standard deviation of the ages in training, in years.
         amp: precision of the network.
     """
 
-    def __init__(self, optimisation: Optimisation, amp: Any = False) -> None:
-        self.optimisation, self.amp = optimisation, amp
-        network: Any = bare(optimisation.network)
-        self.deviation = network.deviation
+    inputs = ("image", "age")
 
-    def __call__(self, engine: Engine, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Train on one batch: `image` (B, 1, X, Y, Z) with intensities 0..1, `age` (B,) in years.
+    def __init__(self, deviation: float, amp: Any = False) -> None:
+        self.deviation, self.amp = deviation, amp
 
-        Returns:
-            `loss`, in standard deviations of the ages, and `losses` with `mae` in years: means over the batch and over
-            all processes.
-        """
-        self.optimisation.network.train()
-        on_device = partial(Tensor.to, device=engine.state.device, non_blocking=True)
-        losses = self.optimisation({name: on_device(batch[name]) for name in ("image", "age")}, self._losses)
-        numbers = all_means(losses)
-        return {"loss": numbers["loss"], "losses": numbers}
-
-    def _losses(self, part: Batch) -> dict[str, Tensor]:
+    def __call__(self, network: nn.Module, part: Batch, epoch: int) -> dict[str, Tensor]:
+        """The `loss`, and `mae` in years."""
         with autocast(part["image"].device, self.amp):
-            found = self.optimisation.network(part["image"])
+            found = network(part["image"])
         mae = nn.functional.l1_loss(found, part["age"])
         return {"loss": mae / self.deviation, "mae": mae}
 

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -23,9 +22,10 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from ignite.engine import Engine, Events
 
 from scripts import distributed
@@ -33,13 +33,15 @@ from scripts.atomic import make_folder, replacing
 from scripts.errors import BundleError
 from scripts.options import whole_number
 from scripts.repeatable import Stream
-from scripts.workflow import config_text
+from scripts.workflow import config_text, is_plain
 
 logger = logging.getLogger(__name__)
 
 PATTERN = "checkpoint_iteration={}.pt"
 BEST, LOCK = "best.pt", ".lock"
 WORDS = {"samples": "samples in the dataset", "batch": "samples in a batch of all processes"}
+EARLIER_NAMES = {"optimisation": "generator_step", "discriminator_optimisation": "discriminator_step"}
+"""What checkpoints of earlier versions call an object, where they do so otherwise."""
 SCRIPTS = "scripts_sha256"
 SOURCES = Path(__file__).resolve().parent
 
@@ -58,7 +60,7 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, keep: Any = 2) -> None:
         self.folder = Path(str(folder))
         self.keep = whole_number(keep, "keep_checkpoints", least=1)
-        self._lock: TextIO | None = None
+        self._lock: FileLock | None = None
 
     def paths(self) -> list[Path]:
         """All of them, oldest first."""
@@ -90,23 +92,23 @@ class Checkpoints:
         Raises:
             BundleError: if another training is at work there.
         """
-        if self._lock is not None:  # to open it again and close it would let others in
+        if self._lock is not None:
             return
-        self._lock = open(make_folder(self.folder) / LOCK, "w")  # noqa: SIM115
+        lock = FileLock(make_folder(self.folder) / LOCK)  # of this process, not of those that it forks
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of those that it forks
-        except OSError as error:
-            self.unlock()
+            lock.acquire(blocking=False)
+        except Timeout as error:
             raise BundleError(
                 f"another training is at work in {self.folder}: give this one its own --run_dir"
             ) from error
+        self._lock = lock
         for left in self.folder.glob(".*-*.pt"):
             left.unlink(missing_ok=True)
 
     def unlock(self) -> None:
         """Let others in again."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def write(self, content: Mapping[str, Any], iteration: int) -> Path:
@@ -219,6 +221,19 @@ class Progress:
         self.engine.state.epoch = state["iteration"] // self.engine.state.epoch_length
 
 
+def training_state(
+    stage: str, network: Any, average: Any, optimisation: Any, facts: Any, **more: Any
+) -> dict[str, Any]:
+    """The objects that make up the state of a training, by their names in its checkpoints.
+
+    Args:
+        stage: what the network is called there; its averaged weights have the suffix `_ema`.
+        network, average, optimisation, facts: each has a `state_dict`; there may be no average.
+        more: such as a discriminator and its optimisation.
+    """
+    return {stage: network, f"{stage}_ema": average, "optimisation": optimisation, "facts": facts, **more}
+
+
 def present(objects: Mapping[str, Any]) -> dict[str, Any]:
     """The objects that there are: a training without an average of the weights has None in its place."""
     return {name: thing for name, thing in objects.items() if thing is not None}
@@ -266,12 +281,13 @@ class Resume:
 
 
 def _restore(thing: Any, name: str, content: Mapping[str, Any], path: Path) -> None:
-    if name not in content:
+    saved = content.get(name, content.get(EARLIER_NAMES.get(name, name)))
+    if saved is None:
         raise BundleError(
             f"cannot resume {path}: it holds no {name}. If the configuration changed, use another --run_dir"
         )
     try:
-        thing.load_state_dict(content[name])
+        thing.load_state_dict(saved)
     except BundleError:
         raise
     except Exception as error:
@@ -290,7 +306,7 @@ def _say_what_changed(saved: str, code: Mapping[str, str]) -> None:
             logger.warning(f"going on with {words}: the result may differ from that of an unbroken training")
     before, now = json.loads(saved), json.loads(config_text())
     for name in sorted(before.keys() & now.keys()):
-        if before[name] != now[name] and not isinstance(now[name], (dict, list)):
+        if before[name] != now[name] and is_plain(now[name]):
             logger.warning(f"going on with --{name} {now[name]}, which was {before[name]}")
 
 

@@ -10,26 +10,24 @@
 # limitations under the License.
 """`python -m scripts.curves RUN_DIR PICTURE`: the losses and validations of a training as one picture.
 
-Losses are read from TensorBoard's event files, validations from `validation.tsv`.
+Losses are read from `losses.jsonl`, validations from `validation.tsv`.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
 from scripts.atomic import replacing
 from scripts.errors import BundleError
+from scripts.loss_record import FILE, read_lines
 from scripts.tables import read_table
 from scripts.validation import TABLE
 
@@ -54,30 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def losses(run_dir: str | Path) -> dict[str, Curve]:
-    """The losses of a training by name. Iterations that were done again after a stop count once, as done last.
-
-    What was written last is told by the events' own times: files written within one second have names whose order
-    is not that of writing.
+    """The losses of a training by name.
 
     Raises:
-        BundleError: if the folder holds no events of a training.
+        BundleError: if the folder holds no `losses.jsonl` with any.
     """
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
-    names = [name for name in events.Tags()["scalars"] if not name.startswith("val_")]
-    if not names:
+    found: dict[str, dict[int, float]] = {}
+    for line in read_lines(Path(run_dir) / FILE):
+        for name, value in line.get("losses", {}).items():
+            found.setdefault(name, {})[line["iteration"]] = value
+    if not found:
         raise BundleError(f"there are no losses in {run_dir}: give the --run_dir of a training")
-    return {name: _curve(_done_last(events.Scalars(name))) for name in names}
-
-
-def _done_last(events: Sequence[ScalarEvent]) -> dict[int, float]:
-    """Iteration -> value, without those that a later writing, of the same or an earlier iteration, took back."""
-    found: dict[int, float] = {}
-    earliest = math.inf
-    for event in reversed(sorted(events, key=attrgetter("wall_time"))):
-        if event.step < earliest:
-            found[event.step] = event.value
-            earliest = event.step
-    return found
+    return {name: _curve(values) for name, values in found.items()}
 
 
 def validations(run_dir: str | Path) -> dict[str, Curve]:

@@ -43,6 +43,7 @@ from scripts.checkpoints import write_safetensors
 from scripts.conditions import Conditions
 from scripts.curves import draw, losses, validations
 from scripts.errors import BundleError
+from scripts.loss_record import FILE
 from scripts.tables import write_table
 
 logger = logging.getLogger(__name__)
@@ -361,6 +362,7 @@ def deliver(machine: Machine) -> None:
         run = machine.work_dir / "runs" / network
         if run.is_dir():
             _ship(machine, network)
+        if (run / FILE).is_file():
             draw(losses(run), validations(run), machine.deliver_dir / f"{network}.png")
     for name in DELIVERED:
         made = machine.work_dir / name

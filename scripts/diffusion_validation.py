@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from scripts import figures
 from scripts.conditions import Condition, Conditions
 from scripts.distributed import is_main, rank, world_size
-from scripts.ema import ExponentialMovingAverage
 from scripts.errors import BundleError
 from scripts.validation import Evaluation, HeldOut, Network, in_order
 
@@ -187,8 +186,3 @@ def _in_words(condition: Condition, raw: float) -> str:
     word = next((word for word, code in condition.codes.items() if code == raw), "")
     number = f"{raw:,.0f}" if abs(raw) >= 1000.0 else f"{raw:g}"
     return word or f"{number} {condition.unit}".rstrip()
-
-
-def sampled(network: nn.Module, average: ExponentialMovingAverage | None = None) -> nn.Module:
-    """The network that sampling will take of a training: that of the averaged weights, where there is one."""
-    return network if average is None else average.network

@@ -78,3 +78,8 @@ def weight_average(network: nn.Module, decay: Any) -> ExponentialMovingAverage |
         BundleError: unless `decay` is from 0 to 1.
     """
     return ExponentialMovingAverage(network, decay) if number(decay, "ema_decay", 0.0, 1.0) else None
+
+
+def network_to_sample(network: nn.Module, average: ExponentialMovingAverage | None = None) -> nn.Module:
+    """The network that sampling will take of a training: that of the averaged weights, where there is one."""
+    return network if average is None else average.network

@@ -145,17 +145,24 @@ class LearningRate:
         decay: one of `DECAYS`.
         warm_up: iterations of the rise.
         factor: with `exponential`, of each epoch's rate to that of the epoch before; above 0, at most 1.
+        name: of the flag that gives the rate.
 
     Raises:
         BundleError: for a rate that is no number, another `decay`, or a factor out of range.
     """
 
     def __init__(
-        self, optimizer: Optimizer, lr: Any, decay: str = "constant", warm_up: Any = 0, factor: Any = 0.97
+        self,
+        optimizer: Optimizer,
+        lr: Any,
+        decay: str = "constant",
+        warm_up: Any = 0,
+        factor: Any = 0.97,
+        name: str = "lr",
     ) -> None:
         if decay not in DECAYS:
             raise BundleError(f"--lr_decay must be one of {', '.join(DECAYS)}, got '{decay}'")
-        self.optimizer, self.lr, self.decay = optimizer, number(lr, "lr"), decay
+        self.optimizer, self.lr, self.decay, self.name = optimizer, number(lr, name), decay, name
         self.warm_up = whole_number(warm_up, "lr_warm_up")
         self.factor = number(factor, "lr_decay_factor", LEAST_FACTOR, 1.0)
 
@@ -167,6 +174,11 @@ class LearningRate:
         """Set the rate of the iteration that begins."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.at(engine.state.iteration - 1, engine.state.epoch_length, engine.state.max_epochs)
+
+    @property
+    def rate(self) -> float:
+        """The optimiser's rate now."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def at(self, done: int, epoch_length: int, epochs: int) -> float:
         """The rate after `done` iterations of a training of that many epochs."""

@@ -15,13 +15,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import Engine
 from monai.transforms import MapTransform, RandomizableTrait
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -29,10 +27,9 @@ from torch.utils.data import Dataset
 from scripts.conditions import Conditions
 from scripts.correlation import pearson
 from scripts.datasets import TABLE, LoadVolumed, participants
-from scripts.distributed import all_means
 from scripts.errors import BundleError
 from scripts.grid import Grid
-from scripts.optimisation import Batch, Optimisation
+from scripts.optimisation import Batch
 from scripts.options import number, probability
 from scripts.phantom_heads import LABELS, onto_grid
 from scripts.precision import autocast
@@ -49,6 +46,7 @@ from scripts.segmenter import (
     thinned,
     working_voxel,
 )
+from scripts.step import Loss
 from scripts.tables import MISSING
 from scripts.training import Facts
 from scripts.validation import HeldOut, Network
@@ -237,14 +235,15 @@ def _structures(sums: Tensor) -> Tensor:
     return torch.stack([sums[:, ventricles], sums[:, brain].sum(1), sums[:, 1:].sum(1)])
 
 
-class SegmenterStep:
-    """One iteration: the `iteration_update` of MONAI's `SupervisedTrainer`.
+class SegmenterLoss(Loss):
+    """The cross-entropy with the shares as targets, and `volume_error`.
 
-    The loss is the cross-entropy with the shares as targets, which is least where the network's probabilities are the
-    shares, so that their sums are unbiased volumes over all phantoms; and `volume_error`, for those of each.
+    The former is least where the network's probabilities are the shares, so that their sums are unbiased volumes over
+    all phantoms; the latter is for the volumes of each.
+
+    A batch holds `image` (B, 1, x, y, z) and `shares` (B, classes - 1, x, y, z).
 
     Args:
-        optimisation: minimises with a `network_of`.
         amp: precision of the network.
         volume_weight: of `volume_error`.
 
@@ -252,26 +251,15 @@ class SegmenterStep:
         BundleError: if the weight is negative.
     """
 
-    def __init__(self, optimisation: Optimisation, amp: Any = False, volume_weight: Any = 0.0) -> None:
-        self.optimisation, self.amp = optimisation, amp
-        self.volume_weight = number(volume_weight, "volume_weight", 0.0)
+    inputs = ("image", "shares")
 
-    def __call__(self, engine: Engine, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Train on one batch: `image` (B, 1, x, y, z) and `shares` (B, classes - 1, x, y, z).
+    def __init__(self, amp: Any = False, volume_weight: Any = 0.0) -> None:
+        self.amp, self.volume_weight = amp, number(volume_weight, "volume_weight", 0.0)
 
-        Returns:
-            `loss`, and `losses` with it, the `cross_entropy` and the `volume_error`: means over the batch and over all
-            processes.
-        """
-        self.optimisation.network.train()
-        on_device = partial(Tensor.to, device=engine.state.device, non_blocking=True)
-        losses = self.optimisation({name: on_device(batch[name]) for name in ("image", "shares")}, self._losses)
-        numbers = all_means(losses)
-        return {"loss": numbers["loss"], "losses": numbers}
-
-    def _losses(self, part: Batch) -> dict[str, Tensor]:
+    def __call__(self, network: nn.Module, part: Batch, epoch: int) -> dict[str, Tensor]:
+        """The `cross_entropy`, the `volume_error`, and their weighted sum, `loss`."""
         with autocast(part["image"].device, self.amp):
-            logits = self.optimisation.network(part["image"]).float()
+            logits = network(part["image"]).float()
         targets = targets_of(part["shares"])
         entropy, error = nn.functional.cross_entropy(logits, targets), volume_error(logits.softmax(1), targets)
         return {"loss": entropy + self.volume_weight * error, "cross_entropy": entropy, "volume_error": error}

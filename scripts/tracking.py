@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from scripts.figures import figures_of
 from scripts.training import losses_of
-from scripts.workflow import current_config
+from scripts.workflow import current_config, is_plain
 
 
 def write_evaluation(engine: Engine, writer: SummaryWriter, run_dir: str | os.PathLike) -> None:
@@ -106,5 +106,4 @@ class MLFlowRecord:
 
 def parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """The top-level values of a configuration that are plain: numbers, truth values, and text that is no expression."""
-    plain = {name: value for name, value in config.items() if isinstance(value, (bool, int, float, str))}
-    return {name: value for name, value in plain.items() if not str(value).startswith(("$", "@", "%"))}
+    return {name: value for name, value in config.items() if is_plain(value)}

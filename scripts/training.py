@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What both trainings need around their iterations: finite losses, facts for the checkpoint, stopping in good order."""
+"""What trainings need around their iterations: finite losses, facts for the checkpoint, stopping in good order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -166,7 +166,7 @@ class StopOnSignal:
             )
 
 
-def arranged(
+def prepare_for_training(
     network: nn.Module, device: torch.device | str | None = None, checkpointing: Any = False, channels_last: Any = False
 ) -> nn.Module:
     """A network set up for training: on its device, and with what saves memory or time there.
@@ -210,6 +210,14 @@ def epoch_length(value: Any) -> int | None:
         BundleError: for a number below 1, or none.
     """
     return None if is_absent(value) else whole_number(value, "epoch_length", least=1)
+
+
+def flatten(handlers: Iterable[Any]) -> list[Any]:
+    """One list of handlers: those in lists in it, too, and without the None that a disabled one leaves."""
+    flat: list[Any] = []
+    for handler in handlers:
+        flat += flatten(handler) if isinstance(handler, list) else [handler]
+    return [handler for handler in flat if handler is not None]
 
 
 def seed_networks(seed: int, deterministic: Any = False) -> None:

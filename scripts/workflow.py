@@ -60,6 +60,11 @@ def config_text() -> str:
         return "{}"
 
 
+def is_plain(value: Any) -> bool:
+    """Whether an entry of a configuration is a number, a truth value or text, and neither a structure nor computed."""
+    return isinstance(value, (bool, int, float, str)) and not str(value).startswith(("$", "@", "%"))
+
+
 def check_flags(conditions: Iterable[str] = ()) -> None:
     """Refuse an override whose name nothing declares or reads: MONAI takes `--gendr 1` in silence.
 

@@ -23,7 +23,7 @@ from heads import ROWS, head, refused, write_dataset
 from torch import nn
 from trained import content, difference
 
-from scripts.brain_age import AGE, BrainAgeNetwork, aged_participants, network_of, random_rigid
+from scripts.brain_age import AGE, BrainAgeNetwork, network_of, random_rigid, read_ages
 from scripts.conditions import Conditions
 from scripts.grid import Grid
 from scripts.tables import read_table, write_table
@@ -112,14 +112,14 @@ def test_rows_without_age_are_named(grid: Grid, conditions: Conditions, tmp_path
     rows = [{**row} for row in ROWS]
     rows[2]["age_years"] = "n/a"
     folder = write_dataset(tmp_path / "dataset", grid, rows)
-    assert "participant sub-2" in refused(aged_participants, folder, conditions)
+    assert "participant sub-2" in refused(read_ages, folder, conditions)
     without = Conditions(gender=conditions.as_dict()["gender"])
-    assert f"there is no condition '{AGE}'" in refused(aged_participants, folder, without)
+    assert f"there is no condition '{AGE}'" in refused(read_ages, folder, without)
 
 
 def test_other_conditions_may_be_unknown(grid: Grid, conditions: Conditions, tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{**row, "brain_vol_mm3": "n/a"} for row in ROWS]
-    found = aged_participants(write_dataset(tmp_path / "dataset", grid, rows), conditions)
+    found = read_ages(write_dataset(tmp_path / "dataset", grid, rows), conditions)
     assert [float(row["age"]) for row in found] == [50.0, 60.0, 70.0, 80.0]
 
 

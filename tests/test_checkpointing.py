@@ -272,8 +272,20 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     run.engine.state.epoch_length = 4
     with pytest.raises(BundleError, match="its network does not fit: size mismatch"):
         resume(run.engine)
+    run.checkpoints.unlock()
     with pytest.raises(BundleError, match="it holds no other"):
         Resume(Checkpoints(tmp_path), {"other": nn.Linear(1, 1)}, run.seed)(run.engine)
+
+
+def test_names_of_earlier_versions_are_known(tmp_path: Path) -> None:
+    state = {"weight": torch.full((1, 1), 2.0)}
+    content = {"generator_step": state, "discriminator_step": state, "trainer": {"iteration": 3, "seed": 1}}
+    save(content, tmp_path / "checkpoint_iteration=3.pt")
+    objects = {name: nn.Linear(1, 1, bias=False) for name in ("optimisation", "discriminator_optimisation")}
+    engine = Engine(lambda engine, batch: None)
+    engine.add_event_handler(Events.STARTED, Resume(Checkpoints(tmp_path), objects, seed=1))
+    engine.run([0], max_epochs=3, epoch_length=1)
+    assert [linear.weight.item() for linear in objects.values()] == [2.0, 2.0] and engine.state.iteration == 3
 
 
 def test_seed_goes_with_the_training(tmp_path: Path) -> None:

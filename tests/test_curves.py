@@ -12,15 +12,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 
 from scripts.curves import draw, losses, validations
 from scripts.errors import BundleError
@@ -28,41 +29,29 @@ from scripts.tables import write_table
 
 
 def write_run(folder: Path) -> Path:
-    """A training of 300 iterations that was stopped after 200 and went on from 150."""
-    for first, last, offset in ((1, 200, 0.0), (151, 300, 0.5)):
-        with SummaryWriter(str(folder)) as writer:
-            for step in range(first, last + 1):
-                writer.add_scalar("l1", 1.0 / step + offset, step)
-                writer.add_scalar("val_psnr", 20.0, step)
+    """A training of 300 iterations with three validations."""
+    lines: list[dict[str, Any]] = [
+        {"iteration": n, "losses": {"l1": 1.0 / n}, "rates": {"lr": 1.0}} for n in range(1, 301)
+    ]
+    lines += [{"iteration": 300, "validation": {"val_psnr": 20.0}}]
+    folder.mkdir(exist_ok=True)
+    (folder / "losses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = [{"epoch": n, "iteration": 100 * n, "val_psnr": 20 + n, "val_loss_band0": n} for n in (1, 2, 3)]
     write_table(folder / "validation.tsv", rows)
     return folder
 
 
-def test_iterations_that_were_done_again_count_once(tmp_path: Path) -> None:
+def test_losses_are_those_of_the_record(tmp_path: Path) -> None:
     found = losses(write_run(tmp_path))
     assert found.keys() == {"l1"}
     iterations, values = found["l1"]
-    assert iterations.tolist() == list(range(1, 301))
-    expected = 1.0 / iterations + 0.5 * (iterations > 150)
-    assert np.allclose(values, expected, atol=1e-6)
+    assert iterations.tolist() == list(range(1, 301)) and np.array_equal(values, 1.0 / iterations)
 
 
-def test_order_of_the_files_names_does_not_count(tmp_path: Path) -> None:
-    expected = losses(write_run(tmp_path))["l1"]
-    earlier, later = sorted(tmp_path.glob("events*"), key=lambda path: path.stat().st_mtime_ns)
-    earlier.rename(tmp_path / "events.out.tfevents.1.host.1.9")
-    later.rename(tmp_path / "events.out.tfevents.1.host.1.10")
-    found = losses(tmp_path)["l1"]
-    assert np.array_equal(found, expected)
-
-
-def test_iterations_that_were_not_done_again_are_left_out(tmp_path: Path) -> None:
-    for first, last in ((1, 20), (11, 15)):
-        with SummaryWriter(str(tmp_path)) as writer:
-            for step in range(first, last + 1):
-                writer.add_scalar("l1", 1.0, step)
-    assert losses(tmp_path)["l1"][0].tolist() == list(range(1, 16))
+def test_line_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
+    with open(write_run(tmp_path) / "losses.jsonl", "a") as file:
+        file.write('{"iteration": 301, "losses": {"l1"')
+    assert losses(tmp_path)["l1"][0].tolist() == list(range(1, 301))
 
 
 def test_validations_are_those_of_the_table(tmp_path: Path) -> None:

@@ -21,12 +21,13 @@ import torch
 from released import configuration
 from torch import Tensor
 
-from scripts.diffusion_training import DiffusionStep
+from scripts.diffusion_training import DenoisingLoss
 from scripts.ema import ExponentialMovingAverage
 from scripts.objective import DiffusionObjective
 from scripts.optimisation import Optimisation
+from scripts.step import TrainingStep
 
-ENGINE: Any = SimpleNamespace(state=SimpleNamespace(device=torch.device("cpu")))
+ENGINE: Any = SimpleNamespace(state=SimpleNamespace(device=torch.device("cpu"), epoch=1))
 
 
 class Stage:
@@ -43,8 +44,8 @@ class Stage:
         optimizer = torch.optim.SGD(self.network.parameters(), 0.1)
         self.optimisation = Optimisation(self.network, optimizer, amp, accumulate, clip_gradients=0.0)
         self.average = None if decay is None else ExponentialMovingAverage(self.network, decay)
-        inferer = config.get_parsed_content("hybrid_inferer")
-        self.step = DiffusionStep(self.optimisation, inferer, self.objective, self.average)
+        self.inferer = config.get_parsed_content("hybrid_inferer")
+        self.step = TrainingStep(self.optimisation, DenoisingLoss(self.inferer, self.objective), self.average)
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         return self.step(ENGINE, batch)
@@ -108,6 +109,6 @@ def test_average_follows_the_weights(batch: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_half_precision_comes_close(amp: str, batch: dict[str, Tensor]) -> None:
     exact, half = Stage(), Stage(amp=amp)
-    half.step.inferer.amp = amp
+    half.inferer.amp = amp
     assert half(batch)["losses"]["loss"] == pytest.approx(exact(batch)["losses"]["loss"], rel=2e-2)
     assert all(parameter.dtype == torch.float32 for parameter in half.network.parameters())

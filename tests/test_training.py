@@ -157,8 +157,8 @@ def test_more_epochs_go_on_from_the_last(work: Pipeline) -> None:
     names = sorted(path.name for path in work.autoencoder.glob("checkpoint*"))
     assert names == ["checkpoint_iteration=4.pt", "checkpoint_iteration=6.pt"]
     saved = content(work.autoencoder / "checkpoint_iteration=6.pt")
-    assert steps_of(saved["generator_step"]) == {6}
-    assert steps_of(saved["discriminator_step"]) == {4}  # it rested for one epoch
+    assert steps_of(saved["optimisation"]) == {6}
+    assert steps_of(saved["discriminator_optimisation"]) == {4}  # it rested for one epoch
 
 
 def test_a_changed_rate_is_taken_and_said(work: Pipeline, caplog: pytest.LogCaptureFixture) -> None:

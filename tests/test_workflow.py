@@ -90,13 +90,13 @@ def test_nested_overrides_and_what_monai_defines_are_known(run_here: RunHere) ->
         ("train::batch_sise", "--batch_size"),
         ("train#batch_sise", "--batch_size"),
         ("train::trainr", "--train::trainer"),
-        ("validate::los", "--validate::loss"),
+        ("validate::held_ot", "--validate::held_out"),
         ("train::xyzzy", "docs/configuration.md"),
     ],
 )
 def test_mistyped_nested_flag_names_the_near_one(flag: str, near: str, run_here: RunHere) -> None:
     told = refused(run_here, "configs/train_diffusion.yaml", **{flag: 1})
-    assert told.startswith("unknown flag --train::" if flag.startswith("train") else "unknown flag --validate::los:")
+    assert told.startswith("unknown flag --train::" if flag.startswith("train") else "unknown flag --validate::held_ot:")
     assert near in told
 
 
