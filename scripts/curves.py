@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -30,6 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scripts.atomic import replacing
 from scripts.errors import BundleError
+from scripts.programs import errors_in_one_line
 from scripts.tables import read_table
 from scripts.validation import TABLE
 
@@ -47,10 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run_dir", help="folder of a training, such as runs/autoencoder")
     parser.add_argument("picture", help="PNG to write")
     options = parser.parse_args(arguments)
-    try:
+    with errors_in_one_line():
         draw(losses(options.run_dir), validations(options.run_dir), options.picture)
-    except BundleError as error:
-        sys.exit(f"error: {error}")
 
 
 def losses(run_dir: str | Path) -> dict[str, Curve]:
