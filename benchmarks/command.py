@@ -24,6 +24,7 @@ from monai.bundle import ConfigParser
 
 from scripts.atomic import write_json
 from scripts.errors import BundleError
+from scripts.programs import errors_in_one_line
 from scripts.workflow import CONFIGS
 
 POLL_SECONDS = 0.2
@@ -39,13 +40,11 @@ def configuration(files: Sequence[str]) -> ConfigParser:
 
 def report(measure: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None], json: str | None) -> None:
     """Measure, print what was found, and write it to a file if one is named; an error ends in one line."""
-    try:
+    with errors_in_one_line():
         found = measure()
         show(found)
         if json:
             write_json(json, found)
-    except BundleError as error:
-        sys.exit(f"error: {error}")
 
 
 def bundle_command(files: Sequence[str], flags: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,6 @@ import argparse
 import json
 import logging
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ from monai.bundle import ConfigParser
 from scipy.spatial.transform import Rotation
 
 from benchmarks.measuring import CONFIGS
-from scripts.errors import BundleError
+from scripts.programs import errors_in_one_line
 from scripts.scan_sources import find_sources
 from scripts.tables import write_table
 
@@ -47,11 +46,8 @@ FILES = ("inference.json", "prepare.yaml")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark with command-line arguments."""
     options = _options(arguments)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = [_timed(options, workers, Path(folder) / str(workers)) for workers in options.workers]
-    except BundleError as error:
-        sys.exit(f"error: {error}")
+    with errors_in_one_line(), tempfile.TemporaryDirectory() as folder:
+        rows = [_timed(options, workers, Path(folder) / str(workers)) for workers in options.workers]
     report = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "runs": rows, "ratio": _ratio(rows)}
     for row in rows:
         print(f"{row['processes']} processes: {row['scans']} scans in {row['seconds']:.0f} s, {row['an_hour']:.0f}/h")

@@ -61,9 +61,10 @@ from benchmarks.sampling_command import SamplingCommand
 from scripts.acceleration import accelerate_autoencoder, accelerate_unet
 from scripts.atomic import make_folder, replacing, write_json
 from scripts.devices import compute_device
-from scripts.errors import BundleError
-from scripts.hybrid import HybridInferer, LatentDiffusionSampler
+from scripts.hybrid import HybridInferer
+from scripts.latent_diffusion import LatentDiffusion
 from scripts.precision import half_precision
+from scripts.programs import errors_in_one_line
 from scripts.tables import write_table
 from scripts.volumes import write_volume
 
@@ -80,7 +81,7 @@ Measurements = dict[str, Callable[[], Measured]]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark with command-line arguments."""
     options = _options(arguments)
-    try:
+    with errors_in_one_line():
         device = compute_device(options.device)
         folder = make_folder(options.folder)
         ceilings = measured_ceilings(device)
@@ -90,8 +91,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_table(folder / "sampling.tsv", [{**row, "seconds": median(row["seconds"])} for row in rows])
         with replacing(folder / "sampling.png") as path:
             plot(rows).savefig(path, dpi=120, format="png")
-    except BundleError as error:
-        sys.exit(f"error: {error}")
     _print_table(rows)
 
 
@@ -318,14 +317,12 @@ class Bench:
         streaming = way.rpartition(" ")[2] if " " in way else options.streaming[0]
         return accelerate_autoencoder(network, streaming, bool(options.fast))
 
-    def _sampler(self, way: str, network: Any, steps: int | None = None) -> LatentDiffusionSampler:
+    def _family(self, way: str, unet: nn.Module, autoencoder: nn.Module, steps: int | None = None) -> LatentDiffusion:
         config = ConfigParser({**self.config.get(), "num_inference_steps": steps})
         amp = "0" if way == "original" else self.options.amp
-        hybrid = HybridInferer(config.get_parsed_content("schedule"), amp)
         decoder_amp = "0" if way == "original" else self.options.decoder_amp
-        return LatentDiffusionSampler(
-            hybrid, config.get_parsed_content("chosen_sampler"), network, decoder_amp=decoder_amp
-        )
+        sampler = config.get_parsed_content("chosen_sampler")
+        return LatentDiffusion(unet, autoencoder, HybridInferer(amp), sampler, decoder_amp=decoder_amp)
 
     def _denoise(self, networks: Mapping[str, nn.Module], batch: int, steps: int | None) -> Calls:
         noise = torch.randn(batch, *self.latent_shape, device=self.device)
@@ -333,17 +330,17 @@ class Bench:
         times = torch.full((batch,), 500, device=self.device)
 
         def call(way: str, network: nn.Module) -> Callable[[], Tensor]:
-            sampler = self._sampler(way, nn.Identity(), steps)
+            family = self._family(way, network, nn.Identity(), steps)
             if steps is None:
-                return lambda: sampler.hybrid.denoise(network, noise, times, condition)
-            return lambda: sampler.sample_latent(noise, network, condition, [])
+                return lambda: family.hybrid.denoise(network, noise, times, condition)
+            return lambda: family.sample_latent(noise, condition, [])
 
         return {way: call(way, network) for way, network in networks.items()}
 
     def _autoencode(self, network: Any, case: str, x: Tensor, way: str) -> Callable[[], Tensor]:
-        sampler = self._sampler(way, network)
+        family = self._family(way, nn.Identity(), network)
         if case == "decode":
-            return lambda: sampler.decode(x)
+            return lambda: family.decode(x)
         amp = None if way == "original" else half_precision(self.options.decoder_amp)
 
         def encode() -> Tensor:

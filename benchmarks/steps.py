@@ -103,7 +103,7 @@ def _name(sampler: str, steps: int) -> str:
 
 
 class Trajectories:
-    """The bundle's inferer, with noise and conditions that each way of sampling starts from.
+    """The bundle's family, with noise and conditions that each way of sampling starts from.
 
     Args:
         options: of the command line.
@@ -113,8 +113,7 @@ class Trajectories:
         config = ConfigParser(ConfigParser.load_config_files([str(ROOT / f) for f in (BASE, *options.overlay)]))
         config.update({"bundle_root": options.bundle_root, "device": options.device, **_target(options)})
         self.samplers = config.get_parsed_content("samplers")
-        self.inferer = config.get_parsed_content("inferer")
-        self.network = config.get_parsed_content("sampling_network")
+        self.family = config.get_parsed_content("chosen_family")
         self.device = config.get_parsed_content("compute_device")
         shape = config.get_parsed_content("latent_shape")
         self.generators = [sample_generator(options.seed, i) for i in range(options.samples)]
@@ -126,11 +125,11 @@ class Trajectories:
 
     def walk(self, sampler: str, steps: int) -> tuple[Tensor, Tensor, float]:
         """Latents and volumes (clipped to 0..1) on the CPU, and the seconds that one sample's latent took."""
-        self.inferer.sampler = choose_sampler(self.samplers, sampler, steps)
+        self.family.sampler = choose_sampler(self.samplers, sampler, steps)
         start = time.perf_counter()
-        latent = self.inferer.sample_latent(self.noise, self.network, self.conditions, self.generators).cpu()
+        latent = self.family.sample_latent(self.noise, self.conditions, self.generators).cpu()
         seconds = (time.perf_counter() - start) / len(latent)
-        return latent, self.inferer.decode(latent.to(self.device)).cpu().clamp(0.0, 1.0), seconds
+        return latent, self.family.decode(latent.to(self.device)).cpu().clamp(0.0, 1.0), seconds
 
 
 def distances(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -41,8 +41,8 @@ from tqdm import tqdm
 from benchmarks.measuring import CONFIGS, GIB, SIZES, machine, measure
 from scripts.atomic import write_json
 from scripts.devices import compute_device
-from scripts.errors import BundleError
 from scripts.perceptual import LPIPS
+from scripts.programs import errors_in_one_line
 
 PRECISIONS = {"fp32": "0", "bf16": "bf16", "fp16": "fp16"}
 BUDGETS_GB = (24, 48, 80)
@@ -63,7 +63,7 @@ class Case(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark with command-line arguments."""
     options = _options(arguments)
-    try:
+    with errors_in_one_line():
         device = compute_device(options.device)
         with tempfile.TemporaryDirectory() as folder:
             perceptual = Path(folder) / "lpips.safetensors"
@@ -72,8 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for case in tqdm(list(_cases(options)), unit="case"):
                 rows.append(_row(case, options, device, perceptual, rows))
                 _write(rows, options, device)
-    except BundleError as error:
-        sys.exit(f"error: {error}")
     _print_table(rows)
 
 

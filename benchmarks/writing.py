@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 import tempfile
 import time
 import zlib
@@ -34,8 +33,8 @@ import torch
 
 from benchmarks.measuring import machine
 from scripts.atomic import write_json
-from scripts.errors import BundleError
 from scripts.grid import Grid
+from scripts.programs import errors_in_one_line
 from scripts.volumes import mid_planes, read_volume, write_picture, write_volume
 from scripts.writing import BackgroundWriter
 
@@ -51,10 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--written", type=int, default=8, help="volumes that each number of threads writes")
     parser.add_argument("--json", help="file to write the figures to")
     options = parser.parse_args(arguments)
-    try:
+    with errors_in_one_line():
         rows = [measured(Path(path), options) for path in options.volumes]
-    except BundleError as error:
-        sys.exit(f"error: {error}")
     for row in rows:
         _print(row)
     if options.json:

@@ -38,6 +38,7 @@ from scripts.options import yes_or_no
 logger = logging.getLogger(__name__)
 
 FACTS = "facts"
+LATENT_DIFFUSION = "latent_diffusion"  # the family of all weights that do not state theirs
 NESTS = ("state_dict", "model")  # where other trainers put the weights: PyTorch Lightning, timm and the like
 ENCODER = ("encoder.", "quant_conv_")  # what an autoencoder's parts that make latents are called
 PREFIX = "module."  # which torch.nn.parallel.DistributedDataParallel puts before each name
@@ -80,7 +81,7 @@ class Checkpoint:
         return float(scale)
 
 
-def read_checkpoint(path: str | os.PathLike, network: str) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike, network: str, family: str | None = None) -> Checkpoint:
     """Read a state dict from a `.pt`, `.pth` or `.safetensors` file without running any code in it.
 
     Args:
@@ -88,27 +89,29 @@ def read_checkpoint(path: str | os.PathLike, network: str) -> Checkpoint:
             Where that has averaged weights, `autoencoder_ema` or `diffusion_ema`, they are taken. A prefix
             `module.` of all names is removed.
         network: which network of a training checkpoint to take: `autoencoder` or `diffusion`.
+        family: the one that it must be of, by its name in `families`; None takes any.
 
     Raises:
-        BundleError: if the file is missing, truncated, holds code or is no checkpoint of that network.
+        BundleError: if the file is missing, truncated, holds code or is no checkpoint of that network, or of another
+            family.
     """
     path = Path(str(path))
     if not path.is_file():
         raise BundleError(f"no weights of the {network} at {path}: {WAYS_OUT}")
     stamp = file_stamp(path)
-    state, facts = read_state(path, network)
+    state, facts = read_state(path, network, family=family)
     mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
     mapped = mapped and all(tensor.dtype == torch.float32 for tensor in state.values())
     return Checkpoint(path, state, facts, file_sha256(path), mapped, stamp)
 
 
 def read_state(
-    path: Path, network: str, say: Callable[[str], None] = logger.info
+    path: Path, network: str, say: Callable[[str], None] = logger.info, family: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict and facts of `read_checkpoint`, without the hash, for which the whole file is read.
 
     Args:
-        path, network: as there.
+        path, network, family: as there.
         say: is told what was chosen.
 
     Raises:
@@ -116,6 +119,8 @@ def read_state(
     """
     content, facts = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     facts = content.get(FACTS, facts)
+    if family is not None and isinstance(facts, Mapping):
+        check_family(path, facts, family)
     state = _without_prefix(_find_state(content, network, path, say), path, say)
     if not _is_state_dict(state) or not isinstance(facts, Mapping):
         parts = ", ".join(map(str, list(content)[:6])) or "nothing"
@@ -276,6 +281,17 @@ def _taken(given: Tensor, own: Tensor) -> Tensor:
 def is_aligned(tensor: Tensor) -> bool:
     """Whether a tensor lies in memory as PyTorch's own do."""
     return tensor.data_ptr() % ALIGNMENT == 0
+
+
+def check_family(path: Path, facts: Mapping[str, Any], family: str) -> None:
+    """Refuse weights of another family. Those whose facts state none are of latent diffusion.
+
+    Raises:
+        BundleError: naming the flag to give.
+    """
+    stated = facts.get("family", LATENT_DIFFUSION)
+    if stated != family:
+        raise BundleError(f"{path} is of the family {stated}, not {family}: give --family {stated}")
 
 
 def check_conditions(checkpoint: Checkpoint, conditions: Conditions | None) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -23,7 +23,9 @@ from typing import Any
 import torch
 
 from scripts.errors import BundleError
-from scripts.tables import MISSING
+from scripts.options import whole_number
+from scripts.tables import MISSING, read_table
+from scripts.workflow import current_config
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +213,32 @@ class Conditions(Sequence[Condition]):
             values[c.name] = round(value, 6)
             values[c.raw] = float(f"{c.denormalise(value):.7g}")
         return values
+
+
+def flags_or_table(
+    flags: Iterable[str], table: str | None, count_flag: str, count: Any = None, default: int = 1
+) -> list[Mapping[str, Any]]:
+    """What is asked for: the same for all, from flags of the configuration that is being evaluated, or a table's rows.
+
+    Args:
+        flags: names of the flags.
+        table: path of a table, or None.
+        count_flag, count: the flag that says how many, where there is no table, and its value.
+        default: how many where `count` is None.
+
+    Raises:
+        BundleError: for an empty flag, a bad count or table, or a table together with flags.
+    """
+    config = current_config()
+    given = {flag: config[flag] for flag in flags if config.get(flag) is not None}
+    for flag, value in given.items():
+        if str(value).strip() == "":
+            raise BundleError(f"--{flag} is empty: give a value, or leave it out for the default")
+    if table is None:
+        return [given] * whole_number(default if count is None else count, count_flag, least=1)
+    for flag in (*given, *([] if count is None else [count_flag])):
+        raise BundleError(f"--conditions_table has a row for each, with its conditions: leave out --{flag}")
+    return list(read_table(table))
 
 
 def _absent(value: Any) -> bool:

@@ -16,7 +16,6 @@ Losses are read from `losses.jsonl`, validations from `validation.tsv`.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from matplotlib.figure import Figure
 from scripts.atomic import replacing
 from scripts.errors import BundleError
 from scripts.loss_record import FILE, read_lines
+from scripts.programs import errors_in_one_line
 from scripts.tables import read_table
 from scripts.validation import TABLE
 
@@ -45,10 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run_dir", help="folder of a training, such as runs/autoencoder")
     parser.add_argument("picture", help="PNG to write")
     options = parser.parse_args(arguments)
-    try:
+    with errors_in_one_line():
         draw(losses(options.run_dir), validations(options.run_dir), options.picture)
-    except BundleError as error:
-        sys.exit(f"error: {error}")
 
 
 def losses(run_dir: str | Path) -> dict[str, Curve]:

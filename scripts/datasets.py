@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -223,7 +224,8 @@ class LoadVolumed(MapTransform):
         return loaded
 
     def _load(self, path: str) -> Tensor:
-        volume = self._on_grid(path)
+        array = read_on_grid(path, self.grid) if self.resample else read_volume(path, self.grid.shape)
+        volume = torch.from_numpy(array)[None]
         low, high = volume.min().item(), volume.max().item()
         if low < LEAST or high > MOST:
             raise BundleError(
@@ -232,14 +234,24 @@ class LoadVolumed(MapTransform):
             )
         return volume
 
-    def _on_grid(self, path: str) -> Tensor:
-        if not self.resample:
-            return torch.from_numpy(read_volume(path, self.grid.shape))[None]
-        volume = MetaTensor(torch.from_numpy(read_volume(path))[None], affine=nib.load(path).affine)  # type: ignore[attr-defined]
-        if np.allclose(volume.affine, self.grid.affine) and tuple(volume.shape[1:]) == self.grid.shape:
-            return volume.as_tensor()
-        onto = SpatialResample(mode="bilinear", padding_mode="zeros")
-        return onto(volume, dst_affine=self.grid.affine, spatial_size=self.grid.shape).as_tensor()
+
+def read_on_grid(path: str | os.PathLike, grid: Grid, mode: str = "bilinear") -> np.ndarray:
+    """A volume (X, Y, Z) on the grid, float32: as it is stored if it lies there already, else resampled.
+
+    Args:
+        path: a NIfTI or MGH file.
+        grid: where its voxels shall lie.
+        mode: of interpolation: `bilinear` (trilinear, that is), or `nearest` for labels.
+
+    Raises:
+        BundleError: as `scripts.volumes.read_volume`.
+    """
+    volume, affine = read_volume(path), nib.load(path).affine  # type: ignore[attr-defined]
+    if volume.shape == grid.shape and np.allclose(affine, grid.affine, atol=1e-3):
+        return volume
+    image = MetaTensor(torch.from_numpy(volume)[None], affine=affine)
+    onto = SpatialResample(mode=mode, padding_mode="zeros")
+    return onto(image, dst_affine=grid.affine, spatial_size=grid.shape).as_tensor()[0].numpy()
 
 
 class RandFillMissingd(MapTransform):

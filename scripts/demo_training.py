@@ -44,6 +44,7 @@ from scripts.conditions import Conditions
 from scripts.curves import draw, losses, validations
 from scripts.errors import BundleError
 from scripts.loss_record import FILE
+from scripts.programs import errors_in_one_line
 from scripts.tables import write_table
 
 logger = logging.getLogger(__name__)
@@ -151,18 +152,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = Machine(make_folder(options.work_dir), make_folder(options.deliver_dir), options, deadline)
     kept = machine.deliver_dir / "plan.json"
     machine.plan = json.loads(kept.read_text()) if kept.is_file() else {"done": []}
-    try:
+    with errors_in_one_line():
         for network in ("autoencoder", "diffusion"):
             _join_parts(machine.deliver_dir / f"{network}.safetensors")
         try:
-            train(machine)
-        finally:
-            deliver(machine)
-        logger.info(f"all stages are done: {machine.deliver_dir}")
-    except OutOfTimeError:
-        logger.info("the minutes are over: the same command goes on")
-    except BundleError as error:
-        sys.exit(f"error: {error}")
+            try:
+                train(machine)
+            finally:
+                deliver(machine)
+            logger.info(f"all stages are done: {machine.deliver_dir}")
+        except OutOfTimeError:
+            logger.info("the minutes are over: the same command goes on")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -105,13 +105,16 @@ class DiffusionValidation(HeldOut):
         return {"loss": float(losses.mean()), **means}
 
 
-class Samples(Protocol):
-    """What makes volumes of noise, such as `scripts.hybrid.LatentDiffusionSampler`."""
+class Family(Protocol):
+    """What makes volumes of noise, such as `scripts.family.ModelFamily`."""
 
-    def __call__(
-        self, inputs: Tensor, network: nn.Module, condition: Tensor, generators: Sequence[torch.Generator]
-    ) -> Tensor:
-        """Volumes (B, 1, X, Y, Z), nominally 0..1, for noise (B, C, x, y, z) and conditions (B, n)."""
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's noise."""
+        ...
+
+    def sample(self, noise: Tensor, condition: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Volumes (B, 1, X, Y, Z), nominally 0..1, for noise (B, *noise_shape) and conditions (B, n)."""
         ...
 
 
@@ -123,9 +126,8 @@ class SampleFigure(Evaluation):
 
     Args:
         network, run_dir, every: see `Evaluation`.
-        sampler: makes the volumes.
+        family: makes the volumes, with that network.
         conditions: what the network is conditioned on.
-        latent_shape: (C, x, y, z).
         requests: conditions of each row, as `Conditions.from_request` takes them; by default each condition in turn
             is 0 and 1 and the others have their default.
         seed: of the noise.
@@ -136,16 +138,15 @@ class SampleFigure(Evaluation):
     def __init__(
         self,
         network: Network,
-        sampler: Samples,
+        family: Family,
         conditions: Conditions,
-        latent_shape: Sequence[int],
         run_dir: str | os.PathLike,
         every: Any = 1,
         requests: Sequence[Mapping[str, Any]] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(network, run_dir, every)
-        self.sampler, self.conditions, self.latent_shape, self.seed = sampler, conditions, tuple(latent_shape), seed
+        self.family, self.conditions, self.seed = family, conditions, seed
         requests = low_and_high(conditions) if requests is None else requests
         if not requests:
             raise BundleError("no samples to draw: give at least one request, or leave them to their default")
@@ -166,14 +167,14 @@ class SampleFigure(Evaluation):
     def _planes(self, network: nn.Module, vector: Tensor) -> np.ndarray:
         device = next(network.parameters()).device
         generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn((1, *self.latent_shape), generator=generator).to(device)
-        volumes = self.sampler(noise, network, vector[None].to(device), [generator])
+        noise = torch.randn((1, *self.family.noise_shape), generator=generator).to(device)
+        volumes = self.family.sample(noise, vector[None].to(device), [generator])
         return figures.strip(volumes[0, 0].float().cpu().numpy())
 
 
 def low_and_high(conditions: Conditions) -> list[dict[str, float]]:
-    """Requests in which each condition in turn is 0 and 1, and the others have their default."""
-    return [{condition.name: value} for condition in conditions for value in (0.0, 1.0)]
+    """Requests in which each condition in turn is 0 and 1, the others at their default; one if there is none."""
+    return [{condition.name: value} for condition in conditions for value in (0.0, 1.0)] or [{}]
 
 
 def label(conditions: Conditions, vector: Tensor) -> str:

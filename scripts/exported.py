@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scripts.checkpoints import Checkpoint, check_conditions, file_sha256
+from scripts.checkpoints import Checkpoint, check_conditions, check_family, file_sha256
 from scripts.conditions import Conditions
 from scripts.errors import BundleError
 from scripts.exporting import RECORD, needed_package
@@ -26,15 +26,16 @@ from scripts.exporting import RECORD, needed_package
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-def read_exported(folder: str, network: str) -> Checkpoint:
+def read_exported(folder: str, network: str, family: str | None = None) -> Checkpoint:
     """What is known of an exported network: its file, facts and hash, without weights.
 
     Args:
         folder: what `scripts.exporting.export_networks` wrote.
         network: `diffusion` or `decoder`.
+        family: as for `scripts.checkpoints.read_checkpoint`.
 
     Raises:
-        BundleError: if there is no complete export.
+        BundleError: if there is no complete export, or one of another family.
     """
     record, path = Path(str(folder)) / RECORD, Path(str(folder)) / f"{network}.onnx"
     for file in (record, path):
@@ -44,6 +45,8 @@ def read_exported(folder: str, network: str) -> Checkpoint:
         facts = json.loads(record.read_text(encoding="utf-8"))["facts"]
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{record} is damaged: export the networks again") from error
+    if family is not None:
+        check_family(path, facts, family)
     return Checkpoint(path, {}, facts, file_sha256(path))
 
 

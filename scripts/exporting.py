@@ -17,103 +17,44 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from monai.networks.schedulers import Scheduler
-from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from scripts.atomic import make_folder, write_json
-from scripts.checkpoints import Checkpoint
-from scripts.conditions import Conditions
 from scripts.errors import BundleError
-from scripts.schedules import check_facts, schedule_facts, target_of
+from scripts.family import ModelFamily, Part
 
 logger = logging.getLogger(__name__)
 
 RECORD = "export.json"
 
 
-class Part(NamedTuple):
-    """A network to export: its name, examples of its inputs by name, each a batch, and its output's name."""
-
-    name: str
-    network: nn.Module
-    inputs: dict[str, Tensor]
-    output: str
-
-
-def export_networks(
-    diffusion: nn.Module,
-    decoder: nn.Module,
-    record: Mapping[str, Any],
-    export_dir: str,
-    formats: Any = "onnx",
-) -> None:
-    """Write the UNet and the decoder in float32, for any batch size, and `export.json`, which comes last.
-
-    `diffusion` takes `x`, the noisy latent with the conditions as further channels, (B, C + conditions, x, y, z);
-    `timesteps`, (B,) float32; and `context`, the conditions, (B, 1, conditions). It gives `output`, the estimate of the
-    target, (B, C, x, y, z). `decoder` takes `latent`, as the last step leaves it, and gives `volume`, (B, 1, X, Y, Z).
+def export_networks(family: ModelFamily, export_dir: str, formats: Any = "onnx") -> None:
+    """Write a family's networks in float32, for any batch size, and `export.json`, which comes last.
 
     Args:
-        diffusion, decoder: with their weights; a `pt2` file runs on the device that they are on.
-        record: from `export_record`.
+        family: see its `export`; a `pt2` file runs on the device that its networks are on.
         export_dir: where to write.
         formats: `onnx`, `pt2` (torch.export's), or both, separated by commas.
 
     Raises:
-        BundleError: for an unknown format or a package that it lacks, or a folder that cannot be written.
+        BundleError: for a family that cannot be exported, an unknown format or a package that it lacks, or a folder
+            that cannot be written.
     """
     writers = _writers(formats)
+    parts, record = family.export()
     folder = make_folder(export_dir)
     (folder / RECORD).unlink(missing_ok=True)
-    device = next(diffusion.parameters()).device
-    parts = _parts(diffusion, decoder, record, device)
     for part in parts:
         program = exported_program(part)
         for ending, write in writers.items():
             _write_files(folder, f"{part.name}.{ending}", write, part, program)
     inputs = {part.name: {name: ["batch", *t.shape[1:]] for name, t in part.inputs.items()} for part in parts}
     write_json(folder / RECORD, {**record, "inputs": inputs})
-
-
-def export_record(
-    diffusion: Checkpoint,
-    autoencoder: Checkpoint,
-    conditions: Conditions,
-    schedule: Scheduler,
-    latent_shape: Sequence[int],
-) -> dict[str, Any]:
-    """What `export.json` says: the latent's shape, the facts of the diffusion model, the weights' hashes, versions.
-
-    Raises:
-        BundleError: if the diffusion model was trained for another target or on another schedule.
-    """
-    check_facts(diffusion, schedule)
-    facts = {"conditions": conditions.as_dict(), "target": target_of(schedule), "schedule": schedule_facts(schedule)}
-    weights = {"diffusion": diffusion, "autoencoder": autoencoder}
-    return {
-        "latent_shape": list(latent_shape),
-        "facts": {**diffusion.facts, **facts, "latent_scale": diffusion.latent_scale},
-        "weights": {name: {"file": c.path.name, "sha256": c.sha256} for name, c in weights.items()},
-        "versions": {package: version(package) for package in ("torch", "monai")},
-    }
-
-
-def _parts(diffusion: nn.Module, decoder: nn.Module, record: Mapping[str, Any], device: torch.device) -> list[Part]:
-    # Two samples: from one, torch.export would conclude that there is always one.
-    (channels, *space), conditions = record["latent_shape"], len(record["facts"]["conditions"])
-    x = torch.zeros(2, channels + conditions, *space, device=device)
-    timesteps, context = torch.zeros(2, device=device), torch.zeros(2, 1, conditions, device=device)
-    return [
-        Part("diffusion", diffusion, {"x": x, "timesteps": timesteps, "context": context}, "output"),
-        Part("decoder", decoder, {"latent": x[:, :channels].contiguous()}, "volume"),
-    ]
 
 
 def exported_program(part: Part) -> ExportedProgram:

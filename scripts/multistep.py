@@ -27,13 +27,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from monai.networks.schedulers import DDIMScheduler
 from torch import Tensor
 
 from scripts.errors import BundleError
 from scripts.options import checked_steps
-from scripts.samplers import CleanLatent
+from scripts.samplers import CleanLatent, Denoise, Generators, Sampler
 from scripts.schedules import signal_and_noise
 
 Weights = tuple[float, float, float]
@@ -60,8 +59,12 @@ class Step(NamedTuple):
         return self.decay * latent + sum(self.gain * weight * m for weight, m in zip(weights, clean) if weight)
 
 
-class MultistepSampler:
+class MultistepSampler(Sampler):
     """DPM-Solver++(2M) or, with a corrector, UniPC.
+
+        z' = (s'/s) z + (a' - a s'/s) (w_0 m + w_1 m_before + ...)
+
+    with weights w that sum up to 1, of the clean latents m that the network implies at this timestep and before it.
 
     DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) extrapolates m along the line through its last two values. Its first
     step, which knows one value, and its last, which ends at the clean latent itself, take m as constant. n steps call
@@ -70,7 +73,6 @@ class MultistepSampler:
     repeats the step with m interpolated, at no further call.
 
     The timesteps are evenly spaced in L from the noisiest of the schedule to its cleanest, as far as whole ones can be.
-    A trajectory starts at the first of them: a step there forgets what went before.
 
     Args:
         schedule: the schedule of diffusion that the model was trained with; it is copied.
@@ -80,8 +82,6 @@ class MultistepSampler:
     Raises:
         BundleError: for another kind of schedule, or an impossible number of steps.
     """
-
-    eta = 0.0
 
     def __init__(self, schedule: DDIMScheduler, num_inference_steps: int, corrector: bool = False) -> None:
         if not isinstance(schedule, DDIMScheduler):
@@ -93,30 +93,22 @@ class MultistepSampler:
         self._timesteps = even_in_log_ratio(schedule, checked_steps(num_inference_steps, schedule.num_train_timesteps))
         self._clean = CleanLatent(schedule, self._timesteps)
         self._steps = _steps([*signal_and_noise(schedule, self._timesteps), (1.0, 0.0)])
-        self._taken = 0
-        self._newest: list[Tensor] = []
-        self._latent: Tensor
 
     @property
     def timesteps(self) -> list[int]:
         """The timesteps of the trajectory, falling."""
         return list(self._timesteps)
 
-    def step(self, output: Tensor, timestep: int, latent: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """One step for a batch of shape (B, C, x, y, z); `generators` are not used.
-
-        Raises:
-            ValueError: if it is neither the first step of a trajectory nor the one after that which was taken last.
-        """
-        i = self._timesteps.index(timestep)
-        if i not in (0, self._taken):
-            raise ValueError(f"the step at timestep {timestep} needs the step before it")
-        clean = [self._clean(output, latent, timestep), *(self._newest[:2] if i else [])]
-        if self.corrector and i:
-            before = self._steps[i - 1]
-            latent = before(self._latent, before.corrector, clean)
-        self._newest, self._latent, self._taken = clean, latent, i + 1
-        return self._steps[i](latent, self._steps[i].predictor, clean)
+    def walk(self, denoise: Denoise, noise: Tensor, generators: Generators) -> Tensor:
+        """The clean latents (B, C, x, y, z) at the end of a trajectory; `generators` are not used."""
+        latent = before = noise
+        clean: list[Tensor] = []  # the newest first
+        for i, timestep in enumerate(self._timesteps):
+            clean = [self._clean(denoise(latent, timestep), latent, timestep), *clean[:2]]
+            if self.corrector and i:
+                latent = self._steps[i - 1](before, self._steps[i - 1].corrector, clean)
+            before, latent = latent, self._steps[i](latent, self._steps[i].predictor, clean)
+        return latent
 
 
 def even_in_log_ratio(schedule: DDIMScheduler, n: int) -> list[int]:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from scipy import ndimage
 
 from scripts.atomic import replacing
 from scripts.errors import BundleError
+from scripts.programs import errors_in_one_line
 from scripts.volumes import UNREADABLE
 
 KEY = "template_to_scan_mm"
@@ -139,7 +139,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line():
         main()
-    except BundleError as error:
-        sys.exit(f"error: {error}")

@@ -16,13 +16,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.networks.schedulers import Scheduler
+from monai.networks.schedulers import RFlowScheduler, Scheduler
 from monai.transforms import MapTransform
 from torch import Tensor
 
 from scripts.errors import BundleError
 from scripts.options import is_absent, number
-from scripts.schedules import FLOW, target_of
+from scripts.schedules import target_of
+from scripts.targets import find_target
 
 DENSITIES = ("uniform", "logit-normal")
 
@@ -32,18 +33,13 @@ class DiffusionObjective:
 
     A noisy latent at timestep t is z = a x + s e, for a clean latent x and standard normal noise e. On a schedule of
     diffusion with cumulated alphas A, a = sqrt(A_t) and s = sqrt(1 - A_t) at whole timesteps 0..N-1; on the
-    rectified flow a = 1 - t/N and s = t/N at any t from 0 to N. The target follows from the schedule:
-
-    - `epsilon`: e (Ho et al. 2020, arXiv:2006.11239), the paper's;
-    - `sample`: x;
-    - `velocity`: a e - s x (Salimans & Ho 2022, arXiv:2202.00512);
-    - `flow`: x - e, from noise to data (Liu et al. 2022, arXiv:2209.03003). This is the sign of MONAI's
-      `RFlowScheduler`, whose `step` adds the velocity; others state e - x.
+    rectified flow a = 1 - t/N and s = t/N at any t from 0 to N. The target, which follows from the schedule, is a row
+    of `scripts.targets.TARGETS`.
 
     Args:
         schedule: as `scripts.schedules.choose_schedule` makes it.
         min_snr_gamma: cap on the signal-to-noise ratio in the loss's weight (Hang et al. 2023, arXiv:2303.09556,
-            where it is 5); None or 0 weighs all timesteps alike.
+            where it is 5; see `Target.min_snr_weight`); None or 0 weighs all timesteps alike.
         timestep_density: how training draws timesteps: `uniform`, or `logit-normal` (Esser et al. 2024,
             arXiv:2403.03206).
         density_location: of the logit-normal density; above 0 for more noise.
@@ -61,7 +57,8 @@ class DiffusionObjective:
         density_location: Any = 0.0,
         density_scale: Any = 1.0,
     ) -> None:
-        self.target_name = target_of(schedule)
+        self.row = find_target(target_of(schedule))
+        self.is_flow = isinstance(schedule, RFlowScheduler)
         self.num_train_timesteps = schedule.num_train_timesteps
         self.gamma = None if is_absent(min_snr_gamma) else number(min_snr_gamma, "min_snr_gamma", 0.0) or None
         if timestep_density not in DENSITIES:
@@ -69,7 +66,7 @@ class DiffusionObjective:
         self.density = timestep_density
         self.location = number(density_location, "density_location")
         self.scale = number(density_scale, "density_scale", 0.0)
-        if self.target_name == FLOW:
+        if self.is_flow:
             if self.gamma is not None:
                 raise BundleError("--min_snr_gamma is a weight of diffusion schedules: leave it out with --target flow")
         else:
@@ -91,7 +88,7 @@ class DiffusionObjective:
     def timestep_at(self, u: Tensor) -> Tensor:
         """Timesteps at fractions `u` of the schedule, from 0, the clean end, to 1: int64, or float32 for the flow."""
         timestep = u * self.num_train_timesteps
-        return timestep if self.target_name == FLOW else timestep.long().clamp(max=self.num_train_timesteps - 1)
+        return timestep if self.is_flow else timestep.long().clamp(max=self.num_train_timesteps - 1)
 
     def _noise_quantile(self) -> Tensor:
         if self.density == "uniform":
@@ -99,7 +96,7 @@ class DiffusionObjective:
         return torch.sigmoid(self.location + self.scale * torch.randn(()))
 
     def _signal_and_noise(self, timestep: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
-        if self.target_name == FLOW:
+        if self.is_flow:
             noise = timestep.float() / self.num_train_timesteps
             signal = 1.0 - noise
         else:
@@ -115,40 +112,13 @@ class DiffusionObjective:
 
     def target(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """What the network shall put out for `noisy` of the same arguments, (B, C, x, y, z)."""
-        if self.target_name == "epsilon":
-            return noise
-        if self.target_name == "sample":
-            return latent
-        if self.target_name == FLOW:
-            return latent - noise
-        a, s = self._signal_and_noise(timestep, latent.ndim)
-        return a * noise - s * latent
-
-    def clean(self, output: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
-        """The clean latents that the network's output implies, (B, C, x, y, z) in float32."""
-        a, s = self._signal_and_noise(timestep, noisy.ndim)
-        output, noisy = output.float(), noisy.float()
-        if self.target_name == "epsilon":
-            return (noisy - s * output) / a
-        if self.target_name == "sample":
-            return output
-        if self.target_name == FLOW:
-            return noisy + s * output
-        return a * noisy - s * output
+        return self.row.output(latent, noise, *self._signal_and_noise(timestep, latent.ndim))
 
     def weight(self, timestep: Tensor) -> Tensor:
-        """The weight of each sample's squared error, (B,) float32.
-
-        With a signal-to-noise ratio R = a^2/s^2 and the cap g, Hang et al. 2023 weigh the error of the clean latent
-        by min(R, g); that of the noise, which is R times as large, by min(R, g)/R; and that of the velocity,
-        which is R + 1 times as large, by min(R, g)/(R + 1). Without a cap the weight is 1.
-        """
+        """The weight of each sample's squared error, (B,) float32; 1 without a cap."""
         if self.gamma is None:
             return torch.ones(timestep.shape, device=timestep.device)
-        a, s = self._signal_and_noise(timestep, 1)
-        ratio = (a / s) ** 2
-        error = {"epsilon": ratio, "sample": torch.ones_like(ratio), "velocity": ratio + 1.0}
-        return ratio.clamp(max=self.gamma) / error[self.target_name]
+        return self.row.min_snr_weight(*self._signal_and_noise(timestep, 1), self.gamma)
 
     def loss(self, output: Tensor, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """The weighted mean squared error of each sample, (B,) float32, for the network's output on `noisy`."""

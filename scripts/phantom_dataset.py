@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Phantoms as a prepared dataset on disk, and as a dataset that makes them on the fly."""
+"""Phantoms as a prepared dataset on disk."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from scripts.atomic import make_folder, replacing, write_json
-from scripts.conditions import Conditions
+from scripts.conditions import Conditions, flags_or_table
 from scripts.devices import process_rank
 from scripts.errors import BundleError
 from scripts.options import whole_number
@@ -35,7 +33,6 @@ from scripts.phantoms import Phantom, Phantoms
 from scripts.prepared_scan import SPACE
 from scripts.tables import read_table, write_table
 from scripts.volumes import mid_planes, read_volume, write_labels, write_picture, write_volume
-from scripts.workflow import current_config
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +55,11 @@ class PhantomRequests:
 
     def __init__(self, conditions: Conditions, num_phantoms: Any, seed: Any, table: str | None) -> None:
         self.seed = whole_number(0 if seed is None else seed, "seed")
-        config = current_config()
-        flags = {flag: config[flag] for flag in (*conditions.flags(), RAW[-1]) if config.get(flag) is not None}
+        rows = flags_or_table((*conditions.flags(), RAW[-1]), table, "num_phantoms", num_phantoms, default=10)
         if table is None:
-            number = whole_number(10 if num_phantoms is None else num_phantoms, "num_phantoms", least=1)
-            self.fixed = [as_raw(conditions, flags)] * number
-            return
-        given = [*flags, *([] if num_phantoms is None else ["num_phantoms"])]
-        if given:
-            raise BundleError(f"--conditions_table states what each phantom shall be: leave out --{given[0]}")
-        rows = read_table(table)
-        self.fixed = [as_raw(conditions, row, f" in row {n} of {table}") for n, row in enumerate(rows, start=1)]
+            self.fixed = [as_raw(conditions, rows[0])] * len(rows)
+        else:
+            self.fixed = [as_raw(conditions, row, f" in row {n} of {table}") for n, row in enumerate(rows, start=1)]
 
 
 class PhantomFolder:
@@ -158,41 +149,6 @@ class PhantomFolder:
         words = {c.raw: {code: word for word, code in c.codes.items()} for c in self.conditions}
         values = {name: getattr(covariates, name) for name in RAW}
         return {name: words.get(name, {}).get(value, round(value, 3)) for name, value in values.items()}
-
-
-class PhantomDataset(Dataset):
-    """Phantoms made when they are asked for: item i is phantom i of the seed.
-
-    Args:
-        phantoms: the maker.
-        conditions: which covariates make the condition vector.
-        length: of the dataset.
-        seed: of all phantoms.
-        fresh: draw the phantom's number from torch's global random state at each visit, so that no phantom comes twice;
-            a training that seeds it for each item repeats itself all the same.
-    """
-
-    def __init__(
-        self, phantoms: Phantoms, conditions: Conditions, length: int, seed: int = 0, fresh: bool = False
-    ) -> None:
-        self.phantoms, self.conditions = phantoms, conditions
-        self.length, self.seed, self.fresh = length, seed, fresh
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """`image` (1, X, Y, Z) float32 0..1, `label` likewise uint8, `condition` (conditions,), `participant_id`."""
-        number = int(torch.randint(2**31, (1,))) if self.fresh else range(self.length)[index]
-        phantom = self.phantoms.make(self.seed, number)
-        row = {name: getattr(phantom.measured, name) for name in RAW}
-        condition = self.conditions.from_row(row, _name(number), warn=False)
-        return {
-            "image": phantom.image,
-            "label": phantom.labels,
-            "condition": condition,
-            "participant_id": _name(number),
-        }
 
 
 def picture(image: np.ndarray, labels: np.ndarray, height: int = 256) -> np.ndarray:

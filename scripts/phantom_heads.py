@@ -16,21 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.data import MetaTensor
-from monai.transforms import SpatialResample
 from scipy import ndimage
 from torch import Tensor
 
+from scripts.datasets import read_on_grid
 from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.head_size import Volumes
 from scripts.potential_flow import PotentialFlow
 from scripts.tables import read_table
-from scripts.volumes import read_volume
 
 LABELS = {
     "outside": 0,
@@ -128,10 +125,10 @@ def load_head(
     if not labels_path.is_file():
         known = ", ".join(head_names(labels_dir)) or "none"
         raise BundleError(f"there is no seed head '{name}': {labels_dir} has label maps of {known}")
-    labels = onto_grid(labels_path, grid, "nearest")
+    labels = read_on_grid(labels_path, grid, "nearest")
     if not set(np.unique(labels)) <= set(LABELS.values()):
         raise BundleError(f"{labels_path} holds other labels than 0 to {len(LABELS) - 1}: make it again")
-    image = onto_grid(_scan_of(name, Path(dataset_dir)), grid, "bilinear")
+    image = read_on_grid(_scan_of(name, Path(dataset_dir)), grid)
     return build_head(name, torch.as_tensor(image), torch.as_tensor(labels), grid, device)
 
 
@@ -147,16 +144,6 @@ def _scan_of(name: str, dataset_dir: Path) -> Path:
     if not paths or not paths[0].is_file():
         raise BundleError(f"the scan of the seed head {name} is not in {dataset_dir}: run `make example-data` first")
     return paths[0]
-
-
-def onto_grid(path: Path, grid: Grid, mode: str) -> np.ndarray:
-    """A volume on the grid: as it is stored if it lies there already, else resampled."""
-    volume, affine = read_volume(path), nib.load(path).affine  # type: ignore[attr-defined]
-    if volume.shape == grid.shape and np.allclose(affine, grid.affine, atol=1e-3):
-        return volume
-    image = MetaTensor(torch.from_numpy(volume)[None], affine=affine)
-    onto = SpatialResample(mode=mode, padding_mode="zeros")
-    return onto(image, dst_affine=grid.affine, spatial_size=grid.shape).as_tensor()[0].numpy()
 
 
 def build_head(name: str, image: Tensor, labels: Tensor, grid: Grid, device: torch.device | str = "cpu") -> SeedHead:

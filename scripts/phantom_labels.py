@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,8 +36,8 @@ from skimage.filters import threshold_otsu
 from tqdm import tqdm
 
 from scripts.atomic import make_folder, replacing
-from scripts.errors import BundleError
 from scripts.phantom_heads import LABELS
+from scripts.programs import errors_in_one_line
 from scripts.scans import Scan, load_scan
 from scripts.tables import read_table
 from scripts.volumetry import Atlas, atlas_labels, fetch_atlas, segmented
@@ -176,7 +175,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line():
         main()
-    except BundleError as error:
-        sys.exit(f"error: {error}")

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Programs that are installed beside this package: finding them, handing them a scan, saying why they failed."""
+"""Programs: those installed beside this package, and how one of its own ends in an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
@@ -28,6 +30,15 @@ logger = logging.getLogger(__name__)
 
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """Environment variables that would lead a program with a Python of its own to the modules of this one."""
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End this program with one line and exit status 1 where a `BundleError` is raised within."""
+    try:
+        yield
+    except BundleError as error:
+        sys.exit(f"error: {error}")
 
 
 def find_program(command: str, source: str) -> str:

@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -28,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.atomic import write_text
-from scripts.errors import BundleError
 from scripts.exclusions import Exclusions
+from scripts.programs import errors_in_one_line
 from scripts.quality_pictures import THUMBNAILS
 from scripts.tables import MISSING, read_table
 
@@ -158,7 +157,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line():
         main()
-    except BundleError as error:
-        sys.exit(f"error: {error}")

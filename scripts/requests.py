@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from scripts.conditions import Conditions
+from scripts.conditions import Conditions, flags_or_table
 from scripts.devices import process_rank
 from scripts.errors import BundleError
 from scripts.options import whole_number
-from scripts.tables import read_table
-from scripts.workflow import current_config
 
 SEED_LIMIT = 2**31
 
@@ -39,7 +37,6 @@ class SampleRequests(Dataset):
 
     Args:
         conditions: their flags are read from the configuration that this object stands in.
-        latent_shape: (C, x, y, z) of one latent.
         num_samples: how many volumes share the flags' conditions; None is 1.
         seed: of the whole run; None takes a new one for every run.
         table: path of a table with one volume a row and each condition in a column of either form, instead
@@ -53,25 +50,19 @@ class SampleRequests(Dataset):
     def __init__(
         self,
         conditions: Conditions,
-        latent_shape: Sequence[int],
         num_samples: Any = None,
         seed: Any = None,
         table: str | None = None,
     ) -> None:
-        self.latent_shape = tuple(latent_shape)
         self.fixed_seed = None if seed is None else whole_number(seed, "seed")
         if self.fixed_seed is None and process_rank()[1] > 1:
             raise BundleError("several processes sample one run: give --seed, so that they share it")
-        config = current_config()
-        flags = {flag: config[flag] for flag in conditions.flags() if config.get(flag) is not None}
-        for flag, value in flags.items():
-            if str(value).strip() == "":
-                raise BundleError(f"--{flag} is empty: give a value, or leave it out for the default")
+        rows = flags_or_table(conditions.flags(), table, "num_samples", num_samples)
         if table is None:
-            vector = conditions.from_request(flags)
-            self.vectors = [vector] * whole_number(1 if num_samples is None else num_samples, "num_samples", least=1)
+            self.vectors = [conditions.from_request(rows[0])] * len(rows)
         else:
-            self.vectors = _from_table(conditions, table, [*flags, *([] if num_samples is None else ["num_samples"])])
+            conditions.columns_in(list(rows[0]), table)
+            self.vectors = [conditions.from_row(row, f"row {n} of {table}") for n, row in enumerate(rows, start=1)]
         self.start()
 
     def start(self) -> None:
@@ -83,30 +74,33 @@ class SampleRequests(Dataset):
         return len(self.rows)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """The row number `index`, its `condition` of shape (conditions,) and the run's `seed`."""
-        index = self.rows[position]
-        return {"index": index, "seed": self.seed, "condition": self.vectors[index]}
+        """The row number `index`, its `condition` of shape (conditions,), the run's `seed`, and `noise`.
 
-    def prepare_batch(
-        self, batch: dict[str, Any], device: torch.device, non_blocking: bool = False, **kwargs: Any
-    ) -> tuple[Tensor, None, tuple, dict[str, Any]]:
-        """MONAI's `prepare_batch`: the starting noise, and what the inferer needs besides."""
-        pairs = zip(batch["seed"].tolist(), batch["index"].tolist(), strict=True)
-        generators = [sample_generator(seed, index) for seed, index in pairs]
-        noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators])
-        condition = batch["condition"].to(device, non_blocking=non_blocking)
-        return noise.to(device), None, (), {"condition": condition, "generators": generators}
+        `noise` is the index that the row's starting noise belongs to: its own.
+        """
+        index = self.rows[position]
+        return {"index": index, "noise": index, "seed": self.seed, "condition": self.vectors[index]}
+
+
+def prepare_noise(
+    batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, *, shape: Sequence[int], **kwargs: Any
+) -> tuple[Tensor, None, tuple, dict[str, Any]]:
+    """MONAI's `prepare_batch` of an evaluator that samples: the starting noise, and what the family needs besides.
+
+    Args:
+        batch: of `SampleRequests`.
+        device, non_blocking: of the noise and of the conditions.
+        shape: of the noise of one sample.
+        kwargs: what MONAI gives besides is not used.
+    """
+    pairs = zip(batch["seed"].tolist(), batch["noise"].tolist(), strict=True)
+    generators = [sample_generator(seed, index) for seed, index in pairs]
+    noise = torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+    condition = batch["condition"].to(device, non_blocking=non_blocking)
+    return noise.to(device), None, (), {"condition": condition, "generators": generators}
 
 
 def sample_generator(seed: int, index: int) -> torch.Generator:
     """The random stream, on the CPU, of sample `index` of a run with that seed."""
     state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
-def _from_table(conditions: Conditions, table: str, flags: Sequence[str]) -> list[Tensor]:
-    if flags:
-        raise BundleError(f"--conditions_table states every sample's conditions: leave out --{flags[0]}")
-    rows = read_table(table)
-    conditions.columns_in(list(rows[0]), table)
-    return [conditions.from_row(row, f"row {n} of {table}") for n, row in enumerate(rows, start=1)]

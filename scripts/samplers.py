@@ -8,25 +8,37 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Samplers: how a latent moves from one timestep of a trajectory to the next."""
+"""Samplers: how a trajectory goes from noise to a clean latent, or volume."""
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any
 
 import torch
 from monai.networks.schedulers import DDIMScheduler, RFlowScheduler, Scheduler
 from torch import Tensor
+from tqdm import tqdm
 
 from scripts.errors import BundleError
 from scripts.options import checked_steps
-from scripts.schedules import schedule_name, signal_and_noise, target_of
+from scripts.schedules import signal_and_noise, target_of
+from scripts.targets import find_target
+
+Denoise = Callable[[Tensor, int], Tensor]
+"""What calls the network: noisy latents (B, C, x, y, z) and their timestep to its output of the same shape."""
+
+Generators = Sequence[torch.Generator]
+"""One for each sample of a batch, on the CPU, of the noise that is added on the way."""
 
 
-class Sampler(Protocol):
+class Sampler(ABC):
     """What walks from noise to a clean latent: one entry of the map `samplers`.
+
+    It holds what all trajectories of its length share, and nothing of a single one.
 
     Attributes:
         schedule: the noise levels that it steps along.
@@ -34,13 +46,51 @@ class Sampler(Protocol):
     """
 
     schedule: Scheduler
-    eta: float
+    eta: float = 0.0
 
     @property
     def timesteps(self) -> list[int]:
         """The timesteps of the trajectory, falling."""
+        return self.schedule.timesteps.tolist()
 
-    def step(self, output: Tensor, timestep: int, latent: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    @torch.no_grad()
+    def sample(self, denoise: Denoise, noise: Tensor, generators: Generators) -> Tensor:
+        """Walk a whole trajectory, with a bar on a terminal.
+
+        Args:
+            denoise: is called once at each of `timesteps`.
+            noise: standard normal, (B, C, x, y, z).
+            generators: of the batch's samples.
+
+        Returns:
+            The clean latents, (B, C, x, y, z).
+        """
+        with tqdm(total=len(self.timesteps), desc="denoising", unit="step", leave=False, disable=None) as bar:
+
+            def counted(latent: Tensor, timestep: int) -> Tensor:
+                output = denoise(latent, timestep)
+                bar.update()
+                return output
+
+            return self.walk(counted, noise, generators)
+
+    @abstractmethod
+    def walk(self, denoise: Denoise, noise: Tensor, generators: Generators) -> Tensor:
+        """`sample`, without the bar."""
+
+
+class OneStepSampler(Sampler):
+    """A sampler whose next latent follows from the latest and the network's output for it."""
+
+    def walk(self, denoise: Denoise, noise: Tensor, generators: Generators) -> Tensor:
+        """A step at each timestep."""
+        latent = noise
+        for timestep in self.timesteps:
+            latent = self.step(denoise(latent, timestep), timestep, latent, generators)
+        return latent
+
+    @abstractmethod
+    def step(self, output: Tensor, timestep: int, latent: Tensor, generators: Generators) -> Tensor:
         """The latents (B, C, x, y, z) at the next timestep, from the network's output at this one."""
 
 
@@ -63,13 +113,13 @@ class LeadingDDIMScheduler(DDIMScheduler):
         self.timesteps = torch.arange(steps - 1, -1, -1, device=device) * stride + self.steps_offset
 
 
-class DDIMSampler:
+class DDIMSampler(OneStepSampler):
     """The family of Song et al. 2021 (arXiv:2010.02502), from deterministic to ancestral.
 
-    With x0 and e the clean latent and the noise that the network's output implies at timestep t, and a_s the
+    With x and e the clean latent and the noise that the network's output implies at timestep t, and a_s the
     cumulated alpha of the timestep s that comes after t,
 
-        x_s = sqrt(a_s) x0 + sqrt(1 - a_s - v) e + sqrt(v) n,   v = eta^2 (1 - a_s)/(1 - a_t) (1 - a_t/a_s).
+        x_s = sqrt(a_s) x + sqrt(1 - a_s - v) e + sqrt(v) n,   v = eta^2 (1 - a_s)/(1 - a_t) (1 - a_t/a_s).
 
     `eta` 0 is DDIM. `eta` 1 over all steps of the schedule is the ancestral sampler of DDPM (Ho et al. 2020)
     with its smaller variance; over fewer it is that sampler on the shortened schedule.
@@ -90,21 +140,17 @@ class DDIMSampler:
         self.schedule.set_timesteps(num_inference_steps)
         self.eta = float(eta)
         self._clean = CleanLatent(self.schedule, self.timesteps)
-        levels = signal_and_noise(self.schedule, self.timesteps)
+        levels = signal_and_noise if self.eta else rounded_signal_and_noise
         final = float(self.schedule.final_alpha_cumprod)
-        following = [*levels[1:], (final**0.5, (1.0 - final) ** 0.5)]
-        self._steps = dict(zip(self.timesteps, zip(levels, following), strict=True))
+        visited = [*levels(self.schedule, self.timesteps), (final**0.5, (1.0 - final) ** 0.5)]
+        self._steps = dict(zip(self.timesteps, pairwise(visited), strict=True))
 
-    @property
-    def timesteps(self) -> list[int]:
-        """The timesteps of the trajectory, falling."""
-        return self.schedule.timesteps.tolist()
-
-    def step(self, output: Tensor, timestep: int, latent: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    def step(self, output: Tensor, timestep: int, latent: Tensor, generators: Generators) -> Tensor:
         """One step for a batch of shape (B, C, x, y, z), each sample with its own generator of fresh noise."""
-        if self.eta == 0.0:
-            return self.schedule.step(output, timestep, latent)[0]
         (a, s), (a_next, s_next) = self._steps[timestep]
+        if self.eta == 0.0:
+            clean, noise = self._clean.with_noise(output, latent, a, s)
+            return a_next * clean + s_next * noise
         variance = (self.eta * s_next / s) ** 2 * (1.0 - (a / a_next) ** 2)
         clean = self._clean(output, latent, timestep)
         noise = (latent - a * clean) / s
@@ -112,7 +158,13 @@ class DDIMSampler:
         return moved + variance**0.5 * fresh_noise(latent, generators) if variance else moved
 
 
-def fresh_noise(latent: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def rounded_signal_and_noise(schedule: Scheduler, timesteps: Sequence[int]) -> list[tuple[float, float]]:
+    """`signal_and_noise` as MONAI computes it, in float32 all along: so DDIM's steps are theirs bit for bit."""
+    powers = schedule.alphas_cumprod[list(timesteps)]
+    return list(zip((powers**0.5).tolist(), ((1 - powers) ** 0.5).tolist(), strict=True))
+
+
+def fresh_noise(latent: Tensor, generators: Generators) -> Tensor:
     """Standard normal noise of the latents' shape, each sample's from its own generator on the CPU."""
     noise = torch.stack([torch.randn(latent.shape[1:], generator=generator) for generator in generators])
     if latent.device.type == "cuda":  # from pinned memory the copy does not wait for what the GPU still computes
@@ -123,8 +175,7 @@ def fresh_noise(latent: Tensor, generators: Sequence[torch.Generator]) -> Tensor
 class CleanLatent:
     """The clean latent that the network's output implies, on a schedule of diffusion.
 
-    `DiffusionObjective.clean` is the same for batches of mixed timesteps. Here a timestep's factors are numbers on the
-    host, computed beforehand, so that a trajectory never waits for the device.
+    A timestep's factors are numbers on the host, computed beforehand, so that a trajectory never waits for the device.
 
     Args:
         schedule: of diffusion; its `clip_sample` is heeded.
@@ -132,26 +183,32 @@ class CleanLatent:
     """
 
     def __init__(self, schedule: Scheduler, timesteps: Sequence[int]) -> None:
-        target, levels = target_of(schedule), signal_and_noise(schedule, timesteps)
-        self._factors = {t: _factors(target, *level) for t, level in zip(timesteps, levels, strict=True)}
+        self._target, levels = find_target(target_of(schedule)), signal_and_noise(schedule, timesteps)
+        self._factors = {t: self._target.clean_factors(*level) for t, level in zip(timesteps, levels, strict=True)}
         self._limits = schedule.clip_sample_values if schedule.clip_sample else None
 
     def __call__(self, output: Tensor, latent: Tensor, timestep: int) -> Tensor:
         """The clean latents (B, C, x, y, z) from the network's output for noisy ones at the timestep."""
         of_latent, of_output = self._factors[timestep]
-        clean = of_latent * latent + of_output * output
+        return self._clipped(of_latent * latent + of_output * output)
+
+    def with_noise(self, output: Tensor, latent: Tensor, a: float, s: float) -> tuple[Tensor, Tensor]:
+        """The clean latents and the noise, both (B, C, x, y, z), for noisy latents of the level a, s."""
+        clean = self._clipped(self._target.clean(output, latent, a, s))
+        return clean, self._target.noise(output, latent, a, s)
+
+    def _clipped(self, clean: Tensor) -> Tensor:
         return clean if self._limits is None else clean.clamp(*self._limits)
 
 
-def _factors(target: str, a: float, s: float) -> tuple[float, float]:
-    return {"epsilon": (1.0 / a, -s / a), "sample": (0.0, 1.0), "velocity": (a, -s)}[target]
-
-
-class FlowSampler:
+class FlowSampler(OneStepSampler):
     """Euler steps along the straight path of rectified flow (Liu et al. 2022, arXiv:2209.03003).
 
-    From t to the next timestep s of N, x_s = x_t + (t - s)/N v, with v the velocity from noise to data. The timesteps
-    are those of MONAI's `RFlowScheduler`, whole numbers from N down, and 0 after the last.
+    From t to the next timestep s of N, with v the network's output, the velocity from noise to data,
+
+        x_s = x_t + (t - s)/N v.
+
+    The timesteps are those of MONAI's `RFlowScheduler`, whole numbers from N down, and 0 after the last.
 
     Args:
         schedule: the schedule that the model was trained with; it is copied.
@@ -159,10 +216,8 @@ class FlowSampler:
 
     Raises:
         BundleError: for another kind of schedule, an impossible number of steps, or a schedule whose timesteps are
-            not evenly spaced whole numbers: MONAI's step would round the next one of those and miss the end.
+            not evenly spaced whole numbers, between which the trajectory would miss the end.
     """
-
-    eta = 0.0
 
     def __init__(self, schedule: RFlowScheduler, num_inference_steps: int) -> None:
         if not isinstance(schedule, RFlowScheduler):
@@ -173,25 +228,25 @@ class FlowSampler:
             )
         self.schedule = copy.deepcopy(schedule)
         self.schedule.set_timesteps(checked_steps(num_inference_steps, schedule.num_train_timesteps))
+        self._following = dict(pairwise([*self.timesteps, 0]))
 
-    @property
-    def timesteps(self) -> list[int]:
-        """The timesteps of the trajectory, falling."""
-        return self.schedule.timesteps.tolist()
-
-    def step(self, output: Tensor, timestep: int, latent: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    def step(self, output: Tensor, timestep: int, latent: Tensor, generators: Generators) -> Tensor:
         """One step for a batch of shape (B, C, x, y, z); `generators` are not used."""
-        return self.schedule.step(output, timestep, latent, self._following(timestep))[0]
+        return self._moved(latent, output, timestep, self._following[timestep])
 
-    def _following(self, timestep: int) -> int:
-        return max((t for t in self.timesteps if t < timestep), default=0)
+    def _moved(self, latent: Tensor, velocity: Tensor, timestep: int, following: int) -> Tensor:
+        return latent + velocity * ((timestep - following) / self.schedule.num_train_timesteps)
 
 
 class MidpointSampler(FlowSampler):
     """The midpoint method on the path of rectified flow: a whole step takes the velocity at its middle.
 
-    Of the timesteps of `FlowSampler`, every second one is the middle of a step from the one before to the one after.
-    n timesteps call the network n times, and the error falls with n^2, where that of Euler's steps falls with n.
+    From t over the middle m to s, with v(x, t) the network's output for x at t,
+
+        x_m = x_t + (t - m)/N v(x_t, t),   x_s = x_t + (t - s)/N v(x_m, m).
+
+    Of the timesteps of `FlowSampler`, every second one is a middle. n timesteps call the network n times, and the error
+    falls with n^2, where that of Euler's steps falls with n.
 
     Args:
         schedule: the schedule that the model was trained with; it is copied.
@@ -206,22 +261,22 @@ class MidpointSampler(FlowSampler):
         if len(self.timesteps) % 2:
             raise BundleError(f"--num_inference_steps of --sampler midpoint must be even, got {num_inference_steps}")
 
-    def step(self, output: Tensor, timestep: int, latent: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Half a step, to the middle, or a whole one from where that began; `generators` are not used."""
-        if self.timesteps.index(timestep) % 2 == 0:
-            self._start = timestep, latent
-            return super().step(output, timestep, latent, generators)
-        start, before = self._start
-        return self.schedule.step(output, start, before, self._following(timestep))[0]
+    def walk(self, denoise: Denoise, noise: Tensor, generators: Generators) -> Tensor:
+        """Two timesteps a step; `generators` are not used."""
+        latent = noise
+        for timestep, middle in zip(self.timesteps[::2], self.timesteps[1::2], strict=True):
+            halfway = self.step(denoise(latent, timestep), timestep, latent, generators)
+            latent = self._moved(latent, denoise(halfway, middle), timestep, self._following[middle])
+        return latent
 
 
 def default_sampler(target: str) -> str:
-    """The name of the sampler that a target is sampled with unless another is asked for.
+    """The name of the sampler that a target is sampled with unless another is asked for: that of its schedule.
 
     Raises:
         BundleError: for an unknown target.
     """
-    return schedule_name(target)
+    return find_target(target).schedule
 
 
 def choose_sampler(

@@ -24,15 +24,12 @@ from ignite.engine import Engine, Events
 from torch.utils.data import DataLoader
 
 from scripts.atomic import make_folder, write_json
-from scripts.checkpoints import Checkpoint
 from scripts.conditions import Conditions
 from scripts.devices import process_rank
 from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.options import whole_number
 from scripts.requests import SampleRequests
-from scripts.samplers import Sampler
-from scripts.schedules import check_facts, schedule_facts, target_of
 from scripts.volumes import DTYPES, mid_planes, write_picture, write_volume
 from scripts.writing import BackgroundWriter, HostCopy
 
@@ -51,7 +48,7 @@ class SampleSaver:
         output_dir: folder to write to.
         grid: where the voxels lie.
         conditions: to state them in both units.
-        facts: what the sidecar says of the sampler and of the weights; the same for all samples.
+        facts: what the sidecar says of the model; see `scripts.family.ModelFamily.facts`.
         dtype: of the voxels on disk; see `scripts.volumes.write_volume`.
         write_threads: how many volumes are written at the same time; 0 writes before the next batch is sampled.
 
@@ -111,7 +108,7 @@ class SampleSaver:
 
     def save(self, volume: Any, seed: int, index: int, vector: torch.Tensor) -> None:
         """Write one volume of the grid's shape with its sidecar and picture."""
-        stem = self._stem(seed, index)
+        stem = self.stem(seed, index)
         write_volume(f"{stem}.nii.gz", volume, self.grid, self.facts["dtype"])
         write_picture(f"{stem}.png", mid_planes(volume))
         write_json(f"{stem}.json", self._sidecar(seed, index, vector))
@@ -123,14 +120,15 @@ class SampleSaver:
         Raises:
             BundleError: if another one has its name: it would be lost. Also if its sidecar is damaged.
         """
-        volume, sidecar = (Path(f"{self._stem(seed, index)}.{ending}") for ending in ("nii.gz", "json"))
+        volume, sidecar = (Path(f"{self.stem(seed, index)}.{ending}") for ending in ("nii.gz", "json"))
         if not (volume.exists() and sidecar.exists()):
             return False
         if _same_sample(sidecar, self._sidecar(seed, index, vector)):
             return True
         raise BundleError(f"{sidecar} is of a sample made with other settings: choose another --output_dir or --seed")
 
-    def _stem(self, seed: int, index: int) -> str:
+    def stem(self, seed: int, index: int) -> str:
+        """Path of a sample's files without their endings."""
         return str(self.folder / f"sample_seed-{seed}_{index:06d}")
 
     def _sidecar(self, seed: int, index: int, vector: torch.Tensor) -> dict[str, Any]:
@@ -151,38 +149,6 @@ def _same_sample(sidecar: Path, wanted: Mapping[str, Any]) -> bool:
     if not isinstance(found, Mapping):
         return False
     return {k: v for k, v in found.items() if k != "versions"} == {k: v for k, v in wanted.items() if k != "versions"}
-
-
-def sampling_facts(
-    name: str,
-    sampler: Sampler,
-    amp: Any,
-    autoencoder: Checkpoint,
-    diffusion: Checkpoint,
-    guidance: float | None = None,
-    fast: bool = False,
-    decoder_amp: Any = False,
-) -> dict[str, Any]:
-    """What a sidecar says of how all samples of a run were made.
-
-    Raises:
-        BundleError: if the diffusion model was trained for another target or on another schedule.
-    """
-    check_facts(diffusion, sampler.schedule)
-    weights = {"autoencoder": autoencoder, "diffusion": diffusion}
-    return {
-        "sampler": name,
-        "eta": sampler.eta,
-        "num_inference_steps": len(sampler.timesteps),
-        "guidance": guidance,
-        "target": target_of(sampler.schedule),
-        "schedule": schedule_facts(sampler.schedule),
-        "amp": amp,
-        "decoder_amp": decoder_amp,
-        "fast": fast,
-        "latent_scale": diffusion.latent_scale,
-        "weights": {name: {"file": c.path.name, "sha256": c.sha256} for name, c in weights.items()},
-    }
 
 
 def sample_all(evaluator: Engine, requests: SampleRequests, saver: SampleSaver) -> None:

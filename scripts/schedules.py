@@ -19,12 +19,8 @@ from monai.networks.schedulers import RFlowScheduler, Scheduler
 
 from scripts.checkpoints import Checkpoint
 from scripts.errors import BundleError
+from scripts.targets import FLOW, find_target, from_monais_name
 
-FLOW = "flow"
-# Target -> MONAI's name of it on the schedules of diffusion; the rectified flow has one target, which MONAI also
-# calls v_prediction.
-PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "sample", "velocity": "v_prediction"}
-TARGETS = (*PREDICTION_TYPES, FLOW)
 # Fact of a schedule -> the argument that sets it.
 ARGUMENTS = {
     "num_train_timesteps": "num_train_timesteps",
@@ -34,48 +30,32 @@ ARGUMENTS = {
 }
 
 
-def check_target(target: str) -> str:
-    """The target, if it is one of `TARGETS`.
-
-    Raises:
-        BundleError: for another one.
-    """
-    if target not in TARGETS:
-        raise BundleError(f"--target must be one of {', '.join(TARGETS)}, got '{target}'")
-    return target
-
-
-def schedule_name(target: str) -> str:
-    """Which entry of the map of schedules a target stands on: `flow`, or `ddim` for the other three."""
-    return FLOW if check_target(target) == FLOW else "ddim"
-
-
 def choose_schedule(schedules: Mapping[str, Callable[..., Scheduler]], target: str) -> Scheduler:
-    """The schedule that a target is trained and sampled on.
+    """The schedule that a target is trained and sampled on; `target_of` knows the target from it.
 
     Args:
-        schedules: what builds them, by the names of `schedule_name`.
+        schedules: what builds them, by the names that `scripts.targets.TARGETS` gives them.
         target: what the network estimates.
 
     Raises:
         BundleError: for an unknown target.
     """
-    build = schedules[schedule_name(target)]
-    return build() if target == FLOW else build(prediction_type=PREDICTION_TYPES[target])
+    row = find_target(target)
+    schedule = schedules[row.schedule](**({"prediction_type": row.monais} if row.monais else {}))
+    schedule.target = target
+    return schedule
 
 
 def target_of(schedule: Scheduler) -> str:
-    """The target of a schedule that `choose_schedule` made: its inverse."""
-    return FLOW if isinstance(schedule, RFlowScheduler) else _named(schedule.prediction_type)
-
-
-def _named(prediction_type: str) -> str:
-    return next((target for target, name in PREDICTION_TYPES.items() if name == prediction_type), prediction_type)
+    """The target of a schedule: the one that it was chosen for, or else the one that MONAI's schedule itself names."""
+    if hasattr(schedule, "target"):
+        return str(schedule.target)
+    return FLOW if isinstance(schedule, RFlowScheduler) else from_monais_name(schedule.prediction_type)
 
 
 def signal_and_noise(schedule: Scheduler, timesteps: Iterable[int]) -> list[tuple[float, float]]:
     """The factors a of the clean latent and s of the noise at each timestep, as in `DiffusionObjective`."""
-    if target_of(schedule) == FLOW:
+    if isinstance(schedule, RFlowScheduler):
         levels = [timestep / schedule.num_train_timesteps for timestep in timesteps]
         return [(1.0 - level, level) for level in levels]
     powers = [schedule.alphas_cumprod[timestep].item() for timestep in timesteps]
@@ -85,7 +65,7 @@ def signal_and_noise(schedule: Scheduler, timesteps: Iterable[int]) -> list[tupl
 def schedule_facts(schedule: Scheduler) -> dict[str, Any]:
     """The noise levels of a schedule as plain data: its length and, for diffusion, three of its betas."""
     facts: dict[str, Any] = {"num_train_timesteps": schedule.num_train_timesteps}
-    if target_of(schedule) != FLOW:
+    if not isinstance(schedule, RFlowScheduler):
         places = {"beta_first": 0, "beta_middle": len(schedule.betas) // 2, "beta_last": -1}
         facts |= {name: float(f"{schedule.betas[place].item():.6g}") for name, place in places.items()}
     return facts
@@ -101,7 +81,7 @@ def check_facts(checkpoint: Checkpoint, schedule: Scheduler) -> None:
         BundleError: naming the flag to give.
     """
     facts, target = checkpoint.facts, target_of(schedule)
-    trained = facts.get("target", _named(facts["prediction_type"]) if "prediction_type" in facts else target)
+    trained = facts.get("target", from_monais_name(facts["prediction_type"]) if "prediction_type" in facts else target)
     if trained != target:
         raise BundleError(
             f"{checkpoint.path} was trained for the target {trained}, not {target}: give --target {trained}"
@@ -109,7 +89,7 @@ def check_facts(checkpoint: Checkpoint, schedule: Scheduler) -> None:
     now, then = schedule_facts(schedule), facts.get("schedule", {})
     for name, argument in ARGUMENTS.items():
         if name in then and then[name] != now.get(name):
-            flag = f"--schedules::{schedule_name(target)}::{argument}"
+            flag = f"--schedules::{find_target(target).schedule}::{argument}"
             raise BundleError(
                 f"{checkpoint.path} was trained on a schedule with {name} {then[name]}, not {now.get(name)}: "
                 f"give {flag} as in its training"

@@ -17,7 +17,6 @@ the limits of agreement, mean +- 1.96 standard deviations of the differences (Bl
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,9 @@ from tqdm import tqdm
 
 from scripts.correlation import pearson
 from scripts.datasets import split
-from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.measured_volumes import grid_of
+from scripts.programs import errors_in_one_line
 from scripts.segmenter import Segmenter, brain_volumes, load_segmenter, summarised
 from scripts.segmenter_training import LOOKS, LoadSharesd, labelled_participants, random_contrast, targets_of
 from scripts.tables import write_table
@@ -105,7 +104,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line():
         main()
-    except BundleError as error:
-        sys.exit(f"error: {error}")

@@ -26,12 +26,12 @@ from torch.utils.data import Dataset
 
 from scripts.conditions import Conditions
 from scripts.correlation import pearson
-from scripts.datasets import TABLE, LoadVolumed, participants
+from scripts.datasets import TABLE, LoadVolumed, participants, read_on_grid
 from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.optimisation import Batch
 from scripts.options import number, probability
-from scripts.phantom_heads import LABELS, onto_grid
+from scripts.phantom_heads import LABELS
 from scripts.precision import autocast
 from scripts.segmenter import (
     BRAIN,
@@ -136,7 +136,7 @@ class LoadSharesd(MapTransform):
         """
         loaded = self.load_image(data)
         image = divisible(thinned(loaded["image"], self.grid, self.spacing))
-        labels = torch.as_tensor(onto_grid(Path(loaded.pop("labels")), self.grid, "nearest"))
+        labels = torch.as_tensor(read_on_grid(loaded.pop("labels"), self.grid, "nearest"))
         whole = labels.byte()
         if not torch.equal(whole.float(), labels) or whole.max() >= len(LABELS):
             raise BundleError(f"{data['labels']} holds other labels than those of phantoms, 0 to {len(LABELS) - 1}")

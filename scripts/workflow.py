@@ -41,6 +41,19 @@ def current_config() -> dict[str, Any]:
     Raises:
         RuntimeError: if no configuration is being evaluated.
     """
+    return _parser().get()
+
+
+def build(name: str) -> Any:
+    """A part of the configuration that is now being evaluated, built when it is asked for: a reference would be sooner.
+
+    Raises:
+        RuntimeError: if no configuration is being evaluated.
+    """
+    return _parser().ref_resolver.get_resolved_content(name)
+
+
+def _parser() -> ConfigParser:
     frame: FrameType | None = sys._getframe()
     found = None
     while frame is not None:
@@ -49,7 +62,7 @@ def current_config() -> dict[str, Any]:
         frame = frame.f_back
     if found is None:
         raise RuntimeError("no MONAI configuration is being evaluated: call this from an expression of a config")
-    return found.get()
+    return found
 
 
 def config_text() -> str:

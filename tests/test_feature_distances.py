@@ -25,7 +25,7 @@ import torch
 
 from scripts.errors import BundleError
 from scripts.metrics.features import FeatureNetworks, FeatureSet
-from scripts.metrics.fid import FrechetDistance, GaussianSums, frechet_distance, frechet_distance_of_samples
+from scripts.metrics.fid import FrechetDistance, frechet_distance, frechet_distance_of_samples
 from scripts.metrics.kid import KernelDistance, polynomial_mmd
 from scripts.volume_folders import VolumeFolder
 
@@ -92,17 +92,6 @@ def test_fid_between_gaussians_with_a_common_basis_is_the_closed_form() -> None:
 def test_what_is_no_covariance_is_refused() -> None:
     with pytest.raises(ValueError, match="eigenvalue -1"):
         frechet_distance(np.zeros(2), np.diag([1.0, -1.0]), np.zeros(2), np.eye(2))
-
-
-def test_sums_over_portions_are_numpy_s_moments() -> None:
-    rows = features(9, 57, 5) + 1e4
-    sums, other = GaussianSums(5), GaussianSums(5)
-    for portion in np.split(rows[:40], [1, 2, 2, 17]):
-        sums.update(portion)
-    other.update(rows[40:])
-    sums.merge(other)
-    assert sums.count == 57 and np.allclose(sums.mean, rows.mean(axis=0))
-    assert np.allclose(sums.covariance, np.cov(rows, rowvar=False), rtol=1e-9)
 
 
 def slow_mmd(first: np.ndarray, second: np.ndarray) -> float:

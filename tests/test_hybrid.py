@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The inferer that training and sampling share."""
+"""The denoiser's conditions, and sampling latents with it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scripts.checkpoints import Checkpoint, load_network
 from scripts.guidance import NULL_CONDITION
-from scripts.hybrid import HybridInferer, LatentDiffusionSampler
+from scripts.hybrid import HybridInferer
+from scripts.latent_diffusion import LatentDiffusion
 
 SHAPE = (3, 4, 8, 4)
 
@@ -51,17 +52,21 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-def test_training_adds_the_noise_of_the_schedule_and_conditions_both_ways() -> None:
+def test_conditions_go_in_both_ways() -> None:
     given, network = batch(), Recorder()
-    inferer()(network=network, **given)
+    inferer().denoise(network, given["noise"], given["timesteps"], given["condition"])
     x, timesteps, context = network.given
-    betas = torch.linspace(0.0015**0.5, 0.0205**0.5, 1000, dtype=torch.float64) ** 2
-    alphas = torch.cumprod(1 - betas, 0)[given["timesteps"]].float()[:, None, None, None, None]
-    noisy = alphas.sqrt() * given["inputs"] + (1 - alphas).sqrt() * given["noise"]
-    assert torch.allclose(x[:, :3], noisy, atol=1e-5)
+    assert torch.equal(x[:, :3], given["noise"])
     assert torch.equal(x[:, 3:], given["condition"][:, :, None, None, None].expand(2, 4, *SHAPE[1:]))
     assert torch.equal(context, given["condition"][:, None])
     assert torch.equal(timesteps, given["timesteps"])
+
+
+def test_a_denoiser_without_conditions_gets_no_context() -> None:
+    given, network = batch(), Recorder()
+    inferer().denoise(network, given["noise"], given["timesteps"], torch.zeros(2, 0))
+    x, _, context = network.given
+    assert torch.equal(x, given["noise"]) and context is None
 
 
 def test_mixed_precision_computes_in_bfloat16_and_returns_float32() -> None:
@@ -73,23 +78,8 @@ def test_mixed_precision_computes_in_bfloat16_and_returns_float32() -> None:
         return seen[-1]
 
     for amp, dtype in ((False, torch.float32), (1, torch.bfloat16), ("true", torch.bfloat16)):
-        output = inferer(amp=amp)(network=network, **given)  # type: ignore[arg-type]
+        output = inferer(amp=amp).denoise(network, given["noise"], given["timesteps"], given["condition"])  # type: ignore[arg-type]
         assert seen[-1].dtype == dtype and output.dtype == torch.float32
-
-
-def test_sampling_calls_the_network_as_training_does() -> None:
-    config = configuration()
-    weights = Checkpoint("x", generative_network(config, "network_def").state_dict())  # type: ignore[arg-type]
-    network, given = load_network(config.get_parsed_content("network_def"), weights, 1), batch()
-    hybrid = config.get_parsed_content("hybrid_inferer")
-    noisy = config.get_parsed_content("schedule").add_noise(given["inputs"], given["noise"], given["timesteps"])
-    with torch.no_grad():
-        trained = hybrid(network=network, **given)
-        sampled = [
-            hybrid.denoise(network, noisy[i : i + 1], given["timesteps"][i : i + 1], given["condition"][i : i + 1])
-            for i in (0, 1)
-        ]
-    assert torch.allclose(trained, torch.cat(sampled), rtol=1e-4, atol=1e-5)
 
 
 class Decoder(nn.Module):
@@ -102,10 +92,10 @@ class Decoder(nn.Module):
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_latents_are_divided_by_their_scale_before_decoding(scale: float) -> None:
     config = configuration(num_inference_steps=2)
-    sampler = LatentDiffusionSampler(inferer(), config.get_parsed_content("chosen_sampler"), Decoder(), scale)
-    given = batch()
-    latent = sampler.sample_latent(given["noise"], Recorder(), given["condition"], [])
-    volumes = sampler(given["noise"], Recorder(), given["condition"], [])
+    steps, given = config.get_parsed_content("chosen_sampler"), batch()
+    family = LatentDiffusion(Recorder(), Decoder(), inferer(), steps, latent_scale=scale)
+    latent = family.sample_latent(given["noise"], given["condition"], [])
+    volumes = family.sample(given["noise"], given["condition"], [])
     assert torch.allclose(volumes, 2.0 * latent[:, :1] / scale)
 
 
@@ -124,8 +114,8 @@ def test_network_and_decoder_have_precisions_of_their_own(amp: Any, decoder_amp:
             return super().forward(*args, **kwargs)
 
     steps = configuration(num_inference_steps=2).get_parsed_content("chosen_sampler")
-    sampler = LatentDiffusionSampler(inferer(amp=amp), steps, Watching(), decoder_amp=decoder_amp)
-    volumes = sampler(batch()["noise"], Network(), batch()["condition"], [])
+    family = LatentDiffusion(Network(), Watching(), inferer(amp=amp), steps, decoder_amp=decoder_amp)
+    volumes = family.sample(batch()["noise"], batch()["condition"], [])
     assert seen == {"network": bool(amp), "decoder": bool(decoder_amp)} and volumes.dtype == torch.float32
 
 
@@ -145,14 +135,10 @@ class Linear(Recorder):
 def guided(guidance: float | None, condition: Tensor, target: str = "epsilon", steps: int = 3) -> tuple[Tensor, int]:
     """Sampled latents, and how often the network was called."""
     config = configuration(num_inference_steps=steps, target=target)
-    sampler = LatentDiffusionSampler(
-        config.get_parsed_content("hybrid_inferer"),
-        config.get_parsed_content("chosen_sampler"),
-        Decoder(),
-        guidance=guidance,
-    )
+    hybrid, sampler = config.get_parsed_content("hybrid_inferer"), config.get_parsed_content("chosen_sampler")
     network = Linear()
-    return sampler.sample_latent(batch()["noise"], network, condition, []), network.calls
+    family = LatentDiffusion(network, Decoder(), hybrid, sampler, guidance=guidance)
+    return family.sample_latent(batch()["noise"], condition, []), network.calls
 
 
 @pytest.mark.parametrize("target", ["epsilon", "flow"])
@@ -180,8 +166,9 @@ def test_guidance_extrapolates_from_the_null_vector(scale: float) -> None:
 def test_guidance_calls_the_network_once_a_step_on_a_gpu() -> None:
     config, given = configuration(num_inference_steps=3), batch()
     hybrid, steps = config.get_parsed_content("hybrid_inferer"), config.get_parsed_content("chosen_sampler")
-    sampler, network = LatentDiffusionSampler(hybrid, steps, Decoder(), guidance=2.0), Linear()
-    latent = sampler.sample_latent(given["noise"].cuda(), network, given["condition"].cuda(), [])
+    network = Linear()
+    family = LatentDiffusion(network, Decoder(), hybrid, steps, guidance=2.0)
+    latent = family.sample_latent(given["noise"].cuda(), given["condition"].cuda(), [])
     assert network.calls == 3
     assert torch.allclose(latent.cpu(), guided(2.0, given["condition"])[0], rtol=1e-4, atol=1e-4)
 
@@ -219,8 +206,8 @@ def test_no_value_is_read_back_while_a_trajectory_runs(name: str) -> None:
     target = "flow" if name in ("flow", "midpoint") else "epsilon"
     config, given = configuration(target=target, sampler=name, num_inference_steps=4), batch()
     hybrid, steps = config.get_parsed_content("hybrid_inferer"), config.get_parsed_content("chosen_sampler")
-    sampler = LatentDiffusionSampler(hybrid, steps, Decoder(), guidance=2.0)
+    family = LatentDiffusion(Linear(), Decoder(), hybrid, steps, guidance=2.0)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     with Operators() as operators:
-        sampler.sample_latent(given["noise"], Linear(), given["condition"], generators)
+        family.sample_latent(given["noise"], given["condition"], generators)
     assert "aten::cat" in operators.names and not {"aten::_local_scalar_dense", "aten::item"} & operators.names

@@ -135,7 +135,7 @@ def test_the_same_volumes_bit_for_bit(
         save_file(state, tmp_path / "diffusion.safetensors")
         flags["diffusion_path"] = str(tmp_path / "diffusion.safetensors")
     run_here([BASE, TINY], output_dir=str(tmp_path / "released"), **flags)
-    copied = {"diffusion::take": False, "inferer::release": None}
+    copied = {"diffusion::take": False, "families::latent_diffusion::release": None}
     run_here([BASE, TINY], output_dir=str(tmp_path / "copied"), **flags, **copied)
     found, wanted = voxels(tmp_path / "released"), voxels(tmp_path / "copied")
     assert len(found) == 2 and all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))

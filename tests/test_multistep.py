@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from torch import Tensor
 from scripts.errors import BundleError
 from scripts.multistep import MultistepSampler, even_in_log_ratio
 from scripts.samplers import DDIMSampler, FlowSampler, LeadingDDIMScheduler, MidpointSampler
-from scripts.schedules import PREDICTION_TYPES, signal_and_noise
+from scripts.schedules import choose_schedule, signal_and_noise
+from scripts.targets import TARGETS
 
 SHAPE = (2, 3, 4, 6, 8)
+PREDICTION_TYPES = {name: row.monais for name, row in TARGETS.items() if row.monais}
 
 
 def schedule(target: str = "epsilon") -> LeadingDDIMScheduler:
@@ -56,9 +59,7 @@ def key(target: str, corrector: bool, steps: int) -> str:
 
 def walk(sampler: MultistepSampler, latent: Tensor) -> Tensor:
     """The end of a trajectory with the stand-in for a network."""
-    for timestep in sampler.timesteps:
-        latent = sampler.step(network(latent, timestep), timestep, latent, [])
-    return latent
+    return sampler.sample(network, latent, [])
 
 
 def diffusers_walk(target: str, corrector: bool, steps: int) -> Tensor:
@@ -104,23 +105,28 @@ EVEN = 1600  # timesteps of a flow that 20, 40 and 80 steps divide evenly
 def fine_schedule(target: str = "epsilon") -> LeadingDDIMScheduler:
     """The base's noise levels at 20 times as many timesteps."""
     given: dict[str, Any] = {"beta_start": 0.0015 * 1000 / FINE, "beta_end": 0.0205 * 1000 / FINE}
-    kind = PREDICTION_TYPES[target]
-    return LeadingDDIMScheduler(FINE, "scaled_linear_beta", clip_sample=False, prediction_type=kind, **given)
+    build = partial(LeadingDDIMScheduler, FINE, "scaled_linear_beta", clip_sample=False, **given)
+    return choose_schedule({"ddim": build}, target)
 
 
 def outputs(target: str, a: float, s: float, latent: Tensor) -> Tensor:
     """What a perfect network puts out for a noisy latent a x + s e."""
     clean = MEAN + a * DEVIATION**2 * (latent - a * MEAN) / (a**2 * DEVIATION**2 + s**2)
     noise = (latent - a * clean) / s
-    return {"epsilon": noise, "sample": clean, "velocity": a * noise - s * clean, "flow": clean - noise}[target]
+    return TARGETS[target].output(clean, noise, a, s)
 
 
 def error(sampler: Any, target: str) -> float:
     """The largest error of the clean latents at the last timestep of a trajectory, in float64."""
     start = torch.linspace(-2.5, 2.5, 11, dtype=torch.float64)
-    levels, latent = signal_and_noise(sampler.schedule, sampler.timesteps), start
-    for timestep, (a, s) in zip(sampler.timesteps, levels):
-        latent = sampler.step(outputs(target, a, s, latent), timestep, latent, [])
+    levels = signal_and_noise(sampler.schedule, sampler.timesteps)
+    of_timestep = dict(zip(sampler.timesteps, levels))
+
+    def denoise(latent: Tensor, timestep: int) -> Tensor:
+        a, s = of_timestep[timestep]
+        return outputs(target, a, s, latent)
+
+    latent = sampler.sample(denoise, start, [])
     first, last = levels[0], levels[-1] if target != "flow" else (1.0, 0.0)
     spread = [math.hypot(a * DEVIATION, s) for a, s in (first, last)]
     noisy = last[0] * MEAN + (start - first[0] * MEAN) * spread[1] / spread[0]
@@ -134,6 +140,8 @@ ORDERS: list[tuple[str, Callable[[int], Any], float, float]] = [
     ("sample", lambda n: MultistepSampler(fine_schedule("sample"), n), 1.8, 2.4),
     ("velocity", lambda n: MultistepSampler(fine_schedule("velocity"), n), 1.8, 2.4),
     ("velocity", lambda n: MultistepSampler(fine_schedule("velocity"), n, corrector=True), 1.9, 4.0),
+    ("difference", lambda n: DDIMSampler(fine_schedule("difference"), n), 0.7, 1.2),
+    ("difference", lambda n: MultistepSampler(fine_schedule("difference"), n), 1.8, 2.4),
     ("flow", lambda n: FlowSampler(RFlowScheduler(EVEN, use_discrete_timesteps=True), n), 0.8, 1.2),
     ("flow", lambda n: MidpointSampler(RFlowScheduler(EVEN, use_discrete_timesteps=True), n), 1.8, 4.0),
 ]
@@ -169,17 +177,23 @@ def test_a_new_trajectory_forgets_the_last_one() -> None:
     sampler = MultistepSampler(schedule(), 4, corrector=True)
     start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
 
-    first = walk(sampler, start)
-    sampler.step(start, sampler.timesteps[0], start, [])  # one that was broken off
+    first, calls = walk(sampler, start), [0]
+
+    def broken_off(latent: Tensor, timestep: float) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+        return network(latent, timestep)
+
+    with pytest.raises(KeyboardInterrupt):
+        sampler.sample(broken_off, start + 1.0, [])
     assert torch.equal(walk(sampler, start), first)
-    with pytest.raises(ValueError, match="needs the step before it"):
-        sampler.step(start, sampler.timesteps[2], start, [])
 
 
 def test_clean_latents_are_clipped_where_the_schedule_says_so() -> None:
     clipping = LeadingDDIMScheduler(1000, "scaled_linear_beta", beta_start=0.0015, beta_end=0.0205, clip_sample=True)
     start = 5 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
-    ends = [MultistepSampler(s, 1).step(torch.zeros(SHAPE), 999, start, []) for s in (clipping, schedule())]
+    ends = [MultistepSampler(s, 1).sample(lambda z, t: torch.zeros(SHAPE), start, []) for s in (clipping, schedule())]
     assert ends[0].abs().max() == 1.0 < ends[1].abs().max()
 
 

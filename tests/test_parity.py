@@ -139,20 +139,20 @@ def test_ddim_trajectory_and_decoding_are_the_originals(
     with torch.no_grad():
         image = autoencoder.decode_stage_2_outputs(latent)
 
-    inferer, network = sampling(files, device, **DIFFERENT_SIZES)
-    sampled = inferer.sample_latent(noise, network, condition, [])
-    assert len(inferer.sampler.timesteps) == 50
+    family = sampling(files, device, **DIFFERENT_SIZES)
+    sampled = family.sample_latent(noise, condition, [])
+    assert len(family.sampler.timesteps) == 50
     assert relative_difference(sampled, latent) < BOUND
-    assert relative_difference(inferer.decode(sampled), image) < BOUND
-    assert relative_difference(inferer(noise, network, condition, []), image) < BOUND
+    assert relative_difference(family.decode(sampled), image) < BOUND
+    assert relative_difference(family.sample(noise, condition, []), image) < BOUND
 
 
-def sampling(files: dict[str, Path], device: torch.device, **overrides: Any) -> tuple[Any, nn.Module]:
-    """The base's inferer and UNet, with the weights of the files."""
+def sampling(files: dict[str, Path], device: torch.device, **overrides: Any) -> Any:
+    """The base's family, with the weights of the files."""
     paths = {"autoencoder_path": str(files["autoencoder_def"]), "diffusion_path": str(files["network_def"])}
     overlays = overrides.pop("overlays", [TINY])
     parser = configuration(overlays, device=str(device), **paths, **overrides)
-    return parser.get_parsed_content("inferer"), parser.get_parsed_content("diffusion")
+    return parser.get_parsed_content("chosen_family")
 
 
 def test_ddpm_is_the_originals_with_the_same_draws(
@@ -165,9 +165,9 @@ def test_ddpm_is_the_originals_with_the_same_draws(
     unet = originals["network_def"].to(device)
     latent = original_latent(config, unet, noise, condition, "DDPMScheduler", 50, generator=draws)
 
-    inferer, network = sampling(files, device, **overrides)
-    sampled = inferer.sample_latent(noise, network, condition, [torch.Generator().manual_seed(5)])
-    assert inferer.sampler.timesteps == list(range(49, -1, -1))
+    family = sampling(files, device, **overrides)
+    sampled = family.sample_latent(noise, condition, [torch.Generator().manual_seed(5)])
+    assert family.sampler.timesteps == list(range(49, -1, -1))
     assert relative_difference(sampled, latent) < 1e-4
 
 

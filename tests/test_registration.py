@@ -48,7 +48,7 @@ from scripts.registration import (
 )
 from scripts.scan_checks import field_of_view, header_findings, pose
 from scripts.scans import Scan, load_scan
-from scripts.skull_stripping import CommandStripper, SynthStrip, TemplateStripper, dice
+from scripts.skull_stripping import CommandStripper, SynthStrip, TemplateStripper
 from scripts.synthstrip import StripNet, brain_mask, fetch, load_strip_net
 from scripts.unires import UniRes
 
@@ -63,6 +63,11 @@ POSES = [
     ((20, -30, 25), (10, -35, 40), "ILP"),
 ]
 ABSURD = ((5, 5, 5), (300, -250, 400), "RAS")
+
+
+def dice(one: np.ndarray, other: np.ndarray) -> float:
+    """Overlap of two boolean arrays, 0..1 (Dice 1945)."""
+    return 2.0 * int((one & other).sum()) / (int(one.sum()) + int(other.sum()))
 
 
 def posed(image: nib.Nifti1Image, angles: tuple, shift: tuple, axes: str) -> tuple[nib.Nifti1Image, np.ndarray]:

@@ -38,11 +38,12 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 def walk(sampler: DDIMSampler, clean: Tensor, start: Tensor, own: list[torch.Generator]) -> Tensor:
     """The end of a trajectory along which the network knows the clean latent."""
-    alphas, latent = sampler.schedule.alphas_cumprod, start
-    for timestep in sampler.timesteps:
-        noise = (latent - alphas[timestep].sqrt() * clean) / (1 - alphas[timestep]).sqrt()
-        latent = sampler.step(noise, timestep, latent, own)
-    return latent
+    alphas = sampler.schedule.alphas_cumprod
+
+    def noise(latent: Tensor, timestep: int) -> Tensor:
+        return (latent - alphas[timestep].sqrt() * clean) / (1 - alphas[timestep]).sqrt()
+
+    return sampler.sample(noise, start, own)
 
 
 def test_fifty_timesteps_are_the_originals_and_not_monais() -> None:
@@ -148,10 +149,8 @@ def test_flow_timesteps_are_monais_and_end_at_the_data(steps: int) -> None:
     sampler = FlowSampler(RFlowScheduler(num_train_timesteps=1000), steps)
     assert sampler.timesteps == monais.timesteps.tolist()
     start, velocity = torch.randn(2, 1, *SHAPE, generator=torch.Generator().manual_seed(1))
-    latent = start
-    for timestep in sampler.timesteps:
-        latent = sampler.step(velocity, timestep, latent, [])
-    assert torch.allclose(latent, start + velocity, atol=1e-4)  # the whole way in the time of one
+    end = sampler.sample(lambda latent, timestep: velocity, start, [])
+    assert torch.allclose(end, start + velocity, atol=1e-4)  # the whole way in the time of one
 
 
 def test_flow_step_is_eulers() -> None:
@@ -165,10 +164,16 @@ def test_flow_step_is_eulers() -> None:
 def test_midpoint_takes_the_velocity_of_the_middle() -> None:
     sampler = MidpointSampler(RFlowScheduler(num_train_timesteps=1000, use_discrete_timesteps=True), 4)
     latent, first, second = torch.randn(3, 1, *SHAPE, generator=torch.Generator().manual_seed(1))
-    middle = sampler.step(first, 1000, latent, [])
-    assert torch.allclose(middle, latent + 0.25 * first, atol=1e-6)
-    end = sampler.step(second, 750, middle, [])
-    assert torch.allclose(end, latent + 0.5 * second, atol=1e-6)
+    velocities, seen = {1000: first, 750: second, 500: -second, 250: 0 * first}, {}
+
+    def denoise(latent: Tensor, timestep: int) -> Tensor:
+        seen[timestep] = latent
+        return velocities[timestep]
+
+    end = sampler.sample(denoise, latent, [])
+    assert torch.allclose(seen[750], latent + 0.25 * first, atol=1e-6)
+    assert torch.allclose(seen[500], latent + 0.5 * second, atol=1e-6)
+    assert torch.allclose(seen[250], seen[500] - 0.25 * second, atol=1e-6) and torch.equal(end, seen[500])
     with pytest.raises(BundleError, match="--sampler midpoint must be even, got 5"):
         MidpointSampler(RFlowScheduler(num_train_timesteps=1000, use_discrete_timesteps=True), 5)
 
@@ -209,7 +214,23 @@ def test_no_step_waits_for_the_device(name: str) -> None:
     """Tensors on the device `meta` have no values: whatever needs one on the host fails."""
     target = "flow" if name in ("flow", "midpoint") else "epsilon"
     sampler = configuration([], target=target, sampler=name, num_inference_steps=6).get_parsed_content("chosen_sampler")
-    latent = torch.empty(2, *SHAPE, device="meta")
-    for timestep in sampler.timesteps:
-        latent = sampler.step(latent, timestep, latent, generators(1, 2))
-    assert latent.device.type == "meta"
+    start = torch.empty(2, *SHAPE, device="meta")
+    end = sampler.sample(lambda latent, timestep: latent, start, generators(1, 2))
+    assert end.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm", "unipc", "flow", "midpoint"])
+def test_two_trajectories_of_one_sampler_may_run_at_once(name: str) -> None:
+    target = "flow" if name in ("flow", "midpoint") else "velocity"
+    sampler = configuration([], target=target, sampler=name, num_inference_steps=6).get_parsed_content("chosen_sampler")
+    first, second = torch.randn(2, 1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    alone = [sampler.sample(lambda latent, timestep: latent.sin(), start, generators(3)) for start in (first, second)]
+    inner = []
+
+    def denoise(latent: Tensor, timestep: int) -> Tensor:
+        """Walks the whole other trajectory at each step of this one."""
+        inner.append(sampler.sample(lambda latent, timestep: latent.sin(), second, generators(3)))
+        return latent.sin()
+
+    assert torch.equal(sampler.sample(denoise, first, generators(3)), alone[0])
+    assert len(inner) == 6 and all(torch.equal(end, alone[1]) for end in inner)

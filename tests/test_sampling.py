@@ -27,7 +27,7 @@ from PIL import Image
 from released import configuration
 
 from scripts.errors import find_bundle_error
-from scripts.schedules import TARGETS
+from scripts.targets import TARGETS
 
 CARD = {"gender": 1.0, "age": 0.7, "ventricular_vol": 0.7, "brain_vol": 0.5}
 CONFIGS = [BASE, TINY]
@@ -126,7 +126,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"device": "tpu"}, "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     ({"device": "mps"}, "--device must be auto, cpu, cuda or cuda:N, got 'mps'"),
     ({"sampler": "x"}, "--sampler must be one of ddim, ddpm, dpm, unipc, flow, midpoint, got 'x'"),
-    ({"target": "noise"}, "--target must be one of epsilon, sample, velocity, flow, got 'noise'"),
+    ({"target": "noise"}, "--target must be one of epsilon, sample, velocity, flow, difference, got 'noise'"),
     ({"target": "flow", "sampler": "ddim"}, "give --sampler flow"),
     ({"sampler": "flow"}, "give --sampler ddim, or --target flow"),
     ({"guidance": 2}, "leave out --guidance"),
@@ -142,6 +142,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"load_old": "maybe"}, "--load_old must be 1 or 0"),
     ({"output_dtype": "float64"}, "--output_dtype must be one of uint8"),
     ({"load_old": 0}, "use --load_old 1"),
+    ({"family": "latent_difusion"}, "--family must be one of latent_diffusion, got 'latent_difusion': did you mean"),
 ]
 
 
@@ -300,7 +301,7 @@ def test_targets_differ_and_are_stated(sample: Sample, tmp_path: Path) -> None:
     assert not any(equal(a, b) for i, a in enumerate(volumes) for b in volumes[:i])
     stated = [sidecars(tmp_path / target)[0] for target in TARGETS]
     assert [s["target"] for s in stated] == list(TARGETS)
-    assert [s["sampler"] for s in stated] == ["ddim", "ddim", "ddim", "flow"]
+    assert [s["sampler"] for s in stated] == ["ddim", "ddim", "ddim", "flow", "ddim"]
 
 
 def test_weights_of_another_target(sample: Sample, bundle_copy: Path, output_dir: Path, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from released import configuration
 from scripts.checkpoints import Checkpoint
 from scripts.errors import BundleError, find_bundle_error
 from scripts.samplers import DDIMSampler, FlowSampler, LeadingDDIMScheduler
-from scripts.schedules import TARGETS, check_facts, choose_schedule, schedule_facts, target_of
+from scripts.schedules import check_facts, choose_schedule, schedule_facts, target_of
+from scripts.targets import TARGETS
 
 
 def schedule(target: str = "epsilon", **overrides: Any) -> Any:
@@ -67,7 +68,7 @@ def test_unknown_target(wanted: str) -> None:
     with pytest.raises(Exception) as caught:
         configuration([], target="noise").get_parsed_content(wanted)
     told = str(find_bundle_error(caught.value))
-    assert told == "--target must be one of epsilon, sample, velocity, flow, got 'noise'"
+    assert told == "--target must be one of epsilon, sample, velocity, flow, difference, got 'noise'"
 
 
 # What a checkpoint says.

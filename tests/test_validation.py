@@ -482,22 +482,22 @@ class Blobs:
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, list[float]]] = []
 
-    def __call__(
-        self, inputs: Tensor, network: nn.Module, condition: Tensor, generators: Sequence[torch.Generator]
-    ) -> Tensor:
-        self.calls.append((inputs, condition[0].tolist()))
-        pattern = nn.functional.interpolate(inputs[:, :1], SHAPE, mode="trilinear").sigmoid()
+    noise_shape = (3, 4, 6, 4)
+
+    def sample(self, noise: Tensor, condition: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        self.calls.append((noise, condition[0].tolist()))
+        pattern = nn.functional.interpolate(noise[:, :1], SHAPE, mode="trilinear").sigmoid()
         return 0.5 * condition[:, :1, None, None, None] + 0.5 * pattern
 
 
 def figure(run_dir: Path, **options: Any) -> SampleFigure:
-    given: dict[str, Any] = {"sampler": Blobs(), "conditions": CONDITIONS, "latent_shape": (3, 4, 6, 4), **options}
+    given: dict[str, Any] = {"family": Blobs(), "conditions": CONDITIONS, **options}
     return SampleFigure(Zero(), run_dir=run_dir, **given)
 
 
 def test_samples_have_each_condition_low_and_high(tmp_path: Path) -> None:
     sampler = Blobs()
-    run(figure(tmp_path, sampler=sampler), epochs=2)
+    run(figure(tmp_path, family=sampler), epochs=2)
     vectors = [vector for _, vector in sampler.calls]
     assert vectors == [[0.0, 0.5], [1.0, 0.5], [0.5, 0.0], [0.5, 1.0]] * 2
     noise = sampler.calls[0][0]
@@ -526,7 +526,7 @@ def test_labels_say_both_units() -> None:
 
 def test_requests_of_samples_may_be_given(tmp_path: Path) -> None:
     sampler = Blobs()
-    run(figure(tmp_path, sampler=sampler, requests=[{"age_years": 60, "sex": 1}]))
+    run(figure(tmp_path, family=sampler, requests=[{"age_years": 60, "sex": 1}]))
     assert [vector for _, vector in sampler.calls] == [[0.5, 1.0]]
     with pytest.raises(BundleError, match="no samples to draw"):
         figure(tmp_path, requests=[])

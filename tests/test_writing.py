@@ -147,22 +147,22 @@ def test_a_full_disk_stops_the_run_with_one_error(run_here: RunHere, bundle_copy
 def test_what_was_sampled_before_an_interruption_is_written(
     run_here: RunHere, bundle_copy: Path, output_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from scripts.hybrid import LatentDiffusionSampler
+    from scripts.latent_diffusion import LatentDiffusion
 
     run_here([BASE, TINY], **flags(bundle_copy, tmp_path / "whole"))
-    calls, decode = [0], LatentDiffusionSampler.decode
+    calls, decode = [0], LatentDiffusion.decode
 
-    def interrupted(self: LatentDiffusionSampler, latent: torch.Tensor) -> torch.Tensor:
+    def interrupted(self: LatentDiffusion, latent: torch.Tensor) -> torch.Tensor:
         calls[0] += 1
         if calls[0] == 3:
             raise KeyboardInterrupt
         return decode(self, latent)
 
-    monkeypatch.setattr(LatentDiffusionSampler, "decode", interrupted)
+    monkeypatch.setattr(LatentDiffusion, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_here([BASE, TINY], **flags(bundle_copy, output_dir))
     whole = contents(tmp_path / "whole")
     assert contents(output_dir) == {name: whole[name] for name in whole if "_000000" in name or "_000001" in name}
-    monkeypatch.setattr(LatentDiffusionSampler, "decode", decode)
+    monkeypatch.setattr(LatentDiffusion, "decode", decode)
     run_here([BASE, TINY], **flags(bundle_copy, output_dir))
     assert contents(output_dir) == whole

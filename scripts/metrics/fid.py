@@ -19,49 +19,6 @@ from scripts.metrics.feature_distance import FeatureDistance
 NEGATIVE = 1e-6
 
 
-class GaussianSums:
-    """Mean and covariance of features that come in portions, in float64 (Chan, Golub and LeVeque 1979).
-
-    Args:
-        dimension: number of features.
-    """
-
-    def __init__(self, dimension: int) -> None:
-        self.count = 0
-        self.mean = np.zeros(dimension)
-        self._scatter = np.zeros((dimension, dimension))
-
-    def update(self, features: np.ndarray) -> None:
-        """Take in (N, dimension) more."""
-        portion = GaussianSums(len(self.mean))
-        portion.count = len(features)
-        if portion.count:
-            portion.mean = features.astype(np.float64).mean(axis=0)
-            centred = features - portion.mean
-            portion._scatter = centred.T @ centred
-            self.merge(portion)
-
-    def merge(self, other: GaussianSums) -> None:
-        """Take in what another one has seen."""
-        total = self.count + other.count
-        if total:
-            step = other.mean - self.mean
-            self._scatter += other._scatter + np.outer(step, step) * (self.count * other.count / total)
-            self.mean = self.mean + step * (other.count / total)
-            self.count = total
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """(dimension, dimension), with divisor count - 1.
-
-        Raises:
-            ValueError: for fewer than two.
-        """
-        if self.count < 2:
-            raise ValueError("a covariance needs two or more")
-        return self._scatter / (self.count - 1)
-
-
 def frechet_distance(
     mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, other_covariance: np.ndarray
 ) -> float:
@@ -97,13 +54,16 @@ def frechet_distance_of_samples(first: np.ndarray, second: np.ndarray) -> float:
         first, second: (N, d) and (M, d), N and M at least 2.
     """
     if min(len(first), len(second)) >= first.shape[1]:
-        sums = [GaussianSums(first.shape[1]), GaussianSums(first.shape[1])]
-        for total, features in zip(sums, (first, second)):
-            total.update(features)
-        return frechet_distance(sums[0].mean, sums[0].covariance, sums[1].mean, sums[1].covariance)
+        return frechet_distance(*_moments(first), *_moments(second))
     x, y = (_centred(features) for features in (first, second))
     shared = np.linalg.svd(x @ y.T, compute_uv=False).sum()
     return _distance(first.mean(axis=0) - second.mean(axis=0), (x**2).sum(), (y**2).sum(), shared)
+
+
+def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    mean = features.astype(np.float64).mean(axis=0)
+    centred = features - mean
+    return mean, centred.T @ centred / (len(features) - 1)
 
 
 def _centred(features: np.ndarray) -> np.ndarray:
