@@ -45,7 +45,6 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from benchmarks.measuring import (
-    CONFIGS,
     GIB,
     SIZES,
     Measured,
@@ -63,6 +62,7 @@ from scripts.atomic import make_folder, replacing, write_json
 from scripts.devices import compute_device
 from scripts.errors import BundleError
 from scripts.hybrid import HybridInferer, LatentDiffusionSampler
+from scripts.paths import CONFIGS
 from scripts.precision import half_precision
 from scripts.tables import write_table
 from scripts.volumes import write_volume

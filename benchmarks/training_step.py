@@ -38,10 +38,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.measuring import CONFIGS, GIB, SIZES, machine, measure
+from benchmarks.measuring import GIB, SIZES, machine, measure
 from scripts.atomic import write_json
 from scripts.devices import compute_device
 from scripts.errors import BundleError
+from scripts.paths import CONFIGS
 from scripts.perceptual import LPIPS
 
 PRECISIONS = {"fp32": "0", "bf16": "bf16", "fp16": "fp16"}

@@ -32,6 +32,7 @@ from scripts import distributed
 from scripts.atomic import make_folder, replacing
 from scripts.errors import BundleError
 from scripts.options import whole_number
+from scripts.paths import PACKAGE
 from scripts.repeatable import Stream
 from scripts.workflow import config_text
 
@@ -41,7 +42,6 @@ PATTERN = "checkpoint_iteration={}.pt"
 BEST, LOCK = "best.pt", ".lock"
 WORDS = {"samples": "samples in the dataset", "batch": "samples in a batch of all processes"}
 SCRIPTS = "scripts_sha256"
-SOURCES = Path(__file__).resolve().parent
 
 
 class Checkpoints:
@@ -297,7 +297,7 @@ def _say_what_changed(saved: str, code: Mapping[str, str]) -> None:
 def code_version() -> dict[str, str]:
     """Versions of what a training runs on, and a hash of this bundle's own code."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.rglob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.read_bytes())
     return {SCRIPTS: digest.hexdigest(), **{name: version(name) for name in ("torch", "monai", "numpy")}}
 

@@ -43,16 +43,16 @@ from scripts.checkpoints import write_safetensors
 from scripts.conditions import Conditions
 from scripts.curves import draw, losses, validations
 from scripts.errors import BundleError
+from scripts.paths import MODELS, ROOT
 from scripts.tables import write_table
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parent.parent
 BASE, DEMO, TINY = "configs/inference.json", "configs/demo.yaml", "configs/tiny.yaml"
 PROBED = 20
 EPOCHS = 20
 GRACE_S = 30.0
-HIGHRES3DNET = ROOT / "models" / "highres3dnet.pth"
+HIGHRES3DNET = MODELS / "highres3dnet.pth"
 DELIVERED = (
     "evaluation/evaluation.html",
     "evaluation/evaluation.json",

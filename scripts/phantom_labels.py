@@ -38,13 +38,13 @@ from tqdm import tqdm
 
 from scripts.atomic import make_folder, replacing
 from scripts.errors import BundleError
+from scripts.paths import MODELS, ROOT
 from scripts.phantom_heads import LABELS
 from scripts.scans import Scan, load_scan
 from scripts.tables import read_table
 from scripts.volumetry import Atlas, atlas_labels, fetch_atlas, segmented
 from scripts.warping import warped_onto
 
-ROOT = Path(__file__).resolve().parent.parent
 STRUCTURES = {
     "lateral_ventricles": (4, 5, 43, 44),
     "third_ventricle": (14,),
@@ -163,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.phantom_labels", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset_dir", type=Path, default=ROOT / "dataset", help="the prepared example heads")
     parser.add_argument("--atlas_dir", type=Path, default=ROOT / "data" / "atlas", help="where the atlas is kept")
-    parser.add_argument("--labels_dir", type=Path, default=ROOT / "models" / "heads", help="where the maps go")
+    parser.add_argument("--labels_dir", type=Path, default=MODELS / "heads", help="where the maps go")
     flags = parser.parse_args()
     atlas = fetch_atlas(flags.atlas_dir)
     structures = {name: atlas_labels(flags.atlas_dir, atlas.head, numbers) for name, numbers in STRUCTURES.items()}

@@ -20,6 +20,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import ROOT
 from nibabel.affines import apply_affine
 from preparing import CONDITIONS, save, steps
 from scipy.spatial.transform import Rotation
@@ -33,7 +34,6 @@ from scripts.registration import Registration, Scan, load_template, register, re
 from scripts.scans import load_scan
 from scripts.tables import read_table, write_table
 
-ROOT = Path(__file__).resolve().parent.parent
 HEAD = ROOT / "models/template/tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
 BRAIN = ROOT / "models/template/tpl-MNI152NLin2009cAsym_res-01_desc-brain_mask.nii.gz"
 GRID = Grid([40, 56, 40], [-4.0, 4.0, 4.0], [79.0, -124.0, -59.0])

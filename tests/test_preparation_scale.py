@@ -25,6 +25,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import ROOT
 from preparing import (
     CONDITIONS,
     GRID,
@@ -50,7 +51,6 @@ from scripts.scans import Scan
 from scripts.skull_stripping import Stripper
 from scripts.tables import read_table, write_table
 
-ROOT = Path(__file__).resolve().parent.parent
 NUMBER = 6
 AGES = [45, 50, 60, 70, 75, 81]
 KNOWN = {"age": AGES, "sex": ["F", "m", "Female", "MALE", "0", "1"]}
