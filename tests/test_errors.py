@@ -11,12 +11,18 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from conftest import BASE, ROOT
+from monai.bundle import ConfigParser
 from torch._utils import ExceptionWrapper
 
 from scripts.errors import BundleError, find_bundle_error
+from scripts.registration import deterministic_ants
+from scripts.scan_sources import find_sources
 
 
 def in_a_worker(error: Exception) -> ExceptionWrapper:
@@ -45,3 +51,34 @@ def test_another_error_of_a_loader_s_process_is_none() -> None:
     with pytest.raises(ValueError) as caught:
         in_a_worker(ValueError("BundleError: no")).reraise()
     assert find_bundle_error(caught.value) is None
+
+
+def test_sampling_training_and_phantoms_do_without_the_packages_of_the_preparation() -> None:
+    overlays = ["train_autoencoder", "encode_latents", "train_diffusion", "train_segmenter", "train_brain_age"]
+    files = [BASE, *(f"configs/{name}.yaml" for name in (*overlays, "phantoms", "evaluate"))]
+    modules = {
+        target.rpartition(".")[0]
+        for file in files
+        for target in targets(ConfigParser.load_config_file(str(ROOT / file)))
+    }
+    code = f"import importlib, sys\nfor name in {sorted(modules)}: importlib.import_module(name)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}sys.exit(bool(sys.modules.keys() & {{'ants', 'ancpbids'}}))"], cwd=ROOT
+    )
+    assert len(modules) > 30 and done.returncode == 0
+
+
+def targets(content: object) -> set[str]:
+    """The classes and functions of this package that a configuration names."""
+    entries = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    own = content.get("_target_", "") if isinstance(content, dict) else ""
+    return {name for entry in entries for name in targets(entry)} | ({own} if own.startswith("scripts.") else set())
+
+
+def test_a_package_of_the_preparation_that_lacks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "ants", None)
+    monkeypatch.setitem(sys.modules, "ancpbids", None)
+    with pytest.raises(BundleError, match="pip install antspyx"):
+        deterministic_ants(1)
+    with pytest.raises(BundleError, match="pip install ancpbids"):
+        find_sources(tmp_path, None)
