@@ -24,8 +24,8 @@ from monai.bundle import ConfigParser
 
 from scripts.atomic import write_json
 from scripts.errors import BundleError
+from scripts.paths import CONFIGS, ROOT
 from scripts.programs import errors_in_one_line
-from scripts.workflow import CONFIGS
 
 POLL_SECONDS = 0.2
 GIB = 2**30
@@ -70,7 +70,7 @@ def run(command: Sequence[str], output: Path, kill_when: Any = None) -> dict[str
     """
     start = time.perf_counter()
     with open(output.with_suffix(".log"), "ab") as log:
-        process = subprocess.Popen(command, cwd=CONFIGS.parent, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         while kill_when is not None and process.returncode is None:
             time.sleep(POLL_SECONDS)
             if kill_when():

@@ -38,7 +38,6 @@ with warnings.catch_warnings():
     from generative.networks import nets as generative_nets
     from generative.networks import schedulers as generative_schedulers
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SIZES = {
     "full": ["inference.json"],
     "demo": ["inference.json", "demo.yaml"],

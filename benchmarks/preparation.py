@@ -34,12 +34,12 @@ import numpy as np
 from monai.bundle import ConfigParser
 from scipy.spatial.transform import Rotation
 
-from benchmarks.measuring import CONFIGS
+from scripts.paths import CONFIGS, MODELS, ROOT
 from scripts.programs import errors_in_one_line
 from scripts.scan_sources import find_sources
 from scripts.tables import write_table
 
-TEMPLATE = CONFIGS.parent / "models" / "template" / "tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
+TEMPLATE = MODELS / "template" / "tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
 FILES = ("inference.json", "prepare.yaml")
 
 
@@ -81,7 +81,7 @@ def prepare(table: Path, dataset_dir: Path, workers: int) -> None:
     """Prepare the scans of a table with the bundle's own configuration."""
     config = ConfigParser()
     config.read_config([str(CONFIGS / file) for file in FILES])
-    flags = {"bundle_root": str(CONFIGS.parent), "input_table": str(table), "dataset_dir": str(dataset_dir)}
+    flags = {"bundle_root": str(ROOT), "input_table": str(table), "dataset_dir": str(dataset_dir)}
     config.update({**flags, "num_workers": workers})
     config.get_parsed_content("prepare").run()
 

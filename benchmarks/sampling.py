@@ -45,7 +45,6 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from benchmarks.measuring import (
-    CONFIGS,
     GIB,
     SIZES,
     Measured,
@@ -63,6 +62,7 @@ from scripts.atomic import make_folder, replacing, write_json
 from scripts.devices import compute_device
 from scripts.hybrid import HybridInferer
 from scripts.latent_diffusion import LatentDiffusion
+from scripts.paths import CONFIGS
 from scripts.precision import half_precision
 from scripts.programs import errors_in_one_line
 from scripts.tables import write_table

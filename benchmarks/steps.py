@@ -45,11 +45,11 @@ from tqdm import tqdm
 from benchmarks.measuring import machine
 from scripts.atomic import make_folder, replacing, write_json
 from scripts.errors import BundleError, find_bundle_error
+from scripts.paths import ROOT
 from scripts.requests import sample_generator
 from scripts.samplers import choose_sampler
 from scripts.tables import write_table
 
-ROOT = Path(__file__).resolve().parent.parent
 BASE = "configs/inference.json"
 EVALUATE = "configs/evaluate.yaml"
 DISTANCES = {"latent_rmse": "of latents", "volume_rmse": "of volumes, 0..1"}

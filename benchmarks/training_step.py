@@ -38,9 +38,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.measuring import CONFIGS, GIB, SIZES, machine, measure
+from benchmarks.measuring import GIB, SIZES, machine, measure
 from scripts.atomic import write_json
 from scripts.devices import compute_device
+from scripts.paths import CONFIGS
 from scripts.perceptual import LPIPS
 from scripts.programs import errors_in_one_line
 

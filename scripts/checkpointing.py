@@ -32,6 +32,7 @@ from scripts import distributed
 from scripts.atomic import make_folder, replacing
 from scripts.errors import BundleError
 from scripts.options import whole_number
+from scripts.paths import PACKAGE
 from scripts.repeatable import Stream
 from scripts.workflow import config_text, is_plain
 
@@ -43,7 +44,6 @@ WORDS = {"samples": "samples in the dataset", "batch": "samples in a batch of al
 EARLIER_NAMES = {"optimisation": "generator_step", "discriminator_optimisation": "discriminator_step"}
 """What checkpoints of earlier versions call an object, where they do so otherwise."""
 SCRIPTS = "scripts_sha256"
-SOURCES = Path(__file__).resolve().parent
 
 
 class Checkpoints:
@@ -313,7 +313,7 @@ def _say_what_changed(saved: str, code: Mapping[str, str]) -> None:
 def code_version() -> dict[str, str]:
     """Versions of what a training runs on, and a hash of this bundle's own code."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.rglob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.read_bytes())
     return {SCRIPTS: digest.hexdigest(), **{name: version(name) for name in ("torch", "monai", "numpy")}}
 

@@ -44,17 +44,17 @@ from scripts.conditions import Conditions
 from scripts.curves import draw, losses, validations
 from scripts.errors import BundleError
 from scripts.loss_record import FILE
+from scripts.paths import MODELS, ROOT
 from scripts.programs import errors_in_one_line
 from scripts.tables import write_table
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parent.parent
 BASE, DEMO, TINY = "configs/inference.json", "configs/demo.yaml", "configs/tiny.yaml"
 PROBED = 20
 EPOCHS = 20
 GRACE_S = 30.0
-HIGHRES3DNET = ROOT / "models" / "highres3dnet.pth"
+HIGHRES3DNET = MODELS / "highres3dnet.pth"
 DELIVERED = (
     "evaluation/evaluation.html",
     "evaluation/evaluation.json",

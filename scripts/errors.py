@@ -16,7 +16,7 @@ import re
 import sys
 from types import TracebackType
 
-FROM_A_WORKER = re.compile(r"in DataLoader worker process[\s\S]*^scripts\.errors\.BundleError: (.*)", re.MULTILINE)
+FROM_A_WORKER = re.compile(r"in DataLoader worker process[\s\S]*^(?:\w+\.)*BundleError: (.*)", re.MULTILINE)
 LOST_PEER = re.compile(r"Connection (closed|reset) by peer|ncclRemoteError|NCCL communicator was aborted")
 NO_MEMORY = re.compile(
     r"\w+ out of memory[^.]*\.( Tried to allocate [\d.]+ \w+)?|can't allocate memory|Unable to allocate.*"

@@ -27,9 +27,9 @@ from tqdm import tqdm
 from scripts.atomic import make_folder, write_json
 from scripts.errors import BundleError, find_bundle_error
 from scripts.packages import Package, file_hash
+from scripts.paths import CONFIGS, ROOT
 from scripts.tables import read_table, write_table
 
-ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "example_data.tsv"
 COLUMNS = ("participant_id", "age_years", "sex", "ventricular_vol_mm3", "brain_vol_mm3")
 
@@ -111,7 +111,7 @@ def main() -> None:
     flags = parser.parse_args()
     fetch(flags.input_dir)
     run(
-        config_file=[str(ROOT / "configs" / name) for name in ("inference.json", "prepare.yaml")],
+        config_file=[str(CONFIGS / name) for name in ("inference.json", "prepare.yaml")],
         bundle_root=str(ROOT),
         input_dir=str(flags.input_dir),
         dataset_dir=str(flags.dataset_dir),

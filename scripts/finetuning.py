@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from scripts.checkpoints import Checkpoint, load_network, read_checkpoint
 from scripts.conditions import Conditions
 from scripts.errors import BundleError
+from scripts.paths import CONFIGS
 from scripts.schedules import check_facts
-from scripts.workflow import CONFIGS
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-TEMPLATE = Path(__file__).resolve().parent.parent / "models" / "template"
+from scripts.paths import MODELS
+
+TEMPLATE = MODELS / "template"
 BRAIN = TEMPLATE / "tpl-MNI152NLin2009cAsym_res-01_desc-brain_mask.nii.gz"
 
 

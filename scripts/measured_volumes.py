@@ -75,7 +75,7 @@ def grid_of(path: Path) -> Grid:
 
 
 class MeasuredVolumes:
-    """The volumes of structures in the files of a folder, kept by the hash of file, weights and code.
+    """The volumes of structures in the files of a folder, kept by the hashes of file and weights.
 
     Args:
         folder: the files.

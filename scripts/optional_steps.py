@@ -53,7 +53,7 @@ class SuperResolve:
         """The method and its own settings."""
         if self.function is None:
             return {"method": None}
-        return {"method": self.method, **{k: v for k, v in step_settings(self.function).items() if k != "step"}}
+        return {"method": self.method, **step_settings(self.function)}
 
 
 class CorrectBiasField:

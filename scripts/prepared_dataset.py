@@ -28,6 +28,7 @@ from scripts.datasets import SPLITS, TABLE, place
 from scripts.errors import BundleError
 from scripts.exclusions import Exclusions
 from scripts.options import number
+from scripts.paths import CONFIGS
 from scripts.prepared_scan import PreparedFiles, ScanPreparer, read_json
 from scripts.quality_page import scan_name, write_page
 from scripts.scan_sources import Source
@@ -36,7 +37,7 @@ from scripts.tables import MISSING, write_table
 logger = logging.getLogger(__name__)
 
 FAILURES = "failures.tsv"
-METADATA = Path(__file__).resolve().parent.parent / "configs" / "metadata.json"
+METADATA = CONFIGS / "metadata.json"
 IGNORED = ("conditions.json", "failures.tsv", "figures", "logs", "*.html", "*_xfm.txt")
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from scripts.atomic import make_folder, remove_leftovers, replacing, write_json, write_text
 from scripts.errors import BundleError
 from scripts.packages import file_hash
-from scripts.preparation_steps import Record, Step, TargetSpace, step_settings
+from scripts.preparation_steps import Record, Step, TargetSpace, recognised, step_identity
 from scripts.quality_page import FIGURES
 from scripts.quality_pictures import QualityPictures
 from scripts.registration import LPS
@@ -100,7 +100,7 @@ class ScanPreparer:
         self.space, self.steps = space, dict(steps)
         self.dataset_dir, self.overwrite = dataset_dir, overwrite
         self.measures = {raw for step in self.steps.values() for raw in getattr(step, "measures", ())}
-        settings = {name: step_settings(step) for name, step in self.steps.items()}
+        settings = {name: step_identity(step) for name, step in self.steps.items()}
         self.recipe: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **space.facts, "steps": settings}))
 
     @cached_property
@@ -126,7 +126,7 @@ class ScanPreparer:
         """The sidecar of a scan that these very steps have prepared; None if there is none."""
         known = read_json(files.sidecar)
         made_by = self._made_by(lacking)
-        same = {key: known.get(key) for key in made_by} == made_by
+        same = {**{key: known.get(key) for key in made_by}, "steps": recognised(known.get("steps"))} == made_by
         there = all(path.is_file() for path in (files.volume, files.transform, files.picture))
         return known if same and there else None
 

@@ -34,7 +34,7 @@ from scripts.tables import MISSING, read_table
 
 FIGURES = "figures"
 PAGE = "quality.html"
-SKELETON = Path(__file__).with_suffix(".html")
+SKELETON = Path(__file__).with_name("quality_page.html")
 FINE = {"field_of_view": "whole", "orientation": "upright", "header": "none", "sides": "usual"}
 """Columns whose value, if it is another than this or missing, makes a flag."""
 HIDDEN = ("path", "participant_id", "session_id")

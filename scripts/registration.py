@@ -341,20 +341,29 @@ def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def deterministic_ants(seed: int) -> ModuleType:
-    """The ants package, set to one thread and a fixed seed: the same input gives the same output."""
-    import ants
+    """The ants package, set to one thread and a fixed seed: the same input gives the same output.
 
+    Raises:
+        BundleError: if it is not installed.
+    """
+    ants = _ants()
     ants.config.set_ants_deterministic(True, seed)
+    return ants
+
+
+def _ants() -> ModuleType:
+    try:
+        import ants
+    except ImportError as error:
+        raise BundleError("scans are registered by the package antspyx: pip install antspyx") from error
     return ants
 
 
 def as_ants_image(scan: Scan) -> Any:
     """The scan as an `ants.ANTsImage`, whose world is LPS."""
-    import ants
-
     affine = LPS @ scan.affine
     left, _, right = np.linalg.svd(affine[:3, :3] / scan.spacing)
-    return ants.from_numpy(scan.data, list(affine[:3, 3]), list(scan.spacing), left @ right)
+    return _ants().from_numpy(scan.data, list(affine[:3, 3]), list(scan.spacing), left @ right)
 
 
 def _ants_similarity(scan: Scan, template: Template, seed: int, start: np.ndarray) -> np.ndarray:
@@ -379,9 +388,7 @@ def _ants_similarity(scan: Scan, template: Template, seed: int, start: np.ndarra
 
 def write_ants_map(start: np.ndarray, path: Path) -> str:
     """Write a 4 x 4 matrix (RAS+, mm) as a transform file of ANTs; the path as text."""
-    import ants
-
-    matrix = LPS @ start @ LPS
+    ants, matrix = _ants(), LPS @ start @ LPS
     parameters = [*matrix[:3, :3].ravel(), *matrix[:3, 3]]
     transform = ants.create_ants_transform(
         transform_type="AffineTransform", parameters=parameters, fixed_parameters=[0.0, 0.0, 0.0]

@@ -27,9 +27,9 @@ from scripts.atomic import replacing, write_json
 from scripts.bootstrap import Difference, Estimate, Summary, difference
 from scripts.errors import BundleError
 from scripts.measures import Measure, Result
+from scripts.paths import CONFIGS
 from scripts.samples import REAL, Samples
 from scripts.tables import write_table
-from scripts.workflow import CONFIGS
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ancpbids import BIDSLayout, DatasetOptions
-
 from scripts.errors import BundleError
 from scripts.scans import NIFTI, without_suffix
 from scripts.tables import MISSING, read_table
@@ -77,7 +75,8 @@ def find_sources(input_dir: str | os.PathLike | None, input_table: str | os.Path
         input_table: a table that stands for `participants.tsv`; paths in it are relative to it.
 
     Raises:
-        BundleError: if neither is given, a table cannot be read, or there is no scan at all.
+        BundleError: if neither is given, a table cannot be read, ancpbids is not installed for a BIDS dataset, or there
+            is no scan at all.
     """
     if not input_dir and not input_table:
         raise BundleError("nothing to prepare: give --input_dir (a BIDS dataset) or --input_table")
@@ -146,6 +145,10 @@ def _sessions(table: Path) -> dict[str, dict[str, str]]:
 
 def _t1w_files(folder: Path) -> dict[str, list[Path]]:
     """Subject -> its T1w scans, relative to the dataset; not those in derivatives/ and sourcedata/."""
+    try:
+        from ancpbids import BIDSLayout, DatasetOptions
+    except ImportError as error:
+        raise BundleError("BIDS datasets are read by the package ancpbids: pip install ancpbids") from error
     layout = BIDSLayout(str(folder), DatasetOptions(ignore=True, ignore_pickle_file=True))
     found: dict[str, list[Path]] = {}
     files: list[Any] = layout.get(suffix="T1w", extension=list(NIFTI))

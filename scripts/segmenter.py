@@ -34,11 +34,12 @@ from scripts.checkpoints import load_network, read_checkpoint
 from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.head_size import normalised_brain
+from scripts.paths import MODELS
 from scripts.phantom_heads import LABELS
 from scripts.precision import autocast
 
 NETWORK = "segmenter"
-SHIPPED = Path(__file__).resolve().parent.parent / "models" / "segmenter" / "segmenter.safetensors"
+SHIPPED = MODELS / "segmenter" / "segmenter.safetensors"
 INTRACRANIAL = tuple(name for name, label in LABELS.items() if label > LABELS["scalp_and_skull"])
 CLASSES = ("outside", *INTRACRANIAL)
 """What the network tells apart, in the order of its channels: the phantoms' labels, all outside of the skull in one."""

@@ -29,12 +29,12 @@ from scripts.correlation import pearson
 from scripts.datasets import split
 from scripts.grid import Grid
 from scripts.measured_volumes import grid_of
+from scripts.paths import ROOT
 from scripts.programs import errors_in_one_line
 from scripts.segmenter import Segmenter, brain_volumes, load_segmenter, summarised
 from scripts.segmenter_training import LOOKS, LoadSharesd, labelled_participants, random_contrast, targets_of
 from scripts.tables import write_table
 
-ROOT = Path(__file__).resolve().parent.parent
 QUANTITIES = {
     "ventricles": "ventricular_vol_mm3",
     "brain": "brain_mm3",

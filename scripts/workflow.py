@@ -17,7 +17,6 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -25,8 +24,8 @@ from monai.bundle import ConfigParser
 from monai.bundle.properties import InferProperties, MetaProperties, TrainProperties
 
 from scripts.errors import BundleError
+from scripts.paths import CONFIGS
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SEPARATOR = "::"
 REFERENCE = re.compile(r"[@%](\w+(?:::\w+)*)")
 OWN_WORDS = {"initialize", "run", "finalize", "imports", ConfigParser.meta_key}

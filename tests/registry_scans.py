@@ -30,12 +30,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from scripts.atomic import make_folder
 from scripts.example_data import EXAMPLES
 from scripts.packages import Package, file_hash
 
-FOLDER = Path(__file__).resolve().parent.parent / "data" / "registry"
+FOLDER = ROOT / "data" / "registry"
 
 NONDEFACED = Package(
     "nondefaced-detector",

@@ -20,6 +20,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import ROOT
 from nibabel.affines import apply_affine
 from preparing import CONDITIONS, save, steps
 from scipy.spatial.transform import Rotation
@@ -28,12 +29,11 @@ from stand_ins import KnownPose
 from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.preparation import Preparation
-from scripts.preparation_steps import Record, Register, TargetSpace, scale_intensities
+from scripts.preparation_steps import FromDarkest, Record, Register, TargetSpace, scale_intensities, step_identity
 from scripts.registration import Registration, Scan, load_template, register, resample, seen_fraction
 from scripts.scans import load_scan
 from scripts.tables import read_table, write_table
 
-ROOT = Path(__file__).resolve().parent.parent
 HEAD = ROOT / "models/template/tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
 BRAIN = ROOT / "models/template/tpl-MNI152NLin2009cAsym_res-01_desc-brain_mask.nii.gz"
 GRID = Grid([40, 56, 40], [-4.0, 4.0, 4.0], [79.0, -124.0, -59.0])
@@ -291,3 +291,12 @@ def test_a_voxel_size_that_is_none_is_refused(tmp_path: Path, size: float) -> No
 
 def test_a_fourth_axis_of_one_volume_is_dropped(tmp_path: Path) -> None:
     assert load_scan(save(tmp_path / "scan.nii", GOOD[..., None], THREE)).data.shape == (60, 60, 60)
+
+
+def test_a_step_is_known_by_its_settings_and_version_and_one_from_outside_by_its_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert step_identity(FromDarkest(0.2)) == {"version": 1, "percentile": 0.2}
+    assert step_identity(KnownPose()) == {"version": 1, "step": "stand_ins.KnownPose", "scale": 1.0}
+    monkeypatch.setattr(FromDarkest, "version", 2, raising=False)
+    assert step_identity(FromDarkest(0.2)) == {"version": 2, "percentile": 0.2}

@@ -25,6 +25,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import ROOT
 from preparing import (
     CONDITIONS,
     GRID,
@@ -50,7 +51,6 @@ from scripts.scans import Scan
 from scripts.skull_stripping import Stripper
 from scripts.tables import read_table, write_table
 
-ROOT = Path(__file__).resolve().parent.parent
 NUMBER = 6
 AGES = [45, 50, 60, 70, 75, 81]
 KNOWN = {"age": AGES, "sex": ["F", "m", "Female", "MALE", "0", "1"]}
@@ -397,11 +397,7 @@ def test_the_dataset_is_a_bids_derivative_that_training_takes(prepared: Path, ra
     assert described["GeneratedBy"][0]["Version"]
     sidecar = json.loads((prepared / rows[0]["path"].replace(".nii.gz", ".json")).read_text())
     assert sidecar["SkullStripped"] is False and sidecar["source"] == "sub-00/anat/sub-00_T1w.nii.gz"
-    assert sidecar["steps"]["scale"] == {
-        "step": "scripts.preparation_steps.ScaleIntensities",
-        "percentile": 99.8,
-        "level": 0.8,
-    }
+    assert sidecar["steps"]["scale"] == {"version": 1, "percentile": 99.8, "level": 0.8}
     known = participants(str(prepared), CONDITIONS, missing="default")
     parts = {name: [row["participant_id"] for row in split(known, name)] for name in ("train", "validation", "test")}
     assert sorted(sum(parts.values(), [])) == [row["participant_id"] for row in rows]

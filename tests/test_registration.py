@@ -20,6 +20,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import ROOT
 from nibabel.affines import apply_affine, from_matvec
 from registry_scans import SCANS, RegistryScan
 from scipy.spatial.transform import Rotation
@@ -52,7 +53,6 @@ from scripts.skull_stripping import CommandStripper, SynthStrip, TemplateStrippe
 from scripts.synthstrip import StripNet, brain_mask, fetch, load_strip_net
 from scripts.unires import UniRes
 
-ROOT = Path(__file__).resolve().parent.parent
 HEAD = ROOT / "models/template/tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
 BRAIN = ROOT / "models/template/tpl-MNI152NLin2009cAsym_res-01_desc-brain_mask.nii.gz"
 GRID = Grid((160, 224, 160), (-1, 1, 1), (80.48149872, -125.47715759, -60.55375671))

@@ -13,11 +13,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from monai.metrics import SSIMMetric
 
 from scripts.errors import BundleError
+from scripts.measures import settings
+from scripts.metrics.alignment import Alignment
+from scripts.metrics.four_g_r_ssim import FourGRSSIM
 from scripts.values import Values, identity
 
 
@@ -60,3 +64,24 @@ def test_another_metric_or_setting_has_another_identity() -> None:
     metric = SSIMMetric(3)
     names = {identity(*given, k=k) for given in (("a", metric), ("b", metric), ("a", Values("x"))) for k in (1, 2)}
     assert len(names) == 6 and identity("a", metric, k=1) == identity("a", SSIMMetric(3), k=1)
+
+
+def test_this_package_s_metrics_are_known_by_their_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, first = Values(tmp_path), identity("a", Alignment(), k=1)
+    values.add(first, ["x"], [1.0])
+    assert values.get(identity("a", Alignment(), k=1), "x") == (1.0,)
+    monkeypatch.setattr(Alignment, "version", 2, raising=False)
+    assert values.get(identity("a", Alignment(), k=1), "x") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "former"),
+    [
+        ("aligned_ssim", Alignment(), "aligned_ssim-0e40cae7332b"),
+        ("four_g_r_ssim", FourGRSSIM((32, 48, 32)), "four_g_r_ssim-afd4d670abb5"),
+    ],
+)
+def test_numbers_that_version_2_0_0_kept_are_found(name: str, function: Any, former: str, tmp_path: Path) -> None:
+    facts = function.facts() if isinstance(function, Alignment) else settings({name: function})[name]
+    Values(tmp_path).add(former, ["x", "y"], [0.5])
+    assert Values(tmp_path).get(identity(name, function, **facts), "x", "y") == (0.5,)
