@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Programs that are installed beside this package: finding them, handing them a scan, saying why they failed."""
+"""Programs that are installed beside this package: finding them, running them, saying why they failed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import nibabel as nib
-
 from scripts.errors import BundleError
-from scripts.scans import Scan
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +71,3 @@ def run_program(command: Sequence[str], wanted: Path) -> Path:
     if not wanted.is_file():
         raise BundleError(f"{name} ended without its file {wanted.name}: {lines[-1].strip()[:200]}")
     return wanted
-
-
-def write_scan(path: Path, scan: Scan) -> Path:
-    """Write a scan as NIfTI of float32, sform and qform its affine with the code of a scanner's frame; the path."""
-    image = nib.Nifti1Image(scan.data, scan.affine)
-    image.set_sform(scan.affine, 1)
-    image.set_qform(scan.affine, 1)
-    nib.save(image, path)
-    return path
