@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from torch.utils.data import Dataset
 from scripts import figures
 from scripts.autoencoder_training import kl_to_standard_normal
 from scripts.distributed import is_main
-from scripts.measures import Metric
 from scripts.precision import autocast
 from scripts.validation import HeldOut, Network
 
@@ -53,7 +52,7 @@ class AutoencoderValidation(HeldOut):
         self,
         network: Network,
         dataset: Dataset,
-        metrics: Mapping[str, Metric],
+        metrics: Mapping[str, Callable[..., torch.Tensor]],
         run_dir: str | os.PathLike,
         every: Any = 1,
         amp: Any = False,

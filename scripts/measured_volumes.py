@@ -33,8 +33,7 @@ from scripts.metrics.volumetry import Segmentations, requested_volumes, stem
 from scripts.options import is_absent
 from scripts.outlines import outlined
 from scripts.samples import Samples
-from scripts.segmentation import Segmenter as Tool
-from scripts.segmentation import segmentations
+from scripts.segmentation import SegmentationTool, segmentations
 from scripts.segmenter import INTRACRANIAL, SHIPPED, Segmenter, summarised
 from scripts.tables import write_table
 from scripts.values import Values, identity
@@ -237,7 +236,7 @@ class OwnSegmentations(Segmentations):
 def chosen_segmentations(
     path: Any,
     segment_with: Any,
-    segmenters: Mapping[str, Tool],
+    segmenters: Mapping[str, SegmentationTool],
     samples: Samples,
     output_dir: str,
     own: OwnSegmentations,

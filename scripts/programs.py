@@ -21,10 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import nibabel as nib
-
 from scripts.errors import BundleError
-from scripts.scans import Scan
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +82,3 @@ def run_program(command: Sequence[str], wanted: Path) -> Path:
     if not wanted.is_file():
         raise BundleError(f"{name} ended without its file {wanted.name}: {lines[-1].strip()[:200]}")
     return wanted
-
-
-def write_scan(path: Path, scan: Scan) -> Path:
-    """Write a scan as NIfTI of float32, sform and qform its affine with the code of a scanner's frame; the path."""
-    image = nib.Nifti1Image(scan.data, scan.affine)
-    image.set_sform(scan.affine, 1)
-    image.set_qform(scan.affine, 1)
-    nib.save(image, path)
-    return path

@@ -217,3 +217,12 @@ def _first_line(error: Exception) -> str:
 
 def _by(numbers: tuple[int, ...] | np.ndarray) -> str:
     return " x ".join(f"{n:g}" for n in numbers)
+
+
+def write_scan(path: Path, scan: Scan) -> Path:
+    """Write a scan as NIfTI of float32, sform and qform its affine with the code of a scanner's frame; the path."""
+    image = nib.Nifti1Image(scan.data, scan.affine)
+    image.set_sform(scan.affine, 1)
+    image.set_qform(scan.affine, 1)
+    nib.save(image, path)
+    return path

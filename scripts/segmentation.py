@@ -43,7 +43,7 @@ FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """Environment variables that would lead a tool with a Python of its own to the modules of this one."""
 
 
-class Segmenter(ABC):
+class SegmentationTool(ABC):
     """A tool that writes one label map, in FreeSurfer's codes, for each volume.
 
     Args:
@@ -85,14 +85,14 @@ class Segmenter(ABC):
         return None
 
 
-class SynthSeg(Segmenter):
+class SynthSeg(SegmentationTool):
     """`mri_synthseg` of FreeSurfer 7.4 or later (Billot et al. 2023), once for all volumes."""
 
     name = "synthseg"
     source = "install FreeSurfer 7.4 or later, https://surfer.nmr.mgh.harvard.edu, and put its bin folder on the PATH"
 
     def segment(self, volumes: Sequence[Path], output_dir: Path) -> None:
-        """See `Segmenter`; the program is given a folder of links to the volumes."""
+        """See `SegmentationTool`; the program is given a folder of links to the volumes."""
         program = self.program()
         with tempfile.TemporaryDirectory(dir=output_dir, prefix=".volumes-") as folder:
             for volume in volumes:
@@ -111,18 +111,18 @@ class SynthSeg(Segmenter):
             _run(self.name, [program, *options], output_dir / f"synthseg{_of_process()}.log")
 
     def table(self, output_dir: Path) -> Path:
-        """See `Segmenter`; it has the volumes of the last run of this process alone."""
+        """See `SegmentationTool`; it has the volumes of the last run of this process alone."""
         return output_dir / f"synthseg_volumes{_of_process()}.csv"
 
 
-class Samseg(Segmenter):
+class Samseg(SegmentationTool):
     """SAMSEG (Puonti et al. 2016) as the package samseg, in an environment of its own: about 10 minutes a volume."""
 
     name = "samseg"
     source = "`make samseg` installs it"
 
     def segment(self, volumes: Sequence[Path], output_dir: Path) -> None:
-        """See `Segmenter`; one volume after the other."""
+        """See `SegmentationTool`; one volume after the other."""
         program = self.program()
         for volume in tqdm(volumes, "samseg", unit="volume", disable=None):
             with tempfile.TemporaryDirectory(dir=output_dir, prefix=".samseg-") as folder:
@@ -176,7 +176,7 @@ class SegmentedNow(Segmentations):
         BundleError: if the label maps would lie among the volumes.
     """
 
-    def __init__(self, segmenter: Segmenter, folder: VolumeFolder, output_dir: str | os.PathLike) -> None:
+    def __init__(self, segmenter: SegmentationTool, folder: VolumeFolder, output_dir: str | os.PathLike) -> None:
         super().__init__(None)
         self.segmenter, self.folder, self.path = segmenter, folder, Path(str(output_dir))
         if folder.folder is not None and self.path.resolve().is_relative_to(folder.folder.resolve()):
@@ -192,7 +192,7 @@ class SegmentedNow(Segmentations):
         """Segment what has no label map yet.
 
         Raises:
-            BundleError: as `Segmenter.segment`, or if a label map was not written.
+            BundleError: as `SegmentationTool.segment`, or if a label map was not written.
         """
         assert self.path is not None
         output_dir = make_folder(self.path)
@@ -254,7 +254,7 @@ class OfModels(Segmentations):
 
 
 def segmentations(
-    path: Any, segment_with: Any, segmenters: Mapping[str, Segmenter], samples: Samples, output_dir: str
+    path: Any, segment_with: Any, segmenters: Mapping[str, SegmentationTool], samples: Samples, output_dir: str
 ) -> Segmentations:
     """Those of `--segmentations`, or those that the tool `--segment_with` makes.
 

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.errors import BundleError
-from scripts.programs import find_program, run_program, write_scan
-from scripts.scans import Scan, load_scan
+from scripts.programs import find_program, run_program
+from scripts.scans import Scan, load_scan, write_scan
 
 SOURCE = "install UniRes 0.3, https://github.com/brudfors/UniRes, and put its command on the PATH"
 OWN_OPTIONS = ("--vx", "--dir_out", "--prefix", "--device")
