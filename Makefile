@@ -20,9 +20,7 @@ $(INSTALLED): requirements.lock
 	@touch $@
 
 sample: $(INSTALLED) ## Sample one brain with the small model of this repository, into output/
-	$(RUN) -W "ignore:parsing config_file" -m monai.bundle run \
-	    --config_file "['configs/inference.json','configs/demo.yaml']" \
-	    --gender 1.0 --age 0.7 --ventricular_vol 0.7 --brain_vol 0.5
+	$(RUN) -m scripts sample --with demo --gender 1.0 --age 0.7 --ventricular_vol 0.7 --brain_vol 0.5
 
 example-data: $(INSTALLED) ## Fetch openly licensed scans of real heads and prepare them, into dataset/
 	$(RUN) -m scripts.example_data

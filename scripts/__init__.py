@@ -11,5 +11,7 @@
 """The bundle's Python package: everything that the configurations in `configs/` build."""
 
 from scripts.errors import report_errors_in_one_line
+from scripts.quiet import hide_foreign_warnings
 
 report_errors_in_one_line()
+hide_foreign_warnings()

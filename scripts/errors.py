@@ -21,7 +21,7 @@ LOST_PEER = re.compile(r"Connection (closed|reset) by peer|ncclRemoteError|NCCL 
 NO_MEMORY = re.compile(
     r"\w+ out of memory[^.]*\.( Tried to allocate [\d.]+ \w+)?|can't allocate memory|Unable to allocate.*"
 )
-BUNDLE_COMMAND = "monai/bundle/__main__.py"
+MONAI_COMMAND, OWN_COMMAND = "monai/bundle/__main__.py", "scripts/__main__.py"
 
 
 class BundleError(Exception):
@@ -84,11 +84,25 @@ def _show(kind: type[BaseException], error: BaseException, traceback: TracebackT
         print(f"error: {known}", file=sys.stderr)
 
 
+def is_monai_command() -> bool:
+    """Whether this process is `python -m monai.bundle`."""
+    return _program().endswith(MONAI_COMMAND)
+
+
+def is_bundle_command() -> bool:
+    """Whether this process is `python -m monai.bundle` or `python -m scripts`, and not a program that imports them."""
+    return is_monai_command() or _program().endswith(OWN_COMMAND)
+
+
+def _program() -> str:
+    return sys.argv[0].replace("\\", "/") if sys.argv else ""
+
+
 def report_errors_in_one_line() -> None:
-    """Under `python -m monai.bundle`, print an uncaught `BundleError` as one line instead of a traceback.
+    """In a process of the command line, print an uncaught `BundleError` as one line instead of a traceback.
 
     Only the command line is changed: a program that imports this package keeps its own hook. The exit
     code stays 1, and any other exception keeps its traceback.
     """
-    if sys.argv and sys.argv[0].replace("\\", "/").endswith(BUNDLE_COMMAND):
+    if is_bundle_command():
         sys.excepthook = _show

