@@ -29,8 +29,6 @@ from scripts.errors import BundleError
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SEPARATOR = "::"
 REFERENCE = re.compile(r"[@%](\w+(?:::\w+)*)")
-BUILT_BY_NAME = {"families"}
-"""Maps of which `build` takes one entry, so that nothing refers to them."""
 OWN_WORDS = {"initialize", "run", "finalize", "imports", ConfigParser.meta_key}
 
 
@@ -87,7 +85,7 @@ def check_flags(conditions: Iterable[str] = ()) -> None:
         BundleError: naming the unknown flag and its nearest known names.
     """
     config = current_config()
-    declared, referred = _declared(), _referred(config) | BUILT_BY_NAME
+    declared, referred = _declared(), _referred(config)
     known = {_first(name) for name in declared | referred} | OWN_WORDS | set(conditions)
     for name in config:
         if name.lstrip("+") not in known:
