@@ -90,15 +90,20 @@ class FamilyInferer(Inferer):
         return network.sample(inputs, condition, generators)
 
 
-def choose_family(name: str) -> ModelFamily:
-    """The family of that name in the configuration's map `families`. The others are not built: they may lack weights.
+def choose_family(name: str, entry: str = "@families::{name}") -> ModelFamily:
+    """The family of that name in the configuration's map. The others are not built: they may lack weights.
+
+    Args:
+        name: the key.
+        entry: where in the configuration the entry of a name stands. MONAI takes it for text, and builds nothing; but
+            what looks for the flags that a command has a use for sees a reference to the whole map.
 
     Raises:
         BundleError: for a name that is not in the map.
     """
-    families: Mapping[str, Any] = current_config()["families"]
+    families: Mapping[str, Any] = current_config()[entry.strip("@").split("::")[0]]
     if name not in families:
         near = difflib.get_close_matches(str(name), families, 1)
         hint = f": did you mean {near[0]}?" if near else ""
         raise BundleError(f"--family must be one of {', '.join(families)}, got '{name}'{hint}")
-    return build(f"families::{name}").eval()
+    return build(entry.strip("@").format(name=name)).eval()
