@@ -139,7 +139,6 @@ def used_ids(config: Mapping[str, Any], starts: Iterable[str] = STARTS) -> set[s
             value = _inside(value, word) if _has(value, word) else value if value is not config else None
         waiting += references(value)
         waiting += condition_flags(config) if name == "conditions_table" else []
-        waiting += ["families"] if name == "chosen_family" else []  # found there by its name, and built alone
     return used
 
 

@@ -13,14 +13,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
+from processes import Finished, run_interpreter, run_python
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
@@ -38,20 +38,12 @@ BASE = "configs/inference.json"
 TINY = "configs/tiny.yaml"
 
 
-class BundleRun(NamedTuple):
-    """What a finished command left: exit code and texts."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 class RunBundle(Protocol):
     """The type of the fixture `run_bundle`."""
 
     def __call__(
         self, configs: Sequence[str | Path], *flags: object, cwd: str | Path | None = None, timeout: float = 900
-    ) -> BundleRun: ...
+    ) -> Finished: ...
 
 
 class RunHere(Protocol):
@@ -63,7 +55,13 @@ class RunHere(Protocol):
 class RunTiny(Protocol):
     """The type of the fixture `tiny`."""
 
-    def __call__(self, overlays: Sequence[str | Path], *flags: object, timeout: float = 900) -> BundleRun: ...
+    def __call__(self, overlays: Sequence[str | Path], *flags: object, timeout: float = 900) -> Finished: ...
+
+
+def bundle_words(configs: Sequence[str | Path], flags: Sequence[object], cwd: str | Path | None) -> list[str]:
+    """What follows `python`, as `RunBundle` has it."""
+    files = [str(config) if cwd is None else str(ROOT / config) for config in configs]
+    return ["-m", "monai.bundle", "run", "--config_file", str(files), *map(str, flags)]
 
 
 @pytest.fixture(scope="session")
@@ -72,15 +70,25 @@ def run_bundle() -> RunBundle:
 
     `configs` are merged in their order; relative paths are taken from the repository's root, which is also
     the working directory unless `cwd` is given. Flags go to the command line one by one: `"--seed", 3`.
+    The process is one of `processes.py`, which costs a tenth of a new interpreter.
     """
 
     def run(
         configs: Sequence[str | Path], *flags: object, cwd: str | Path | None = None, timeout: float = 900
-    ) -> BundleRun:
-        files = [str(config) if cwd is None else str(ROOT / config) for config in configs]
-        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files), *map(str, flags)]
-        done = subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True, timeout=timeout)
-        return BundleRun(done.returncode, done.stdout, done.stderr)
+    ) -> Finished:
+        return run_python(*bundle_words(configs, flags, cwd), cwd=cwd or ROOT, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_command() -> RunBundle:
+    """As `run_bundle`, in a new interpreter, as a shell starts it."""
+
+    def run(
+        configs: Sequence[str | Path], *flags: object, cwd: str | Path | None = None, timeout: float = 900
+    ) -> Finished:
+        return run_interpreter(*bundle_words(configs, flags, cwd), cwd=cwd or ROOT, timeout=timeout)
 
     return run
 
@@ -149,7 +157,7 @@ def output_dir(tmp_path: Path) -> Path:
 def tiny(run_bundle: RunBundle, output_dir: Path) -> RunTiny:
     """`tiny(overlays, *flags)` runs the base with the overlays and, last, `tiny.yaml`; it writes to `output_dir`."""
 
-    def run(overlays: Sequence[str | Path], *flags: object, timeout: float = 900) -> BundleRun:
+    def run(overlays: Sequence[str | Path], *flags: object, timeout: float = 900) -> Finished:
         return run_bundle([BASE, *overlays, TINY], "--output_dir", output_dir, *flags, timeout=timeout)
 
     return run

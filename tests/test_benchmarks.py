@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from heads import head, write_dataset
 from monai.bundle import ConfigParser
 from PIL import Image
 from preparing import save
+from processes import Finished, run_python
 
 from scripts.errors import BundleError
 from scripts.grid import Grid
@@ -42,9 +42,8 @@ from benchmarks.measuring import counted  # noqa: E402
 from benchmarks.preparation import main as time_preparation  # noqa: E402
 
 
-def run(*arguments: object, module: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def run(*arguments: object, module: str) -> Finished:
+    return run_python("-m", module, *arguments, timeout=300)
 
 
 def test_original_and_ours_give_the_same_and_are_timed_alike(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from monai.bundle.config_item import ConfigComponent, ConfigExpression
 from monai.bundle.reference_resolver import ReferenceResolver
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from processes import run_python
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -89,8 +90,8 @@ def merged(overlays: list[str]) -> ConfigParser:
 
 def test_metadata_passes_monais_check(tmp_path: Path) -> None:
     schema = shutil.copy(ROOT / "tests" / "data" / "meta_schema.json", tmp_path / "schema.json")
-    command = [sys.executable, "-m", "monai.bundle", "verify_metadata", "--meta_file", "configs/metadata.json"]
-    done = subprocess.run([*command, "--filepath", schema], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = ("-m", "monai.bundle", "verify_metadata", "--meta_file", "configs/metadata.json")
+    done = run_python(*command, "--filepath", schema, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "verified with no error" in done.stdout
 

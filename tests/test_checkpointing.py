@@ -16,8 +16,6 @@ import logging
 import os
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +23,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from ignite.engine import Engine, Events
+from processes import run_python
 from torch import nn
 
 from scripts.checkpointing import Checkpoints, Progress, Resume, SaveCheckpoints, save, training_seed, why_damaged
@@ -154,21 +152,21 @@ def test_no_damage_to_the_directory_of_the_file_escapes(at: int, tmp_path: Path)
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.checkpoints.lock()
-    other = [sys.executable, "-c", f"from scripts.checkpointing import Checkpoints; Checkpoints('{tmp_path}').lock()"]
-    done = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    other = ["-c", f"from scripts.checkpointing import Checkpoints; Checkpoints('{tmp_path}').lock()"]
+    done = run_python(*other)
     assert done.returncode != 0 and "another training is at work" in done.stderr
     run.checkpoints.lock()
-    assert subprocess.run(other, cwd=ROOT, capture_output=True, timeout=120).returncode != 0, "taken twice is taken"
+    assert run_python(*other).returncode != 0, "taken twice is taken"
     run.checkpoints.unlock()
-    assert subprocess.run(other, cwd=ROOT, timeout=120).returncode == 0
+    assert run_python(*other).returncode == 0
 
 
 def test_folder_is_taken_before_anything_is_written(tmp_path: Path) -> None:
     """A second training must not take back the validations that the first has written since its checkpoint."""
     run = Run(tmp_path)
     Resume(run.checkpoints, {}, run.seed)(run.engine)
-    other = [sys.executable, "-c", f"from scripts.checkpointing import Checkpoints; Checkpoints('{tmp_path}').lock()"]
-    assert b"another training is at work" in subprocess.run(other, cwd=ROOT, capture_output=True, timeout=120).stderr
+    other = ["-c", f"from scripts.checkpointing import Checkpoints; Checkpoints('{tmp_path}').lock()"]
+    assert "another training is at work" in run_python(*other).stderr
     run.checkpoints.unlock()
 
 

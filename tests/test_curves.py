@@ -13,15 +13,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
+from processes import run_python
 
 from scripts.curves import draw, losses, validations
 from scripts.errors import BundleError
@@ -65,12 +63,7 @@ def test_validations_are_those_of_the_table(tmp_path: Path) -> None:
 
 def test_picture_has_a_panel_for_each(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.curves", str(run), str(tmp_path / "x.png")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = run_python("-m", "scripts.curves", run, tmp_path / "x.png")
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "x.png") as image:
         pixels = np.asarray(image.convert("L"))

@@ -47,7 +47,7 @@ def write_raw_heads(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory, run_bundle: RunBundle) -> Path:
+def work(tmp_path_factory: pytest.TempPathFactory, run_command: RunBundle) -> Path:
     """A folder in which the whole sequence of commands has run; each has ended with exit code 0."""
     folder = tmp_path_factory.mktemp("pipeline")
     write_raw_heads(folder / "raw")
@@ -77,7 +77,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, run_bundle: RunBundle) -> Pat
         ),
     ]
     for overlays, flags in commands:
-        done = run_bundle([BASE, *overlays, TINY], *flags)
+        done = run_command([BASE, *overlays, TINY], *flags)
         assert done.returncode == 0, f"{overlays}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
     return folder
 

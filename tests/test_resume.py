@@ -19,11 +19,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import BASE, ROOT, TINY, RunHere
+from processes import Finished, run_interpreter, run_ranks
 from trained import AUTOENCODER, DIFFUSION, Pipeline, content, difference, trained_pipeline
 
 from scripts.curves import losses
@@ -48,14 +50,23 @@ def flags_of(stage: str, done: Pipeline, run_dir: Path, **more: Any) -> dict[str
     return {**own, **common, "lr": 1.0e-4, "run_dir": str(run_dir), **more}
 
 
-def command(stage: str, flags: dict[str, Any], launcher: tuple[str, ...] = ()) -> list[str]:
+def command(stage: str, flags: dict[str, Any]) -> list[str]:
+    """What follows `python`."""
     files = str([BASE, STAGES[stage], TINY])
     given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, *launcher, "-m", "monai.bundle", "run", "--config_file", files, *given]
+    return ["-m", "monai.bundle", "run", "--config_file", files, *given]
 
 
 def torchrun(processes: int, *more: str) -> tuple[str, ...]:
     return ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *more)
+
+
+def two_by_torchrun(words: list[str]) -> list[Finished]:
+    return [run_interpreter(*torchrun(2), *words, timeout=PATIENCE_S)]
+
+
+def two_by_environment(words: list[str]) -> list[Finished]:
+    return run_ranks(2, *words, timeout=PATIENCE_S)
 
 
 def wait_for(pattern: str, folder: Path, process: subprocess.Popen) -> None:
@@ -78,7 +89,8 @@ def test_killed_training_ends_in_the_same_weights(
     expected = uninterrupted(stage, done, tmp_path / "whole", run_here)
     folder, iteration = tmp_path / "killed", random.SystemRandom().randint(1, 6)
     flags = flags_of(stage, done, folder, num_workers=1)
-    process = subprocess.Popen(command(stage, flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [sys.executable, *command(stage, flags)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(f"checkpoint_iteration={iteration}.pt", folder, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -89,16 +101,15 @@ def test_killed_training_ends_in_the_same_weights(
         assert difference(expected[name], resumed[name]) == 0.0, f"{name}, killed after iteration {iteration}"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "start"), [("autoencoder", two_by_torchrun), ("diffusion", two_by_environment)])
 def test_two_processes_are_one_with_the_whole_batch(
-    stage: str, done: Pipeline, run_here: RunHere, tmp_path: Path
+    stage: str, start: Callable[[list[str]], list[Finished]], done: Pipeline, run_here: RunHere, tmp_path: Path
 ) -> None:
     expected = uninterrupted(stage, done, tmp_path / "one", run_here, batch_size=2)
     flags = flags_of(stage, done, tmp_path / "two", batch_size=1, log_every=1)
-    ran = subprocess.run(
-        command(stage, flags, torchrun(2)), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    finished = start(command(stage, flags))
+    texts = [text for ran in finished for text in (ran.stdout, ran.stderr)]
+    assert all(ran.returncode == 0 for ran in finished), [text[-3000:] for text in texts]
     found = content(tmp_path / "two" / LAST)
     for name in expected.keys() - {"config", "code"}:
         assert difference(without_best(expected[name]), without_best(found[name])) < 1e-5, name
@@ -109,7 +120,7 @@ def test_two_processes_are_one_with_the_whole_batch(
         assert len(iterations) == len(of_two[name][0]) and values == pytest.approx(
             of_two[name][1], rel=1e-5, abs=1e-5
         ), name
-    lines = [line for line in (ran.stdout + ran.stderr).splitlines() if " iteration " in line]
+    lines = [line for text in texts for line in text.splitlines() if " iteration " in line]
     assert len(lines) == 8, "one process speaks, with the means of both"
 
 
@@ -117,7 +128,8 @@ def test_training_goes_on_after_a_worker_was_killed(done: Pipeline, run_here: Ru
     expected = uninterrupted("diffusion", done, tmp_path / "one", run_here, batch_size=2)
     folder = tmp_path / "two"
     flags = flags_of("diffusion", done, folder, batch_size=1)
-    launched = command("diffusion", flags, torchrun(2, "--max-restarts=2", "--monitor-interval=0.1"))
+    launcher = torchrun(2, "--max-restarts=2", "--monitor-interval=0.1")
+    launched = [sys.executable, *launcher, *command("diffusion", flags)]
     process = subprocess.Popen(launched, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for("checkpoint_iteration=2.pt", folder, process)
     os.kill(children(process.pid)[-1], signal.SIGKILL)

@@ -22,8 +22,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import BASE, TINY, BundleRun, RunBundle, RunHere
+from conftest import BASE, TINY, RunBundle, RunHere
 from PIL import Image
+from processes import Finished
 from released import configuration
 
 from scripts.errors import find_bundle_error
@@ -101,15 +102,15 @@ def test_from_another_folder(run_bundle: RunBundle, bundle_copy: Path, output_di
     assert len(voxels(output_dir)) == 1
 
 
-def is_one_line(done: BundleRun) -> bool:
+def is_one_line(done: Finished) -> bool:
     """Whether a command ended as a user should see an error: one line of it, no traceback, exit code not 0."""
     lines = (done.stdout + done.stderr).splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     return done.returncode != 0 and len(errors) == 1 and not any("Traceback" in line for line in lines)
 
 
-def test_unknown_flag_ends_in_one_line(run_bundle: RunBundle, bundle_copy: Path, output_dir: Path) -> None:
-    done = run_bundle(CONFIGS, "--gendr", 1, "--output_dir", output_dir, cwd=bundle_copy)
+def test_unknown_flag_ends_in_one_line(run_command: RunBundle, bundle_copy: Path, output_dir: Path) -> None:
+    done = run_command(CONFIGS, "--gendr", 1, "--output_dir", output_dir, cwd=bundle_copy)
     assert is_one_line(done), done.stderr
     assert "unknown flag --gendr: did you mean --gender" in done.stderr
     assert names(output_dir) == []
