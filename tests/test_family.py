@@ -88,7 +88,8 @@ def test_one_seed_is_one_volume_whatever_the_batch(run_here: RunHere, overlay: P
 def test_samples_of_the_same_facts_are_kept_and_others_refused(
     run_here: RunHere, added: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    files, flags = [BASE, added, TINY], {"family": "blobs", "seed": 4, "output_dir": str(tmp_path / "samples")}
+    files: list[str | Path] = [BASE, added, TINY]
+    flags: dict[str, Any] = {"family": "blobs", "seed": 4, "output_dir": str(tmp_path / "samples")}
     run_here(files, **flags)
     with caplog.at_level("INFO"):
         run_here(files, **flags)

@@ -33,8 +33,8 @@ from torch.multiprocessing.spawn import start_processes
 
 from scripts.autoencoder_validation import AutoencoderValidation
 from scripts.conditions import Conditions
-from scripts.diffusion_validation import DiffusionValidation, SampleFigure, label, low_and_high, sampled
-from scripts.ema import ExponentialMovingAverage
+from scripts.diffusion_validation import DiffusionValidation, SampleFigure, label, low_and_high
+from scripts.ema import ExponentialMovingAverage, network_to_sample
 from scripts.errors import BundleError
 from scripts.figures import figure_path, figures_of
 from scripts.objective import DiffusionObjective
@@ -445,7 +445,7 @@ def test_unknown_conditions_are_in_the_middle(tmp_path: Path) -> None:
 def test_averaged_weights_are_those_of_sampling() -> None:
     network = nn.Linear(1, 1)
     average = ExponentialMovingAverage(network, 0.9)
-    assert sampled(network) is network and sampled(network, average) is average.network
+    assert network_to_sample(network) is network and network_to_sample(network, average) is average.network
 
 
 def test_noise_and_timesteps_are_fixed_and_differ_between_rows(tmp_path: Path) -> None:
