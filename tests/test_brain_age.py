@@ -95,7 +95,7 @@ def test_it_learns_what_brightness_tells(grid: Grid, tmp_path: Path, run_here: R
 def test_resumed_training_ends_in_the_same_weights(grid: Grid, tmp_path: Path, run_here: RunHere) -> None:
     dataset = write_dataset(tmp_path / "dataset", grid)
     common: dict[str, Any] = {"dataset_dir": str(dataset), "seed": 1, "augment": 1.0, "checkpoint_every": 1}
-    common |= {"epoch_length": 2, "keep_checkpoints": 9, "max_epochs": 2}
+    common |= {"epoch_length": 2, "keep_checkpoints": 9, "max_epochs": 2, "ema_decay": 0.9}
     run_here([BASE, TRAIN, TINY], run_dir=str(tmp_path / "whole"), **common)
     run_here([BASE, TRAIN, TINY], run_dir=str(tmp_path / "parts"), **common)
     for path in (tmp_path / "parts").glob("*.pt"):
@@ -103,7 +103,7 @@ def test_resumed_training_ends_in_the_same_weights(grid: Grid, tmp_path: Path, r
             path.unlink()
     run_here([BASE, TRAIN, TINY], run_dir=str(tmp_path / "parts"), **common)
     whole, parts = (content(tmp_path / name / "checkpoint_iteration=4.pt") for name in ("whole", "parts"))
-    for name in ("brain_age", "optimisation", "facts", "trainer"):
+    for name in ("brain_age", "brain_age_ema", "optimisation", "facts", "trainer"):
         assert difference(whole[name], parts[name]) == 0.0, name
     assert len(read_table(tmp_path / "parts" / "validation.tsv")) == 2
 
@@ -130,6 +130,17 @@ def test_one_age_teaches_nothing(grid: Grid, tmp_path: Path, run_here: RunHere) 
     assert "training scans are of the age 60: there is nothing to learn" in refused(
         run_here, [BASE, TRAIN, TINY], **flags
     )
+
+
+def test_bad_scan_is_refused_before_the_first_step(grid: Grid, tmp_path: Path, run_here: RunHere) -> None:
+    folder = write_dataset(tmp_path / "dataset", grid)
+    finer = Grid((40, 56, 40), [s * 0.8 for s in grid.spacing], grid.origin)
+    path = folder / "sub-1" / "anat" / "sub-1_T1w.nii.gz"
+    write_volume(path, head(finer, 0).numpy(), finer)
+    flags = {"dataset_dir": str(folder), "run_dir": str(tmp_path / "run"), "resample_to_grid": False}
+    told = refused(run_here, [BASE, TRAIN, TINY], **flags)
+    assert f"the volume {path} has shape (40, 56, 40), not (32, 48, 32)" in told
+    assert not (tmp_path / "run").exists()
 
 
 def test_augmentation_moves_and_can_be_switched_off() -> None:

@@ -237,6 +237,28 @@ def test_numbers_in_overlays_are_numbers() -> None:
             assert not (isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value)), (file, value)
 
 
+def test_trainings_repeat_nothing_of_the_base() -> None:
+    base = json.loads((CONFIGS / "inference.json").read_text())
+    for file in CONFIGS.glob("train_*.yaml"):
+        repeated = [name for name, value in yaml.safe_load(file.read_text()).items() if base.get(name, "") == value]
+        assert repeated == [], file
+
+
+def test_options_of_the_trainings_are_documented() -> None:
+    """Each option of the base that a training reads has a row, with its default."""
+    base = json.loads((CONFIGS / "inference.json").read_text())
+    names = list(base)
+    others = {"stage", "stage_weights", "participants", "facts", "run_training"}
+    options = {n for n in names[names.index("run") + 1 :] if not isinstance(base[n], dict)} - others
+    table = (ROOT / "docs" / "configuration.md").read_text().split("The four trainings")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `--")]
+    documented = {name: default for flags, default, _ in rows for name in re.findall(r"--(\w+)", flags)}
+    assert documented.keys() == options
+    for name, default in documented.items():
+        if re.fullmatch(r"`[^`]*`", default):
+            assert yaml.safe_load(default.strip("`")) == base[name], name
+
+
 def leaves(config: Any) -> list[Any]:
     """All values of a nested config that are neither dict nor list."""
     if isinstance(config, dict | list):

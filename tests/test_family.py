@@ -119,7 +119,7 @@ def test_figures_of_a_training(overlay: Path, tmp_path: Path) -> None:
 
 def test_a_family_without_conditions(run_here: RunHere, overlay: Path, tmp_path: Path) -> None:
     (tmp_path / "none.yaml").write_text(yaml.safe_dump({"conditions": {"_target_": "scripts.conditions.Conditions"}}))
-    files = [BASE, overlay, TINY, tmp_path / "none.yaml"]
+    files: list[str | Path] = [BASE, overlay, TINY, tmp_path / "none.yaml"]
     run_here(files, seed=4, num_samples=2, batch_size=2, output_dir=str(tmp_path / "samples"))
     assert [stated["conditions"] for stated in sidecars(tmp_path / "samples")] == [{}, {}]
     first, second = volumes(tmp_path / "samples").values()

@@ -101,13 +101,14 @@ def test_sampling_with_other_conditions_than_in_training(done: Pipeline, run_her
 def test_options_of_both_trainings(work: Pipeline) -> None:
     """Crops, a cache, given weights, a falling rate, a narrow posterior, and all that saves memory."""
     small = {"accumulate": 2, "gradient_checkpointing": 1, "channels_last": 1}
-    options = {"max_epochs": 1, "lr_decay": "cosine", "lr_warm_up": 1, **small}
+    options = {"max_epochs": 1, "lr_decay": "cosine", "lr_warm_up": 1, "ema_decay": 0.9, **small}
     crops = {"patch_shape": [24, 24, 24], "cache_rate": 1.0, "initial_log_variance": -8.0, "warm_up_epochs": 0}
     pretrained = str(work.autoencoder / "autoencoder.pt")
     work.train_autoencoder(run_dir=str(work.folder / "other"), pretrained=pretrained, amp="bf16", **crops, **options)
-    assert content(work.folder / "other" / "autoencoder.pt")["facts"]["iteration"] == 2
+    saved = content(work.folder / "other" / "autoencoder.pt")
+    assert saved["facts"]["iteration"] == 2 and saved["autoencoder_ema"]["updates"] == 2
     pretrained = str(work.diffusion / "diffusion.pt")
-    more = {"ema_decay": 0.9, "condition_dropout": 0.5, "timestep_density": "logit-normal", "min_snr_gamma": 5}
+    more = {"condition_dropout": 0.5, "timestep_density": "logit-normal", "min_snr_gamma": 5}
     where = {"run_dir": str(work.folder / "another"), "pretrained": pretrained}
     work.train_diffusion(**where, epoch_length=1, amp="fp16", **more, **options)
     saved = content(work.folder / "another" / "diffusion.pt")

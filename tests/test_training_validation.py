@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trained import Pipeline, content, same, trained_pipeline
 
 from scripts.figures import figures_of
+from scripts.loss_record import read_lines
 from scripts.tables import read_table
 
 
@@ -39,6 +40,8 @@ def test_autoencoder_is_validated_after_each_epoch(done: Pipeline) -> None:
     psnr = [float(row["val_psnr"]) for row in rows]
     assert content(done.autoencoder / "best.pt")["facts"]["best"] == pytest.approx(max(psnr), rel=1e-5)
     assert [e.step for e in scalars(done.autoencoder).Scalars("val_psnr")] == [2, 4]
+    record = [line for line in read_lines(done.autoencoder / "losses.jsonl") if "validation" in line]
+    assert [line["validation"]["val_psnr"] for line in record] == pytest.approx(psnr, rel=1e-5)
     assert figures_of(done.autoencoder, 4).keys() == {"reconstruction"}
     assert scalars(done.autoencoder).Tags()["images"] == ["reconstruction"]
 

@@ -96,9 +96,16 @@ def test_nested_overrides_and_what_monai_defines_are_known(run_here: RunHere) ->
 )
 def test_mistyped_nested_flag_names_the_near_one(flag: str, near: str, run_here: RunHere) -> None:
     told = refused(run_here, "configs/train_diffusion.yaml", **{flag: 1})
-    section = "train" if flag.startswith("train") else "validate::held_ot"
-    assert told.startswith(f"unknown flag --{section}:")
+    assert told.startswith("unknown flag --train::" if flag.startswith("train") else "unknown flag --validate::held_ot")
     assert near in told
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "diffusion", "brain_age", "segmenter"])
+def test_every_training_checks_its_options_first(name: str, run_here: RunHere) -> None:
+    for flag, value, told in (("log_every", 0, "must be at least 1"), ("lr", "fast", "must be a finite number")):
+        with pytest.raises(Exception) as caught:
+            run_here([BASE, f"configs/train_{name}.yaml", TINY], **{flag: value})
+        assert f"--{flag} {told}" in str(find_bundle_error(caught.value))
 
 
 def test_sections_take_what_something_reads(run_here: RunHere, tmp_path: Path) -> None:
