@@ -88,7 +88,8 @@ def test_one_seed_is_one_volume_whatever_the_batch(run_here: RunHere, overlay: P
 def test_samples_of_the_same_facts_are_kept_and_others_refused(
     run_here: RunHere, added: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    files, flags = [BASE, added, TINY], {"family": "blobs", "seed": 4, "output_dir": str(tmp_path / "samples")}
+    files: list[str | Path] = [BASE, added, TINY]
+    flags = {"family": "blobs", "seed": 4, "output_dir": str(tmp_path / "samples")}
     run_here(files, **flags)
     with caplog.at_level("INFO"):
         run_here(files, **flags)
@@ -118,7 +119,7 @@ def test_figures_of_a_training(overlay: Path, tmp_path: Path) -> None:
 
 def test_a_family_without_conditions(run_here: RunHere, overlay: Path, tmp_path: Path) -> None:
     (tmp_path / "none.yaml").write_text(yaml.safe_dump({"conditions": {"_target_": "scripts.conditions.Conditions"}}))
-    files = [BASE, overlay, TINY, tmp_path / "none.yaml"]
+    files: list[str | Path] = [BASE, overlay, TINY, tmp_path / "none.yaml"]
     run_here(files, seed=4, num_samples=2, batch_size=2, output_dir=str(tmp_path / "samples"))
     assert [stated["conditions"] for stated in sidecars(tmp_path / "samples")] == [{}, {}]
     first, second = volumes(tmp_path / "samples").values()
@@ -134,7 +135,7 @@ def test_a_wrong_name_names_the_near_one(run_here: RunHere, added: Path, tmp_pat
 
 def test_a_family_that_cannot_be_exported_says_so(run_here: RunHere, overlay: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
-    files = [BASE, "configs/export.yaml", overlay, TINY]
+    files: list[str | Path] = [BASE, "configs/export.yaml", overlay, TINY]
     assert "Blobs cannot be exported" in refused(run_here, files, export_dir=str(tmp_path / "exported"))
     assert not (tmp_path / "exported").exists()
 
