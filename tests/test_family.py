@@ -135,7 +135,7 @@ def test_a_wrong_name_names_the_near_one(run_here: RunHere, added: Path, tmp_pat
 
 def test_a_family_that_cannot_be_exported_says_so(run_here: RunHere, overlay: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
-    files = [BASE, "configs/export.yaml", overlay, TINY]
+    files: list[str | Path] = [BASE, "configs/export.yaml", overlay, TINY]
     assert "Blobs cannot be exported" in refused(run_here, files, export_dir=str(tmp_path / "exported"))
     assert not (tmp_path / "exported").exists()
 

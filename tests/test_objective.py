@@ -51,9 +51,9 @@ def monais(target: str) -> DDPMScheduler | RFlowScheduler:
 def clean(target: str, output: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
     """The clean latents that outputs imply, (B, C, x, y, z)."""
     one, made = torch.ones(len(timestep), 1, 1, 1, 1), objective(target)
-    a, s = made.noisy(one, 0 * one, timestep), made.noisy(0 * one, one, timestep)
-    of_noisy, of_output = TARGETS[target].clean_factors(a, s)  # type: ignore[arg-type]
-    return of_noisy * noisy + of_output * output
+    levels = torch.cat([made.noisy(one, 0 * one, timestep), made.noisy(0 * one, one, timestep)], dim=1)
+    batch = zip(output.split(1), noisy.split(1), levels.flatten(1).tolist(), strict=True)
+    return torch.cat([TARGETS[target].clean(o, z, a, s) for o, z, (a, s) in batch])
 
 
 def batch(size: int = 4) -> tuple[Tensor, Tensor, Tensor]:
