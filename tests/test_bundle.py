@@ -250,9 +250,9 @@ def test_options_of_the_trainings_are_documented() -> None:
     names = list(base)
     others = {"stage", "stage_weights", "participants", "facts", "run_training"}
     options = {n for n in names[names.index("run") + 1 :] if not isinstance(base[n], dict)} - others
-    table = (ROOT / "docs" / "configuration.md").read_text().split("The four trainings")[1].split("\n## ")[0]
+    table = (ROOT / "docs" / "configuration.md").read_text().split("## Options of all trainings")[1].split("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `--")]
-    documented = {name: default for flags, default, _ in rows for name in re.findall(r"--(\w+)", flags)}
+    documented = {name: default for flags, _, default in rows for name in re.findall(r"--(\w+)", flags)}
     assert documented.keys() == options
     for name, default in documented.items():
         if re.fullmatch(r"`[^`]*`", default):
