@@ -47,6 +47,7 @@ from scripts.loss_record import FILE
 from scripts.paths import MODELS, ROOT
 from scripts.programs import errors_in_one_line
 from scripts.tables import write_table
+from scripts.verbs import merge, used_ids
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,9 @@ class Machine:
         verbs = [f"configs/{verb}.yaml"] if verb else []
         files = [BASE, *verbs, DEMO, *([TINY] if self.options.rehearse else [])]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        smaller = {"autoencoder_channels": [8, 16]} if self.options.rehearse else {}  # the tiny grid is halved twice
+        used = used_ids(merge(ROOT / file for file in files))
+        halved_twice = self.options.rehearse and "autoencoder_channels" in used  # as the tiny grid can be
+        smaller = {"autoencoder_channels": [8, 16]} if halved_twice else {}
         given = [str(part) for name, value in {**flags, **smaller}.items() for part in (f"--{name}", value)]
         command = ["-m", "monai.bundle", "run", "--config_file", str(files), *given]
         self.call([sys.executable, *(launcher if processes > 1 else []), *command])
