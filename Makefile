@@ -8,7 +8,7 @@ SAMSEG_PYTHON ?= $(PYTHON)
 
 COMPILE := uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-header pyproject.toml
 
-.PHONY: help sample example-data perceptual-weights samseg tracking test lint lock clean
+.PHONY: help sample example-data perceptual-weights samseg tracking test test-slow lint lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -42,6 +42,9 @@ $(SAMSEG)/.installed:
 
 test: $(INSTALLED) ## Run the tests that need no GPU, no network and little time
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
+
+test-slow: $(INSTALLED) ## Run the tests that take minutes of computing, but no GPU and no network
+	$(RUN) -m pytest -m "slow and not gpu and not network"
 
 lint: $(INSTALLED) ## Check style and types
 	$(RUN) -m ruff check
