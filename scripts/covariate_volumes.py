@@ -24,12 +24,12 @@ import numpy as np
 
 from scripts.conditions import Conditions
 from scripts.errors import BundleError
-from scripts.metrics.volumetry import QUANTITIES, label_volumes, read_synthseg, stem
+from scripts.labels import QUANTITIES, belongs, label_volumes, read_synthseg, stem
 from scripts.options import is_absent
 from scripts.packages import file_hash
 from scripts.preparation_steps import Record, TargetSpace
 from scripts.scans import Scan, ScanError
-from scripts.segmentation import Segmenter
+from scripts.segmentation import SegmentationTool, chosen_way
 from scripts.volumes import write_volume
 
 LABELS_COLUMN = "labels"
@@ -37,7 +37,7 @@ BESIDE = ("_dseg", "_aseg", "_seg")
 ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh")
 
 
-class Volumetry(ABC):
+class VolumeMethod(ABC):
     """A way to the volumes of a scan."""
 
     @abstractmethod
@@ -59,7 +59,7 @@ class Volumetry(ABC):
         return {}
 
 
-class LabelsBeside(Volumetry):
+class LabelsBeside(VolumeMethod):
     """Label maps in FreeSurfer's codes that lie beside the raw scans.
 
     Named by the table's column `labels`, relative to the scan's folder; else the scan's own name with `_dseg`, `_aseg`
@@ -67,12 +67,12 @@ class LabelsBeside(Volumetry):
     """
 
     def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
-        """See `Volumetry`."""
+        """See `VolumeMethod`."""
         found = self.reads(record.name, record.raw, record.row)
         if found is None:
             first = self._candidates(record.raw, record.row)[0].name
             raise ScanError("no label map", f"there is no label map beside {record.raw}, such as {first}")
-        return normalised(label_volumes(found), record), None
+        return normalised_for_head_size(label_volumes(found), record), None
 
     def reads(self, name: str, raw: Path, row: Mapping[str, str]) -> Path | None:
         """The scan's label map."""
@@ -86,7 +86,7 @@ class LabelsBeside(Volumetry):
         return [raw.with_name(f"{name}{word}{ending}") for word in BESIDE for ending in ENDINGS]
 
 
-class GivenVolumes(Volumetry):
+class GivenVolumes(VolumeMethod):
     """Label maps in a folder, or a table of SynthSeg, told by the scans' names.
 
     Args:
@@ -112,11 +112,11 @@ class GivenVolumes(Volumetry):
         return files
 
     def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
-        """See `Volumetry`."""
+        """See `VolumeMethod`."""
         found = self.table.get(self._name(record.name, self.table)) if self.table else None
         if found is None and self.maps:
             found = label_volumes(self.maps[self._name(record.name, self.maps)])
-        return normalised(found or {}, record), None
+        return normalised_for_head_size(found or {}, record), None
 
     def reads(self, name: str, raw: Path, row: Mapping[str, str]) -> Path | None:
         """The scan's label map in the folder; none where there is not one, which `measure` refuses."""
@@ -124,9 +124,7 @@ class GivenVolumes(Volumetry):
         return self.maps[fitting[0]] if len(fitting) == 1 else None
 
     def _fitting(self, name: str, known: Mapping[str, Any]) -> list[str]:
-        names = (name, name.removeprefix("sub-"))
-        begin = tuple(f"{one}{mark}" for one in names for mark in "_-.")
-        return [one for one in known if one in names or one.startswith(begin)]
+        return [one for one in known if belongs(one, name) or belongs(one, name.removeprefix("sub-"))]
 
     def _name(self, name: str, known: Mapping[str, Any]) -> str:
         fitting = self._fitting(name, known)
@@ -139,18 +137,18 @@ class GivenVolumes(Volumetry):
         return {"path": self.path.name, "sha256": file_hash(self.path) if self.path.is_file() else None}
 
 
-class ByTool(Volumetry):
+class ByTool(VolumeMethod):
     """A program that segments the prepared volume: `synthseg` or `samseg`; its label map is kept in the dataset.
 
     Args:
         segmenter: the program.
     """
 
-    def __init__(self, segmenter: Segmenter) -> None:
+    def __init__(self, segmenter: SegmentationTool) -> None:
         self.segmenter = segmenter
 
     def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
-        """See `Volumetry`."""
+        """See `VolumeMethod`."""
         with tempfile.TemporaryDirectory(prefix="segmented-") as folder:
             volume = Path(folder) / f"{record.name}.nii.gz"
             write_volume(volume, record.on_grid(), space.grid)
@@ -160,18 +158,18 @@ class ByTool(Volumetry):
                 raise BundleError(f"{self.segmenter.name} wrote no label map of {record.name}")
             image: Any = nib.load(found)
             labels = Scan(np.rint(np.asanyarray(image.dataobj)).astype(np.int16), image.affine)
-            return normalised(label_volumes(found), record), labels
+            return normalised_for_head_size(label_volumes(found), record), labels
 
     def settings(self) -> dict[str, Any]:
         """The program's name."""
         return {"segmenter": self.segmenter.name}
 
 
-class OwnSegmenter(Volumetry):
+class OwnSegmenter(VolumeMethod):
     """The bundle's own network; see `scripts.segmenter`."""
 
     def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
-        """See `Volumetry`."""
+        """See `VolumeMethod`."""
         from scripts.segmenter import brain_volumes  # type: ignore[import-not-found] # reads weights when imported
 
         found = brain_volumes(record.on_grid(), space.grid)
@@ -192,7 +190,7 @@ class MeasureVolumes:
         conditions: those called `ventricular_vol` and `brain_vol` are measured.
         segment_with: name of a way in `ways`; None for none.
         segmentations: folder of label maps or table of SynthSeg, which then is the way.
-        ways: name -> `Volumetry`.
+        ways: name -> `VolumeMethod`.
 
     Raises:
         BundleError: if there is no way of that name, or both are given.
@@ -206,12 +204,13 @@ class MeasureVolumes:
         conditions: Conditions,
         segment_with: Any,
         segmentations: Any,
-        ways: Mapping[str, Volumetry],
+        ways: Mapping[str, VolumeMethod],
     ) -> None:
         self.space = space
         self.names = {c.raw: c.name for c in conditions if c.name in QUANTITIES}
-        self.chosen = None if is_absent(segment_with) else str(segment_with)
-        self.way = _way(self.chosen, segmentations, ways)
+        self.chosen = chosen_way(segment_with, segmentations, ways)
+        given = None if is_absent(segmentations) else GivenVolumes(segmentations)
+        self.way = given if self.chosen is None else ways[self.chosen]
 
     def reads(self, name: str, raw: Path, row: Mapping[str, str], lacking: Sequence[str]) -> Path | None:
         """The file besides the scan itself that a scan which lacks these conditions is measured by; None for none.
@@ -248,17 +247,7 @@ class MeasureVolumes:
         return {"segment_with": self.chosen, **(self.way.settings() if self.way else {})}
 
 
-def _way(chosen: str | None, segmentations: Any, ways: Mapping[str, Volumetry]) -> Volumetry | None:
-    if not is_absent(segmentations):
-        if chosen is not None:
-            raise BundleError("--segmentations and --segment_with say both where volumes come from: give one of them")
-        return GivenVolumes(segmentations)
-    if chosen is not None and chosen not in ways:
-        raise BundleError(f"--segment_with: there is no '{chosen}'; there are {', '.join(ways)}")
-    return None if chosen is None else ways[chosen]
-
-
-def normalised(volumes: Mapping[str, float], record: Record) -> dict[str, float]:
+def normalised_for_head_size(volumes: Mapping[str, float], record: Record) -> dict[str, float]:
     """The volumes of a head with the brain's divided by the cube of the head's scale to the template.
 
     That is how UK Biobank's field 25009 normalises for head size (Smith et al. 2002, SIENAX). The rigid motion onto

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from scripts.atomic import make_folder, replacing
 from scripts.errors import BundleError
-from scripts.phantom_heads import LABELS
+from scripts.labels import LABELS
 from scripts.scans import Scan, load_scan
 from scripts.tables import read_table
 from scripts.volumetry import Atlas, atlas_labels, fetch_atlas, segmented

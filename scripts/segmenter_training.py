@@ -32,9 +32,10 @@ from scripts.datasets import TABLE, LoadVolumed, participants
 from scripts.distributed import all_means
 from scripts.errors import BundleError
 from scripts.grid import Grid
+from scripts.labels import LABELS
 from scripts.optimisation import Batch, Optimisation
 from scripts.options import number, probability
-from scripts.phantom_heads import LABELS, onto_grid
+from scripts.phantom_heads import onto_grid
 from scripts.precision import autocast
 from scripts.segmenter import (
     BRAIN,
