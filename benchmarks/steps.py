@@ -198,14 +198,11 @@ def _run(options: argparse.Namespace, verb: list[str], flags: dict[str, Any], fu
 
 
 def read_measures(path: Path) -> dict[str, dict[str, Any]]:
-    """Model -> `measure metric` -> value, of FID and of the volumes of structures, from the evaluation's report."""
+    """Model -> name of a figure -> value, of FID and of the volumes of structures, from the evaluation's report."""
     found: dict[str, dict[str, Any]] = {}
-    for key, entry in json.loads(path.read_text(encoding="utf-8"))["measures"].items():
-        model = entry.get("model", "")
-        measure = key.removesuffix(f"_{model}")
-        if measure in MEASURES and entry["status"] == "computed":
-            values = {f"{measure} {name}": m.get("value", m.get("mean")) for name, m in entry["metrics"].items()}
-            found.setdefault(model, {}).update(values)
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        if row["measure"] in MEASURES:
+            found.setdefault(row.get("model", ""), {})[row["name"]] = row["value"]
     return found
 
 

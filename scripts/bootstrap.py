@@ -12,10 +12,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import scipy.stats
 
 LEVEL = 0.95
 REPEATS = 2000
@@ -23,46 +26,30 @@ FEWEST = 3
 
 
 @dataclass(frozen=True)
-class Summary:
-    """A measure's values in brief.
-
-    Attributes:
-        count: number of values.
-        mean: their mean.
-        standard_deviation: with divisor count - 1; None for a single value.
-        interval: bootstrap 95 % confidence interval of the mean; None for fewer than three values.
-
-    Both are None as well where a value is infinite, as the PSNR of equal volumes is.
-    """
-
-    count: int
-    mean: float
-    standard_deviation: float | None
-    interval: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
 class Estimate:
-    """One number that was computed from all volumes, not the mean of a value of each.
+    """A mean of values of single volumes or pairs, or one number that was computed from all of them together.
 
     Attributes:
         value: NaN where it is not defined, as a correlation with a constant.
-        count: number of volumes; of the smaller set where there are two.
-        interval: its bootstrap 95 % confidence interval, if it has one.
+        count: number of values; of the smaller set where there are two.
+        standard_deviation: of the values about their mean, with divisor count - 1; None for a single value, for what
+            is no mean, and where a value is infinite, as the PSNR of equal volumes is.
+        interval: its 95 % confidence interval, if it has one.
     """
 
     value: float
     count: int
+    standard_deviation: float | None = None
     interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a mean lies from the one that it should have.
+    """How far a figure lies from the one that it should equal.
 
     Attributes:
-        target: the mean that it should have.
-        value: the mean less the target.
+        target: the value that it should have.
+        value: the figure less the target.
         interval: its 95 % confidence interval; None where one of the two has none.
     """
 
@@ -71,20 +58,20 @@ class Difference:
     interval: tuple[float, float] | None
 
 
-def difference(found: Summary, target: Summary) -> Difference:
-    """The difference of two means of independent sets.
+def difference(found: Estimate, target: Estimate) -> Difference:
+    """The difference of two figures of independent sets.
 
-    The interval follows from the two means' own (method of variance estimates recovery, Zou and Donner 2008).
+    The interval follows from their own (method of variance estimates recovery, Zou and Donner 2008).
     """
-    value = found.mean - target.mean
+    value = found.value - target.value
     if found.interval is None or target.interval is None:
-        return Difference(target.mean, value, None)
-    below = np.hypot(found.mean - found.interval[0], target.interval[1] - target.mean)
-    above = np.hypot(found.interval[1] - found.mean, target.mean - target.interval[0])
-    return Difference(target.mean, value, (float(value - below), float(value + above)))
+        return Difference(target.value, value, None)
+    below = np.hypot(found.value - found.interval[0], target.interval[1] - target.value)
+    above = np.hypot(found.interval[1] - found.value, target.value - target.interval[0])
+    return Difference(target.value, value, (float(value - below), float(value + above)))
 
 
-def summarise(values: np.ndarray, members: np.ndarray, seed: int) -> Summary:
+def summarise(values: np.ndarray, members: np.ndarray, seed: int) -> Estimate:
     """Mean, standard deviation and confidence interval of a measure of volumes or of pairs of volumes.
 
     Args:
@@ -95,11 +82,11 @@ def summarise(values: np.ndarray, members: np.ndarray, seed: int) -> Summary:
     known = len(values) if np.isfinite(values).all() else 0
     deviation = float(values.std(ddof=1)) if known > 1 else None
     interval = confidence_interval(values, members, seed) if known >= FEWEST else None
-    return Summary(len(values), float(values.mean()), deviation, interval)
+    return Estimate(float(values.mean()), len(values), deviation, interval)
 
 
-def confidence_interval(values: np.ndarray, members: np.ndarray, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap (Efron 1979) of the mean, in which volumes are drawn, not values.
+def confidence_interval(values: np.ndarray, members: np.ndarray, seed: int) -> tuple[float, float] | None:
+    """Percentile bootstrap of the mean, in which volumes are drawn, not values.
 
     Pairs that share a volume are not independent, so a bootstrap over pairs is too narrow. Here each
     repeat draws volumes with replacement, and a value counts as often as the product of its volumes'
@@ -109,61 +96,50 @@ def confidence_interval(values: np.ndarray, members: np.ndarray, seed: int) -> t
         values, members, seed: as for `summarise`; all values are finite.
     """
     volumes, index = np.unique(members, return_inverse=True)
-    index = index.reshape(len(values), -1)
-    generator = np.random.default_rng(seed)
-    means = []
-    for _ in range(REPEATS):
-        drawn = generator.integers(len(volumes), size=len(volumes))
-        weights = np.bincount(drawn, minlength=len(volumes))[index].prod(axis=1)
-        if weights.any():
-            means.append(np.average(values, weights=weights))
-    return _middle(means)
+    mean = partial(_mean_of_drawn, values, index.reshape(len(values), -1))
+    return bootstrapped([np.arange(len(volumes))], mean, seed, vectorized=False)
 
 
-def _middle(values: list[float]) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+def _mean_of_drawn(values: np.ndarray, members: np.ndarray, drawn: np.ndarray) -> float:
+    weights = np.bincount(drawn, minlength=members.max() + 1)[members].prod(axis=1)
+    return float(np.average(values, weights=weights)) if weights.any() else float("nan")
 
 
 def bootstrapped(
-    volumes: np.ndarray, statistic: Callable[[np.ndarray], float], seed: int
+    samples: Sequence[np.ndarray],
+    statistic: Callable[..., np.ndarray | float],
+    seed: int,
+    paired: bool = False,
+    vectorized: bool = True,
 ) -> tuple[float, float] | None:
-    """Percentile bootstrap (Efron 1979) of any statistic of volumes.
+    """Percentile bootstrap (Efron 1979) of a statistic of one set of volumes or of several, by `scipy.stats.bootstrap`.
+
+    SciPy's interval is NaN if one repeat is, as a correlation is where one volume is drawn each time; here such repeats
+    are left out.
 
     Args:
-        volumes: (N, ...), what is known of each volume.
-        statistic: of such an array; repeats in which it is NaN are left out.
-        seed: of the bootstrap.
+        samples: one (N,) array a set; of one length if they are paired.
+        statistic: of such arrays, along the `axis` that it is given if it is vectorized.
+        seed: of the choice of volumes.
+        paired: whether the arrays are of the same volumes, which are drawn together.
+        vectorized: whether the statistic takes the arrays of many repeats at once.
 
     Returns:
         The 95 % interval; None for fewer than three volumes, or where the statistic is not defined.
     """
-    if len(volumes) < FEWEST or not np.isfinite(statistic(volumes)):
+    defined = min(map(len, samples)) >= FEWEST and np.isfinite(statistic(*samples))
+    if not defined:
         return None
-    generator = np.random.default_rng(seed)
-    drawn = (generator.integers(len(volumes), size=len(volumes)) for _ in range(REPEATS))
-    values = [value for value in (statistic(volumes[index]) for index in drawn) if np.isfinite(value)]
-    return _middle(values)
-
-
-def bootstrapped_of_two(
-    first: np.ndarray, second: np.ndarray, statistic: Callable[[np.ndarray, np.ndarray], float], seed: int
-) -> tuple[float, float] | None:
-    """Percentile bootstrap of a statistic of two independent sets of volumes, each drawn anew.
-
-    Args:
-        first, second: (N, ...) and (M, ...), what is known of each volume.
-        statistic: of two such arrays; repeats in which it is NaN are left out.
-        seed: of the bootstrap.
-
-    Returns:
-        The 95 % interval; None for fewer than three volumes in a set, or where the statistic is not defined.
-    """
-    if min(len(first), len(second)) < FEWEST or not np.isfinite(statistic(first, second)):
-        return None
-    generator = np.random.default_rng(seed)
-    repeats = (
-        statistic(*(values[generator.integers(len(values), size=len(values))] for values in (first, second)))
-        for _ in range(REPEATS)
-    )
-    return _middle([value for value in repeats if np.isfinite(value)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
+        repeats = scipy.stats.bootstrap(
+            samples,
+            statistic,
+            n_resamples=REPEATS,
+            vectorized=vectorized,
+            paired=paired,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).bootstrap_distribution
+    low, high = np.quantile(repeats[np.isfinite(repeats)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

@@ -24,12 +24,12 @@ import numpy as np
 
 from scripts.conditions import Conditions
 from scripts.errors import BundleError
-from scripts.metrics.volumetry import QUANTITIES, label_volumes, read_synthseg, stem
+from scripts.labels import QUANTITIES, belongs, label_volumes, read_synthseg, stem
 from scripts.options import is_absent
 from scripts.packages import file_hash
 from scripts.preparation_steps import Record, TargetSpace
 from scripts.scans import Scan, ScanError
-from scripts.segmentation import SegmentationTool
+from scripts.segmentation import SegmentationTool, chosen_way
 from scripts.volumes import write_volume
 
 LABELS_COLUMN = "labels"
@@ -124,9 +124,7 @@ class GivenVolumes(VolumeMethod):
         return self.maps[fitting[0]] if len(fitting) == 1 else None
 
     def _fitting(self, name: str, known: Mapping[str, Any]) -> list[str]:
-        names = (name, name.removeprefix("sub-"))
-        begin = tuple(f"{one}{mark}" for one in names for mark in "_-.")
-        return [one for one in known if one in names or one.startswith(begin)]
+        return [one for one in known if belongs(one, name) or belongs(one, name.removeprefix("sub-"))]
 
     def _name(self, name: str, known: Mapping[str, Any]) -> str:
         fitting = self._fitting(name, known)
@@ -210,8 +208,9 @@ class MeasureVolumes:
     ) -> None:
         self.space = space
         self.names = {c.raw: c.name for c in conditions if c.name in QUANTITIES}
-        self.chosen = None if is_absent(segment_with) else str(segment_with)
-        self.way = _way(self.chosen, segmentations, ways)
+        self.chosen = chosen_way(segment_with, segmentations, ways)
+        given = None if is_absent(segmentations) else GivenVolumes(segmentations)
+        self.way = given if self.chosen is None else ways[self.chosen]
 
     def reads(self, name: str, raw: Path, row: Mapping[str, str], lacking: Sequence[str]) -> Path | None:
         """The file besides the scan itself that a scan which lacks these conditions is measured by; None for none.
@@ -246,16 +245,6 @@ class MeasureVolumes:
     def settings(self) -> dict[str, Any]:
         """The way, and what it depends on."""
         return {"segment_with": self.chosen, **(self.way.settings() if self.way else {})}
-
-
-def _way(chosen: str | None, segmentations: Any, ways: Mapping[str, VolumeMethod]) -> VolumeMethod | None:
-    if not is_absent(segmentations):
-        if chosen is not None:
-            raise BundleError("--segmentations and --segment_with say both where volumes come from: give one of them")
-        return GivenVolumes(segmentations)
-    if chosen is not None and chosen not in ways:
-        raise BundleError(f"--segment_with: there is no '{chosen}'; there are {', '.join(ways)}")
-    return None if chosen is None else ways[chosen]
 
 
 def normalised_for_head_size(volumes: Mapping[str, float], record: Record) -> dict[str, float]:

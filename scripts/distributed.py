@@ -117,6 +117,13 @@ def _pause(until: float) -> None:
     time.sleep(PAUSE_S)
 
 
+def wait_for_all_processes() -> None:
+    """Return when every process of a `torchrun` has come here; at once without it."""
+    start(torch.device("cpu"))
+    if world_size() > 1:
+        dist.barrier()
+
+
 def finish() -> None:
     """Leave the group of processes."""
     if dist.is_initialized():

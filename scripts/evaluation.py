@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,15 +22,14 @@ from scripts.atomic import make_folder, write_text
 from scripts.devices import process_rank
 from scripts.errors import BundleError
 from scripts.html_report import PAGE, html
-from scripts.measures import Measure, check_entries, missing_flags
+from scripts.inputs import Input
+from scripts.measures import Measure, check_entries
 from scripts.metrics.features import FeatureSet
 from scripts.overlap import check_overlap
 from scripts.report import Measured, Report, left_by_earlier, remove, write_report
 from scripts.samples import Samples
 
 logger = logging.getLogger(__name__)
-
-MEASURE = ("inputs", "compute")
 
 
 def evaluate(
@@ -47,8 +46,8 @@ def evaluate(
     are removed. Under torchrun all processes share what measures prepare; the first one does the rest.
 
     Args:
-        metrics: name -> measure, or a function that makes one of the `synthetic` volumes: this is measured for each
-            model.
+        metrics: name -> measure, or a function (also a subclass of `Measure`) that makes one of the `synthetic`
+            volumes: this is measured for each model.
         samples: the models' volumes.
         output_dir: where to write.
         flags: what was asked for, for the report.
@@ -58,25 +57,24 @@ def evaluate(
     """
     if not metrics:
         raise BundleError("--metrics has no entries: leave it out, or give it some")
-    check_entries("metrics", metrics, MEASURE)
+    check_entries("metrics", metrics)
     measures = _for_each_model(metrics, samples)
-    missing = {key: missing_flags(entry.measure) for key, entry in measures.items()}
-    wanted = {key: entry for key, entry in measures.items() if not missing[key]}
+    wanted = [entry for entry in measures.values() if not entry.measure.missing_flags()]
     if not wanted:
-        raise BundleError(f"there is nothing to evaluate: give {_simplest(missing)}")
+        raise BundleError(f"there is nothing to evaluate: give {_simplest(measures.values())}")
     folder = make_folder(output_dir)
     with _warnings() as warnings:
         warnings += _warned_before(measures)
         _check(wanted)
-        check_overlap([entry.measure for entry in wanted.values()], samples)
-        for entry in wanted.values():
+        check_overlap([entry.measure for entry in wanted], samples)
+        for entry in wanted:
             with _timed(entry):
-                getattr(entry.measure, "prepare", _nothing)()
+                entry.measure.update()
         if process_rank()[0] == 0:
-            for entry in wanted.values():
+            for entry in wanted:
                 with _timed(entry):
                     entry.result = entry.measure.compute()
-            report = Report(measures, missing, samples, dict(flags or {}), warnings)
+            report = Report(measures, samples, dict(flags or {}), warnings)
             page = html(report)
             stale = left_by_earlier(folder, report)
             write_report(folder, report)
@@ -90,45 +88,48 @@ def _for_each_model(metrics: Mapping[str, Measure | Callable[..., Measure]], sam
     for name, entry in metrics.items():
         if callable(entry):
             for model, features in samples.sets.items():
-                found[f"{name}_{model}" if model else name] = Measured(name, model, _made(name, entry, features))
+                measure = _checked(name, _measure_of(name, entry, features))
+                found[f"{name}_{model}" if model else name] = Measured(name, measure, model)
         else:
-            found[name] = Measured(name, "", entry)
-    check_entries("metrics", {one.name: one.measure for one in found.values()}, MEASURE)
+            found[name] = Measured(name, _checked(name, entry))
     for one in found.values():
-        target = getattr(one.measure, "target", None)
+        target = one.measure.target
         if target is not None and target not in found:
             raise BundleError(f"--metrics::{one.name}::target: there is no '{target}'; there are {', '.join(found)}")
     return found
 
 
-def _made(name: str, entry: Callable[..., Measure], features: FeatureSet) -> Measure:
+def _checked(name: str, measure: Any) -> Measure:
+    if not isinstance(measure, Measure):
+        raise BundleError(f"--metrics::{name} is a {type(measure).__name__}, which is no Measure of scripts.measures")
+    return measure
+
+
+def _measure_of(name: str, entry: Callable[..., Measure], features: FeatureSet) -> Measure:
     try:
         return entry(synthetic=features)
     except TypeError as error:
         raise BundleError(f"--metrics::{name} cannot be made with these options: {error}") from error
 
 
-def _check(wanted: Mapping[str, Measured]) -> None:
-    """Let each measure and each input that has a `check` see at once whether it can be used."""
-    things = [thing for entry in wanted.values() for thing in (*entry.measure.inputs, entry.measure)]
+def _check(wanted: Iterable[Measured]) -> None:
+    """Let each measure and each input see at once whether it can be used."""
+    things: list[Input | Measure] = [thing for e in wanted for thing in (*e.measure.inputs, e.measure)]
     for thing in {id(thing): thing for thing in things}.values():
-        getattr(thing, "check", _nothing)()
+        thing.check()
 
 
 def _warned_before(measures: Mapping[str, Measured]) -> list[str]:
     """What was warned of when the folders were looked at."""
-    told = (getattr(needed, "warnings", ()) for entry in measures.values() for needed in entry.measure.inputs)
-    return list(dict.fromkeys(text for texts in told for text in texts))
+    told = (text for entry in measures.values() for needed in entry.measure.inputs for text in needed.warnings)
+    return list(dict.fromkeys(told))
 
 
-def _nothing() -> None:
-    pass
-
-
-def _simplest(missing: Mapping[str, list[str]]) -> str:
-    fewest = min(len(lacking) for lacking in missing.values())
-    flags = sorted({f"--{flag} FOLDER" for lacking in missing.values() if len(lacking) == fewest for flag in lacking})
-    return " or ".join(flags)
+def _simplest(measures: Iterable[Measured]) -> str:
+    missing = [entry.measure.missing_flags() for entry in measures]
+    fewest = min(map(len, missing))
+    flags = {f"--{flag} FOLDER" for lacking in missing if len(lacking) == fewest for flag in lacking}
+    return " or ".join(sorted(flags))
 
 
 @contextmanager

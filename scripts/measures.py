@@ -8,21 +8,54 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What every measure of the evaluation has in common."""
+"""What every measure of the evaluation has in common, and the rows that it gives."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
-from scripts.bootstrap import Difference, Estimate, Summary
+from scripts.bootstrap import Difference, Estimate
 from scripts.errors import BundleError
+from scripts.inputs import Input
 
 Metric = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of an evaluation.
+
+    Attributes:
+        metric: what was measured, such as `ms_ssim` or `pearson`.
+        found: the figure, with its spread and interval.
+        quantity: of what, where a metric is of several, such as `brain_vol`.
+        network: the feature network that it depends on.
+        kind: what tells figures of one metric apart, such as `halves` and `floor`.
+        difference: how far it lies from the value that it should have, where that is known.
+        headline: whether it has a column in the table of models.
+        measure, model: whose it is; the evaluation fills them in.
+    """
+
+    metric: str
+    found: Estimate
+    quantity: str = ""
+    network: str = ""
+    kind: str = ""
+    difference: Difference | None = None
+    headline: bool = True
+    measure: str = ""
+    model: str = ""
+
+    @property
+    def what(self) -> tuple[str, str, str, str]:
+        """What it is a figure of: equal for the rows of two measures that are to be compared."""
+        return self.metric, self.quantity, self.network, self.kind
 
 
 @dataclass(frozen=True)
@@ -30,61 +63,52 @@ class Result:
     """What a measure found.
 
     Attributes:
-        summaries: name of a metric -> its values in brief, or the one number that it is.
+        rows: its figures.
         facts: plain data for the report: how many of what, the metrics' settings, the intensity range.
-        distances: name of a metric -> how far it lies from the value that it should have, where the measure knows.
-        rows: a table of the single values, written as `<name of the measure>.tsv` if there are any.
+        table: the single values, written as `<name of the measure>.tsv` if there are any.
         picture: written as `<name of the measure>.png` if there is one.
     """
 
-    summaries: dict[str, Summary | Estimate]
+    rows: list[Row]
     facts: dict[str, Any]
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    table: list[dict[str, Any]] = field(default_factory=list)
     picture: Figure | None = None
-    distances: dict[str, Difference] = field(default_factory=dict)
 
 
-class Input(Protocol):
-    """Something that a flag gives: a folder, a table, the choice of networks.
-
-    It may say in `why_not` why it does without what it was meant to take by itself, and in `warnings` what was warned
-    of when it was made.
-    """
-
-    @property
-    def flag(self) -> str:
-        """The flag's name."""
-        ...
-
-    @property
-    def requested(self) -> bool:
-        """Whether the flag was given."""
-        ...
-
-
-class Measure(Protocol):
+class Measure(ABC):
     """One entry of the evaluation's map of measures.
 
-    It may have more attributes: `check()`, which is called before anything is computed and raises a `BundleError` if it
-    sees that the inputs cannot be used (an input may have one too); `prepare()`, which under torchrun every process
-    calls before the first one computes and reports alone; `target`, the name of the measure whose means its own should
-    equal; and for the report, in a sentence or two, `says` and `pitfall`, what it is for and how it misleads, and
-    `shows`, what is in its picture.
+    As a metric of torchmetrics it has `update`, which takes in what is to be measured, one item at a time, and
+    `compute`, which sums it up. What lies between the two is on disk: each process updates its share, and an
+    interrupted evaluation goes on where it stopped.
+
+    Attributes:
+        inputs: what it needs; it is skipped unless all of them were given.
+        target: name of the measure whose figures its own should equal, if there is one. The page then draws the
+            distributions of both.
+        says, pitfall: for the report, in a sentence or two: what it is for, and how it misleads.
+        shows: what is in its picture.
     """
 
-    @property
-    def inputs(self) -> Sequence[Input]:
-        """What it needs; it is skipped unless all of them were given."""
-        ...
+    inputs: Sequence[Input] = ()
+    target: str | None = None
+    says: str = ""
+    pitfall: str = ""
+    shows: str = ""
 
+    def missing_flags(self) -> list[str]:
+        """The flags that it needs and that were not given."""
+        return [needed.flag for needed in self.inputs if not needed.requested]
+
+    def check(self) -> None:  # noqa: B027 (not every measure has something to look at)
+        """Raise a `BundleError` if it sees that the inputs cannot be used; before anything is computed."""
+
+    def update(self) -> None:  # noqa: B027 (not every measure takes long)
+        """Compute and keep what was not kept before; under torchrun all processes call it, and each does its share."""
+
+    @abstractmethod
     def compute(self) -> Result:
-        """Read the folders and measure; shows its progress."""
-        ...
-
-
-def missing_flags(measure: Measure) -> list[str]:
-    """The flags that a measure needs and that were not given."""
-    return [needed.flag for needed in measure.inputs if not needed.requested]
+        """Sum up, and first compute what `update` has not; the first process alone calls it."""
 
 
 def settings(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:

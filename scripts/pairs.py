@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,15 +21,11 @@ import torch
 from tqdm import tqdm
 
 from scripts.bootstrap import summarise
-from scripts.devices import process_rank
 from scripts.errors import BundleError
-from scripts.measures import Metric, Result, check_entries, missing_flags, settings
-from scripts.metrics.features import FeatureSet, wait_for_all_processes
+from scripts.measures import Measure, Metric, Result, Row, check_entries, settings
+from scripts.metrics.features import FeatureSet
 from scripts.options import whole_number
-from scripts.values import Values, identity
-
-logger = logging.getLogger(__name__)
-
+from scripts.values import Values, complete, identity
 
 SAYS_OF_TWO_SETS = (
     "How alike a sample and a real volume are, over random pairs. Samples that could be real are as alike to real "
@@ -38,7 +33,7 @@ SAYS_OF_TWO_SETS = (
 )
 
 
-class PairSimilarity:
+class PairSimilarity(Measure):
     """Metrics of random pairs within one set of volumes, or of pairs with one volume from each of two sets.
 
     Diversity as Pinaya et al. 2022 measure it: the mean over 1000 pairs within the synthetic volumes is to
@@ -88,7 +83,7 @@ class PairSimilarity:
         self.seed = whole_number(seed, "seed")
         self.device = torch.device(device)
         check_entries("pair_metrics", metrics)
-        if not missing_flags(self):
+        if not self.missing_flags():
             self._check_folders()
             self.metrics = {name: build(self.folders[0].shape) for name, build in metrics.items()}
             self._identities = {n: identity(n, m, **settings({n: m})[n]) for n, m in self.metrics.items()}
@@ -99,36 +94,38 @@ class PairSimilarity:
             raise BundleError(f"--{first.flag}: {first.folder} holds one volume; pairs need two or more")
         first.check_same_grid(last)
 
-    def prepare(self) -> None:
+    def update(self) -> None:
         """Measure the pairs that were not measured before, as one of several processes if there are any."""
-        rank, processes = process_rank()
-        self._measure(self._pairs()[rank::processes])
-        wait_for_all_processes()
-        self.values.reload()
+        self._complete()
 
     def compute(self) -> Result:
-        """Measure every pair."""
+        """The means over all pairs."""
+        self._complete(alone=True)
         first, last = self.folders[0], self.folders[-1]
         pairs = self._pairs()
-        rows = self._measure(pairs)
+        found = [self._known(*pair) for pair in pairs.tolist()]
         members = pairs if first is last else pairs + [0, len(first)]
+        means = {name: summarise(np.array([one[name] for one in found]), members, self.seed) for name in self.metrics}
         return Result(
-            {name: summarise(np.array([row[name] for row in rows]), members, self.seed) for name in self.metrics},
+            [Row(name, mean, headline=first is last) for name, mean in means.items()],
             {"pairs": len(pairs), "seed": self.seed, "settings": settings(self.metrics), **self._sources()},
-            [{"first": first.name(a), "second": last.name(b), **row} for (a, b), row in zip(pairs.tolist(), rows)],
+            [{"first": first.name(a), "second": last.name(b), **one} for (a, b), one in zip(pairs.tolist(), found)],
         )
 
     def _pairs(self) -> np.ndarray:
         return random_pairs([len(folder) for folder in self.folders], self.num_pairs, self.seed)
 
-    def _measure(self, pairs: np.ndarray) -> list[dict[str, float]]:
+    def _complete(self, alone: bool = False) -> None:
         label = "pairs of " + " and ".join(folder.flag for folder in self.folders)
-        missing = [pair for pair in pairs.tolist() if not self._known(*pair).keys() >= self.metrics.keys()]
-        if 0 < len(missing) < len(pairs):
-            logger.info(f"{label}: {len(pairs) - len(missing)} of {len(pairs)} are measured already")
-        for a, b in tqdm(missing, label, unit="pair", disable=None if missing else True):
-            self._compare(a, b)
-        return [self._known(*pair) for pair in pairs.tolist()]
+
+        def measure(missing: list[list[int]]) -> None:
+            for a, b in tqdm(missing, label, unit="pair", disable=None):
+                self._compare(a, b)
+
+        complete(label, self._pairs().tolist(), self._is_known, measure, self.values, alone)
+
+    def _is_known(self, pair: Sequence[int]) -> bool:
+        return self._known(*pair).keys() >= self.metrics.keys()
 
     def _known(self, a: int, b: int) -> dict[str, float]:
         files = self.folders[0].hashes[a], self.folders[-1].hashes[b]

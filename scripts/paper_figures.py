@@ -25,9 +25,9 @@ from torch import Tensor
 from scripts.atomic import make_folder, replacing
 from scripts.conditions import Condition, Conditions
 from scripts.devices import process_rank
+from scripts.distributed import wait_for_all_processes
 from scripts.errors import BundleError
 from scripts.figures import strip
-from scripts.metrics.features import wait_for_all_processes
 from scripts.options import whole_number
 from scripts.requests import SampleRequests
 from scripts.sampling import SampleSaver

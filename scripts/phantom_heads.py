@@ -26,19 +26,10 @@ from scripts.datasets import read_on_grid
 from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.head_size import Volumes
+from scripts.labels import LABELS
 from scripts.potential_flow import PotentialFlow
 from scripts.tables import read_table
 
-LABELS = {
-    "outside": 0,
-    "scalp_and_skull": 1,
-    "outer_fluid": 2,
-    "grey": 3,
-    "white": 4,
-    "lateral_ventricles": 5,
-    "third_ventricle": 6,
-    "fourth_ventricle": 7,
-}
 VENTRICLES, GREY, WHITE = LABELS["lateral_ventricles"], LABELS["grey"], LABELS["white"]
 INTRACRANIAL = tuple(range(2, 8))
 TISSUES = ((5,), (6, 7), (2,), (3,), (4,))

@@ -36,8 +36,8 @@ from skimage.filters import threshold_otsu
 from tqdm import tqdm
 
 from scripts.atomic import make_folder, replacing
+from scripts.labels import LABELS
 from scripts.paths import MODELS, ROOT
-from scripts.phantom_heads import LABELS
 from scripts.programs import errors_in_one_line
 from scripts.scans import Scan, load_scan
 from scripts.tables import read_table

@@ -17,24 +17,23 @@ server. Pictures are loaded when they are scrolled to, so that tens of thousands
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from scripts.atomic import write_text
 from scripts.exclusions import Exclusions
+from scripts.pages import render
 from scripts.programs import errors_in_one_line
 from scripts.quality_pictures import THUMBNAILS
 from scripts.tables import MISSING, read_table
 
 FIGURES = "figures"
 PAGE = "quality.html"
-SKELETON = Path(__file__).with_name("quality_page.html")
+TEMPLATE = "quality.html"
 FINE = {"field_of_view": "whole", "orientation": "upright", "header": "none", "sides": "usual"}
 """Columns whose value, if it is another than this or missing, makes a flag."""
 HIDDEN = ("path", "participant_id", "session_id")
@@ -66,11 +65,14 @@ def write_page(
     columns = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in HIDDEN]
     scans = [_scan(row, columns, score, low_score, listed) for row in rows]
     data = {"columns": columns, "score": score, "scans": scans, "figures": FIGURES, "thumbnails": THUMBNAILS}
-    text = SKELETON.read_text(encoding="utf-8")
-    parts = {"DATA": _as_script(data), "FAILURES": _failures(failures), "COUNT": str(len(scans) + len(failures))}
-    for name, part in parts.items():
-        text = text.replace(f"{{{{{name}}}}}", part)
-    write_text(dataset_dir / PAGE, text)
+    page = render(
+        TEMPLATE,
+        data=data,
+        count=len(scans) + len(failures),
+        reasons=[(count, kind) for kind, count in Counter(_kind(str(row["reason"])) for row in failures).most_common()],
+        failures=[(row["participant_id"], row["path"], row["reason"]) for row in failures],
+    )
+    write_text(dataset_dir / PAGE, page)
     return dataset_dir / PAGE
 
 
@@ -114,33 +116,10 @@ def _words(column: str) -> str:
     return column.replace("_", " ")
 
 
-def _as_script(data: Mapping[str, Any]) -> str:
-    """JSON that cannot end the script element that it stands in."""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def _failures(failures: Sequence[Mapping[str, Any]]) -> str:
-    """A table of reasons, numbers in them aside, and one of the scans."""
-    if not failures:
-        return "<p>Every scan was prepared.</p>"
-    kinds = Counter(_kind(str(row["reason"])) for row in failures)
-    reasons = [(str(count), kind) for kind, count in kinds.most_common()]
-    scans = [(str(row["participant_id"]), str(row["path"]), str(row["reason"])) for row in failures]
-    listed = _table(("participant", "file", "reason"), scans)
-    return f"{_table(('scans', 'reason'), reasons)}<details><summary>Each of them</summary>{listed}</details>"
-
-
 def _kind(reason: str) -> str:
     """A reason without the file and the numbers in it, so that like ones are counted together."""
     after_path = re.sub(r"^\S*[/\\.]\S*: ", "", reason)
     return NUMBERS.sub("#", after_path)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(name)}</th>" for name in header)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>"
 
 
 def main() -> None:

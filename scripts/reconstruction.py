@@ -26,19 +26,17 @@ from monai.networks.nets import AutoencoderKL
 from tqdm import tqdm
 
 from scripts.bootstrap import summarise
-from scripts.devices import process_rank
 from scripts.errors import BundleError
-from scripts.measures import Metric, Result, check_entries, settings
-from scripts.metrics.features import wait_for_all_processes
+from scripts.measures import Measure, Metric, Result, Row, check_entries, settings
 from scripts.options import whole_number
-from scripts.values import Values, identity
+from scripts.values import Values, complete, identity
 from scripts.volume_folders import VolumeFolder
 
 PICTURED = 6
 LARGEST_DIFFERENCE = 0.2
 
 
-class Reconstruction:
+class Reconstruction(Measure):
     """Metrics between volumes and what the autoencoder makes of them: the posterior mean, decoded, in float32.
 
     One volume is in memory at a time. The reconstruction is not clipped.
@@ -68,7 +66,7 @@ class Reconstruction:
         seed: Any = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.inputs = [folder]
+        self.inputs, self.folder = [folder], folder
         self.autoencoder = autoencoder
         check_entries("reconstruction_metrics", metrics)
         self.metrics = metrics
@@ -77,32 +75,29 @@ class Reconstruction:
         self.seed = whole_number(seed, "seed")
         self.device = torch.device(device)
 
-    def prepare(self) -> None:
+    def update(self) -> None:
         """Measure the volumes that were not measured before, as one of several processes if there are any."""
-        rank, processes = process_rank()
-        self._measure(range(len(self.inputs[0]))[rank::processes])
-        wait_for_all_processes()
-        self.values.reload()
+        self._complete()
 
     def compute(self) -> Result:
-        """Measure every volume; the first few are reconstructed in any case, to be drawn.
+        """The means over all volumes; the first few are reconstructed in any case, to be drawn.
 
         Raises:
             BundleError: if the autoencoder returns another shape, or NaN.
         """
-        (folder,) = self.inputs
-        self._measure(range(len(folder)))
-        rows: list[dict[str, Any]] = [
+        folder = self.folder
+        self._complete(alone=True)
+        table: list[dict[str, Any]] = [
             {"volume": folder.name(index), **self._known(index)} for index in range(len(folder))
         ]
         for index in range(min(PICTURED, len(folder))):
             if index not in self._planes:
                 self._reconstruct(index)
-        values = {name: np.array([row[name] for row in rows]) for name in self.metrics}
-        summaries = {name: summarise(v, np.arange(len(v)), self.seed) for name, v in values.items()}
+        values = {name: np.array([line[name] for line in table]) for name in self.metrics}
+        rows = [Row(n, summarise(v, np.arange(len(v)), self.seed), headline=False) for n, v in values.items()]
         facts = {"seed": self.seed, "settings": settings(self.metrics), folder.flag: folder.summary()}
         planes = [plane for _, plane in sorted(self._planes.items())]
-        return Result(dict(summaries), facts, rows, picture([row["volume"] for row in rows[:PICTURED]], planes))
+        return Result(rows, facts, table, picture([line["volume"] for line in table[:PICTURED]], planes))
 
     @cached_property
     def _identities(self) -> dict[str, str]:
@@ -111,22 +106,28 @@ class Reconstruction:
         return {n: identity(n, m, weights=weights, **settings({n: m})[n]) for n, m in self.metrics.items()}
 
     def _known(self, index: int) -> dict[str, float]:
-        digest = self.inputs[0].hashes[index]
+        digest = self.folder.hashes[index]
         found = {name: self.values.get(what, digest) for name, what in self._identities.items()}
         return {name: numbers[0] for name, numbers in found.items() if numbers is not None}
 
-    def _measure(self, indices: Sequence[int]) -> None:
-        missing = [index for index in indices if not self._known(index).keys() >= self.metrics.keys()]
-        for index in tqdm(missing, "reconstructing", unit="volume", disable=None if missing else True):
+    def _complete(self, alone: bool = False) -> None:
+        label = f"reconstructions of {self.folder.flag}"
+        complete(label, range(len(self.folder)), self._is_known, self._measure, self.values, alone)
+
+    def _is_known(self, index: int) -> bool:
+        return self._known(index).keys() >= self.metrics.keys()
+
+    def _measure(self, missing: Sequence[int]) -> None:
+        for index in tqdm(missing, "reconstructing", unit="volume", disable=None):
             original, copy = self._reconstruct(index)
             for name, metric in self.metrics.items():
-                digest = self.inputs[0].hashes[index]
+                digest = self.folder.hashes[index]
                 self.values.add(self._identities[name], [digest], [float(metric(copy, original))])
 
     @torch.no_grad()
     def _reconstruct(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.autoencoder is not None
-        (folder,) = self.inputs
+        folder = self.folder
         original = folder[index].to(self.device)
         copy = self.autoencoder.reconstruct(original)
         if copy.shape != original.shape:

@@ -16,33 +16,31 @@ import json
 import logging
 import math
 import platform
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from scripts.atomic import replacing, write_json
-from scripts.bootstrap import Difference, Estimate, Summary, difference
+from scripts.bootstrap import difference
 from scripts.errors import BundleError
-from scripts.measures import Measure, Result
+from scripts.measures import Measure, Result, Row
+from scripts.names import row_name, written
 from scripts.paths import CONFIGS
 from scripts.samples import REAL, Samples
 from scripts.tables import write_table
+from scripts.volume_folders import VolumeFolder
 
 logger = logging.getLogger(__name__)
 
 JSON = "evaluation.json"
 TABLE_1 = "table_1"
-COMPUTED = "computed"
+COMPUTED, NOT_REQUESTED = "computed", "not requested"
+REAL_FLAG = "real_dir"
+FLOOR, HALVES = "floor", "halves"
+"""Kinds of a distance between features: what real volumes have, and what compares with it."""
 PACKAGES = ("monai", "numpy", "torch")
-FLOOR = re.compile(r"(fid_.+)_floor((?:_sd)?)")
-"""Columns of the floor in the table of models."""
-COLUMNS = (
-    *("measure", "model", "status", "metric", "count", "mean", "value", "standard_deviation", "confidence_low"),
-    *("confidence_high", "target", "distance", "distance_low", "distance_high"),
-)
 
 
 @dataclass
@@ -51,17 +49,37 @@ class Measured:
 
     Attributes:
         name: of the measure in the configuration.
-        model: whose samples it measures; empty where there is one unnamed model, or none.
         measure: what measures.
+        model: whose samples it measures; empty where there is one unnamed model; None if it is of no model's samples.
         result: what it found; None if it was not asked for.
         seconds: what that took.
     """
 
     name: str
-    model: str
     measure: Measure
+    model: str | None = None
     result: Result | None = None
     seconds: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """The measure's name as it is written, with its model's."""
+        return f"{written(self.name)} {self.model or ''}".strip()
+
+
+@dataclass
+class Line:
+    """A line of the table of models.
+
+    Attributes:
+        model: a model, or `real`.
+        volumes: how many it has.
+        rows: name of a column -> the figure in it.
+    """
+
+    model: str
+    volumes: int | None
+    rows: dict[str, Row]
 
 
 @dataclass
@@ -70,14 +88,12 @@ class Report:
 
     Attributes:
         measures: by their keys in the report.
-        missing: key -> flags that the measure lacks.
         samples: the models' volumes.
         flags: what was asked for.
         warnings: what was warned of meanwhile.
     """
 
     measures: dict[str, Measured]
-    missing: dict[str, list[str]]
     samples: Samples
     flags: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -88,79 +104,71 @@ class Report:
             if entry.result is not None:
                 yield key, entry, entry.result
 
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """Key -> what the JSON says of the measure."""
-        return {key: self._entry(key, entry) for key, entry in self.measures.items()}
-
-    def _entry(self, key: str, entry: Measured) -> dict[str, Any]:
-        model = {"model": entry.model} if entry.model else {}
+    def rows(self, entry: Measured) -> list[Row]:
+        """The figures of a measure, with its name and model, and with the difference to those of its target."""
         if entry.result is None:
-            missing = [f"--{flag}" for flag in self.missing[key]]
-            reasons = [why for needed in entry.measure.inputs for why in [getattr(needed, "why_not", "")] if why]
-            return {**model, "status": "not requested", "missing": missing, **({"why": reasons} if reasons else {})}
-        distances = self.distances(entry, entry.result)
-        metrics = {name: _in_brief(found, distances.get(name)) for name, found in entry.result.summaries.items()}
-        return {**model, "status": COMPUTED, "metrics": metrics, **entry.result.facts}
+            return []
+        target = self.measures.get(entry.measure.target or "")
+        wanted = {row.what: row.found for row in target.result.rows} if target and target.result else {}
+        return [
+            replace(
+                row,
+                measure=entry.name,
+                model=entry.model or "",
+                difference=difference(row.found, wanted[row.what]) if row.what in wanted else row.difference,
+            )
+            for row in entry.result.rows
+        ]
 
-    def distances(self, entry: Measured, result: Result) -> dict[str, Difference]:
-        """Name of a metric -> how far it lies from its floor or target, where it has one."""
-        target = self.measures.get(getattr(entry.measure, "target", None) or "")
-        if target is None or target.result is None:
-            return result.distances
-        both = {name: (found, target.result.summaries.get(name)) for name, found in result.summaries.items()}
-        found = {n: difference(a, b) for n, (a, b) in both.items() if isinstance(a, Summary) and isinstance(b, Summary)}
-        return {**result.distances, **found}
+    def all_rows(self) -> list[Row]:
+        """The figures of all measures."""
+        return [row for entry in self.measures.values() for row in self.rows(entry)]
 
-    def table_1(self) -> list[dict[str, Any]]:
-        """One row a model and one of the real volumes: FID of each network, MS-SSIM and 4-G-R-SSIM.
+    def about_measures(self) -> dict[str, dict[str, Any]]:
+        """Key -> model, whether the measure was computed and else why not, and how it was measured."""
+        return {key: self._about(entry) for key, entry in self.measures.items()}
 
-        As the paper's Table 1. A network has three columns: the distance of all volumes, that of as many as the
-        floor has, and the floor, each of the last two with its standard deviation (`_sd`). Where volumes of structures
-        were measured, Pearson's r with what was asked for follows.
+    def _about(self, entry: Measured) -> dict[str, Any]:
+        model = {"model": entry.model} if entry.model else {}
+        if entry.result is not None:
+            return {**model, "status": COMPUTED, **entry.result.facts}
+        missing = [f"--{flag}" for flag in entry.measure.missing_flags()]
+        reasons = [needed.why_not for needed in entry.measure.inputs if needed.why_not]
+        return {**model, "status": NOT_REQUESTED, "missing": missing, **({"why": reasons} if reasons else {})}
+
+    def folder(self, flag: str) -> VolumeFolder | None:
+        """The volumes that a flag gives to a measure; None if it was not given."""
+        inputs = (needed for entry in self.measures.values() for needed in entry.measure.inputs)
+        return next((f for f in inputs if isinstance(f, VolumeFolder) and f.flag == flag and f.requested), None)
+
+    def table_1(self) -> list[Line]:
+        """One line a model and one of the real volumes, as the paper's Table 1: the headlines of all measures.
+
+        Distances by feature networks come first. What is measured of no model's samples stands in the line of the real
+        volumes, and so does the floor of a distance, under the halves that compare with it, if it is the same for all.
         """
-        entries = self.entries()
-        rows = [self._model_row(model, entries) for model in self.samples.sets]
-        rows = [row for row in rows if len(row) > 1]
-        pairs = entries.get("real_pairs", {})
-        real = {**_floors(rows), **_similarities(pairs)}
-        volumes = {"volumes": pairs["real_dir"]["volumes"]} if "real_dir" in pairs else {}
-        return [*rows, {"model": REAL, **volumes, **real}] if real else rows
-
-    def _model_row(self, model: str, entries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        names = ("fid", "synthetic_pairs", "volumetry")
-        fid, pairs, volumetry = (entries.get(f"{name}_{model}" if model else name, {}) for name in names)
-        found = {**_distances(fid), **_similarities(pairs), **_similarities(volumetry, "_pearson")}
-        volumes = {"volumes": len(self.samples.sets[model].folder)} if found else {}
-        return {"model": model or "synthetic", **volumes, **found}
+        lines = []
+        for model, features in self.samples.sets.items():
+            rows = [row for entry in self.measures.values() if entry.model == model for row in self.rows(entry)]
+            found = _columns(rows)
+            if found:
+                lines.append(Line(model or "synthetic", len(features.folder), found))
+        rows = [row for entry in self.measures.values() if entry.model is None for row in self.rows(entry)]
+        real = {**_floors(lines), **_columns(rows)}
+        folder = self.folder(REAL_FLAG)
+        return [*lines, Line(REAL, len(folder) if folder else None, real)] if real else lines
 
 
-def _distances(entry: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    for name, metric in entry.get("metrics", {}).items():
-        found[f"fid_{name}"] = _value(metric)
-        if "standard_deviation" in metric:
-            found[f"fid_{name}_sd"] = metric["standard_deviation"]
-    return found
+def _columns(rows: Sequence[Row]) -> dict[str, Row]:
+    headlines = [row for row in rows if row.headline]
+    return {row_name(row): row for row in sorted(headlines, key=lambda row: not row.network)}
 
 
-def _floors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What stands for the real volumes in the columns of halves: the floor, where all models have the same."""
-    columns = dict.fromkeys(name for row in rows for name in row if FLOOR.fullmatch(name))
-    found = {name: {row.get(name) for row in rows} for name in columns}
-    return {FLOOR.sub(r"\1_halves\2", name): floors.pop() for name, floors in found.items() if len(floors) == 1}
-
-
-def _similarities(entry: Mapping[str, Any], ending: str = "") -> dict[str, Any]:
-    found = {}
-    for name, metric in entry.get("metrics", {}).items():
-        if name.endswith(ending):
-            found[name] = _value(metric)
-            found.update({f"{name}_{end}": metric[f"confidence_{end}"] for end in ("low", "high")})
-    return found
-
-
-def _value(metric: Mapping[str, Any]) -> Any:
-    return metric.get("value", metric.get("mean"))
+def _floors(lines: Sequence[Line]) -> dict[str, Row]:
+    floors = [{row_name(replace(r, kind=HALVES)): r for r in line.rows.values() if r.kind == FLOOR} for line in lines]
+    columns = dict.fromkeys(name for found in floors for name in found)
+    same = {name for name in columns if len({found[name].found if name in found else None for found in floors}) == 1}
+    return {name: floors[0][name] for name in columns if name in same}
 
 
 def left_by_earlier(folder: Path, report: Report) -> list[Path]:
@@ -199,7 +207,7 @@ def _computed_before(path: Path) -> list[str]:
 
 def _files(folder: Path, report: Report) -> list[Path]:
     """The tables and pictures of single measures, and the table of models, that a report has."""
-    found = [folder / f"{key}.tsv" for key, _, result in report.computed() if result.rows]
+    found = [folder / f"{key}.tsv" for key, _, result in report.computed() if result.table]
     found += [folder / f"{key}.png" for key, _, result in report.computed() if result.picture is not None]
     return [*found, folder / f"{TABLE_1}.tsv"] if report.table_1() else found
 
@@ -207,19 +215,19 @@ def _files(folder: Path, report: Report) -> list[Path]:
 def write_report(folder: Path, report: Report) -> None:
     """Write `evaluation.json`, `evaluation.tsv`, `table_1.tsv`, and the tables and pictures of single measures."""
     for key, _, result in report.computed():
-        if result.rows:
-            write_table(folder / f"{key}.tsv", result.rows)
+        if result.table:
+            write_table(folder / f"{key}.tsv", result.table)
         if result.picture is not None:
             with replacing(folder / f"{key}.png") as temporary:
                 result.picture.savefig(temporary, dpi=150)
-    entries, table_1 = report.entries(), report.table_1()
-    rows = [row for key, entry in entries.items() for row in _rows(key, entry)]
-    columns = [column for column in COLUMNS if any(column in row for row in rows)]
-    write_table(folder / "evaluation.tsv", [{column: row.get(column) for column in columns} for row in rows])
+    rows, table_1 = [plain_row(row) for row in report.all_rows()], [_plain_line(line) for line in report.table_1()]
+    write_table(folder / "evaluation.tsv", [*({**row, "status": COMPUTED} for row in rows), *_not_requested(report)])
     if table_1:
         write_table(folder / f"{TABLE_1}.tsv", table_1)
-    write_json(folder / JSON, {"measures": entries, "table_1": table_1, **about(report)})
-    _log(report)
+    content = {"rows": [_without_gaps(row) for row in rows], "measures": report.about_measures(), "table_1": table_1}
+    write_json(folder / JSON, {**content, **about(report)})
+    for row in report.all_rows():
+        logger.info(f"{f'{written(row.measure)} {row.model}'.strip()}: {_in_a_line(row)}")
 
 
 def about(report: Report) -> dict[str, Any]:
@@ -244,44 +252,58 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    row = {"measure": key, "status": entry["status"]}
-    if "model" in entry:
-        row.update(measure=key.removesuffix(f"_{entry['model']}"), model=entry["model"])
-    return [{**row, "metric": metric, **values} for metric, values in entry.get("metrics", {}).items()] or [row]
+def plain_row(row: Row) -> dict[str, Any]:
+    """A figure as plain data, None or empty where it lacks something; what is not finite is text."""
+    low, high = row.found.interval or (None, None)
+    to = row.difference
+    distance_low, distance_high = to.interval if to and to.interval else (None, None)
+    return {
+        "measure": row.measure,
+        "model": row.model,
+        "name": row_name(row),
+        "metric": row.metric,
+        "quantity": row.quantity,
+        "network": row.network,
+        "kind": row.kind,
+        "count": row.found.count,
+        "value": _finite(row.found.value),
+        "standard_deviation": _finite(row.found.standard_deviation),
+        "confidence_low": _finite(low),
+        "confidence_high": _finite(high),
+        "target": _finite(to.target) if to else None,
+        "distance": _finite(to.value) if to else None,
+        "distance_low": _finite(distance_low),
+        "distance_high": _finite(distance_high),
+    }
 
 
-def _in_brief(summary: Summary | Estimate, distance: Difference | None) -> dict[str, Any]:
-    brief: dict[str, Any] = {"count": summary.count}
-    if isinstance(summary, Estimate):
-        brief["value"] = _finite(summary.value)
-    else:
-        brief["mean"] = _finite(summary.mean)
-        brief["standard_deviation"] = _finite(summary.standard_deviation)
-    brief.update(zip(("confidence_low", "confidence_high"), map(_finite, summary.interval or (None, None))))
-    if distance is not None:
-        brief.update(target=_finite(distance.target), distance=_finite(distance.value))
-        brief.update(zip(("distance_low", "distance_high"), map(_finite, distance.interval or (None, None))))
-    return brief
+def _not_requested(report: Report) -> list[dict[str, Any]]:
+    missing = (entry for entry in report.measures.values() if entry.result is None)
+    return [{"measure": entry.name, "model": entry.model, "status": NOT_REQUESTED} for entry in missing]
+
+
+def _without_gaps(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if value not in (None, "")}
+
+
+def _plain_line(line: Line) -> dict[str, Any]:
+    """A line of the table of models: each figure, and after it the ends of its interval or else its spread."""
+    cells: dict[str, Any] = {"model": line.model, "volumes": line.volumes}
+    for name, row in line.rows.items():
+        cells[name] = _finite(row.found.value)
+        if row.found.interval is not None:
+            cells[f"{name}, low"], cells[f"{name}, high"] = map(_finite, row.found.interval)
+        elif row.found.standard_deviation is not None:
+            cells[f"{name}, SD"] = _finite(row.found.standard_deviation)
+    return cells
 
 
 def _finite(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else str(value)
 
 
-def _log(report: Report) -> None:
-    for key, entry, result in report.computed():
-        distances = report.distances(entry, result)
-        for metric, summary in result.summaries.items():
-            logger.info(f"{key} {metric}: {_told(summary)}{_beside(distances.get(metric))}")
-
-
-def _told(summary: Summary | Estimate) -> str:
-    if isinstance(summary, Estimate):
-        return f"{summary.value:.6g} over {summary.count}"
-    spread = "" if summary.standard_deviation is None else f" (standard deviation {summary.standard_deviation:.3g})"
-    return f"{summary.mean:.6g}{spread} over {summary.count}"
-
-
-def _beside(distance: Difference | None) -> str:
-    return "" if distance is None else f", beside {distance.target:.6g}"
+def _in_a_line(row: Row) -> str:
+    spread = row.found.standard_deviation
+    around = "" if spread is None else f" (standard deviation {spread:.3g})"
+    beside = "" if row.difference is None else f", beside {row.difference.target:.6g}"
+    return f"{row_name(row)} {row.found.value:.6g}{around} over {row.found.count}{beside}"

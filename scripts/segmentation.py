@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Running a segmentation tool over a folder of volumes, for volumetry."""
+"""Segmentation tools that are programs of their own, and the choice of what segments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from scripts.atomic import make_folder, replacing
+from scripts.atomic import replacing
 from scripts.devices import process_rank
 from scripts.errors import BundleError
-from scripts.metrics.features import wait_for_all_processes
-from scripts.metrics.volumetry import Segmentations, label_volumes, read_synthseg, stem
+from scripts.labels import stem
 from scripts.options import is_absent
-from scripts.samples import Samples, several
-from scripts.volume_folders import VolumeFolder
-from scripts.volumes import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
@@ -161,141 +157,23 @@ def _run(name: str, command: Sequence[str], log: Path) -> None:
         )
 
 
-class SegmentedNow(Segmentations):
-    """Segmentations that a tool makes of a folder's volumes, where they are not there yet.
-
-    A label map counts as there if it can be read and is not older than its volume. Under torchrun, each process has
-    its share of the volumes segmented.
+def chosen_way(segment_with: Any, segmentations: Any, ways: Collection[str], default: str | None = None) -> str | None:
+    """The name of what segments volumes; None where segmentations are given, or nothing is to be segmented.
 
     Args:
-        segmenter: the tool.
-        folder: the volumes.
-        output_dir: where the label maps go.
+        segment_with: what `--segment_with` says: one of the ways, or nothing.
+        segmentations: what `--segmentations` gives, if anything.
+        ways: the names that there are.
+        default: a way that stands back where segmentations are given.
 
     Raises:
-        BundleError: if the label maps would lie among the volumes.
+        BundleError: if there is no way of that name, or both were given.
     """
-
-    def __init__(self, segmenter: SegmentationTool, folder: VolumeFolder, output_dir: str | os.PathLike) -> None:
-        super().__init__(None)
-        self.segmenter, self.folder, self.path = segmenter, folder, Path(str(output_dir))
-        if folder.folder is not None and self.path.resolve().is_relative_to(folder.folder.resolve()):
-            raise BundleError(
-                f"--segmentation_dir {self.path} lies in --{folder.flag} {folder.folder}: its label maps would be "
-                "taken for volumes; give another"
-            )
-
-    def names(self) -> None:
-        """See `Segmentations`."""
-
-    def prepare(self) -> None:
-        """Segment what has no label map yet.
-
-        Raises:
-            BundleError: as `SegmentationTool.segment`, or if a label map was not written.
-        """
-        assert self.path is not None
-        output_dir = make_folder(self.path)
-        rank, processes = process_rank()
-        mine = self.folder.paths[rank::processes]
-        missing = [volume for volume in mine if not _is_done(self.segmenter.label_map(volume, output_dir), volume)]
-        if missing:
-            logger.info(
-                f"{self.segmenter.name}: {len(mine) - len(missing)} of {len(mine)} volumes are segmented already"
-            )
-            self.segmenter.segment(missing, output_dir)
-        for volume in missing:
-            if not self.segmenter.label_map(volume, output_dir).is_file():
-                raise BundleError(f"{self.segmenter.name} wrote no label map of {volume}: see the .log in {output_dir}")
-        wait_for_all_processes()
-
-    def measured(self) -> dict[str, dict[str, float]]:
-        """See `Segmentations`: from the tool's own table where it has all volumes, else from the label maps.
-
-        Raises:
-            BundleError: as `prepare`, or if a label map or the table cannot be used.
-        """
-        assert self.path is not None
-        if not all(_is_done(self.segmenter.label_map(volume, self.path), volume) for volume in self.folder.paths):
-            self.prepare()
-        names, table = [stem(volume) for volume in self.folder.paths], self.segmenter.table(self.path)
-        if table is not None and table.is_file():
-            rows = read_synthseg(table)
-            if set(names) <= rows.keys():
-                return {name: rows[name] for name in names}
-            logger.info(f"{table} has not all volumes: they are taken from the label maps")
-        return {name: label_volumes(self.segmenter.label_map(Path(name), self.path)) for name in names}
-
-
-def _is_done(label_map: Path, volume: Path) -> bool:
-    if not label_map.is_file() or label_map.stat().st_mtime < volume.stat().st_mtime:
-        return False
-    try:
-        np.asanyarray(nib.load(label_map).dataobj)  # type: ignore[attr-defined]
-    except UNREADABLE:
-        return False
-    return True
-
-
-class OfModels(Segmentations):
-    """Segmentations of several models' samples.
-
-    Args:
-        parts: the samples of each model, and their segmentations.
-    """
-
-    def __init__(self, parts: Sequence[tuple[VolumeFolder, Segmentations]]) -> None:
-        super().__init__(None)
-        self.parts = parts
-
-    def of(self, folder: VolumeFolder) -> Segmentations:
-        """Those of one model's samples."""
-        return next(part for owner, part in self.parts if owner is folder)
-
-
-def segmentations(
-    path: Any, segment_with: Any, segmenters: Mapping[str, SegmentationTool], samples: Samples, output_dir: str
-) -> Segmentations:
-    """Those of `--segmentations`, or those that the tool `--segment_with` makes.
-
-    Args:
-        path: see `Segmentations`; of several models one each, separated by commas or as a list in the order of the
-            models, or a map from their names, or one folder with a folder for each model by its name.
-        segment_with: name of a tool, or None.
-        segmenters: all that there are, by name.
-        samples: of the models.
-        output_dir: where label maps go; those of several models into folders by their names.
-
-    Raises:
-        BundleError: if both are given, the tool is not known, or segmentations are not one for each model.
-    """
-    if is_absent(segment_with):
-        paths = _paths(path, list(samples.sets))
-        return _of_each(samples, {model: Segmentations(paths[model]) for model in samples.sets})
-    if path is not None:
-        raise BundleError("--segmentations and --segment_with say both where label maps come from: give one of them")
-    if str(segment_with) not in segmenters:
-        raise BundleError(f"--segment_with: there is no '{segment_with}'; there are {', '.join(segmenters)}")
-    tool = segmenters[str(segment_with)]
-    folders = {model: features.folder for model, features in samples.sets.items()}
-    return _of_each(samples, {m: SegmentedNow(tool, f, Path(str(output_dir)) / m) for m, f in folders.items()})
-
-
-def _of_each(samples: Samples, found: Mapping[str, Segmentations]) -> Segmentations:
-    if len(found) == 1:
-        return next(iter(found.values()))
-    return OfModels([(features.folder, found[model]) for model, features in samples.sets.items()])
-
-
-def _paths(path: Any, models: Sequence[str]) -> dict[str, Any]:
-    """Model -> what was given for it."""
-    if isinstance(path, Mapping):
-        paths = {str(model): part for model, part in path.items()}
-    else:
-        parts = several(path)
-        if len(parts) == 1 and len(models) > 1 and Path(parts[0]).is_dir():
-            parts = [str(Path(parts[0]) / model) for model in models]
-        paths = dict(zip(models, parts)) if len(parts) == len(models) else {}
-    if path is not None and paths.keys() != set(models):
-        raise BundleError(f"--segmentations {path} is not one for each model: {', '.join(models)}")
-    return {model: paths.get(model) for model in models}
+    named = None if is_absent(segment_with) else str(segment_with).strip()
+    if named is not None and named not in ways:
+        raise BundleError(f"--segment_with: there is no '{named}'; there are {', '.join(ways)}")
+    if is_absent(segmentations) or named is None:
+        return named
+    if named != default:
+        raise BundleError("--segmentations and --segment_with say both where volumes come from: give one of them")
+    return None

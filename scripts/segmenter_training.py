@@ -29,9 +29,9 @@ from scripts.correlation import pearson
 from scripts.datasets import TABLE, LoadVolumed, participants, read_on_grid
 from scripts.errors import BundleError
 from scripts.grid import Grid
+from scripts.labels import LABELS
 from scripts.optimisation import Batch
 from scripts.options import number, probability
-from scripts.phantom_heads import LABELS
 from scripts.precision import autocast
 from scripts.segmenter import (
     BRAIN,

@@ -15,17 +15,22 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from scripts.atomic import make_folder
 from scripts.devices import process_rank
+from scripts.distributed import wait_for_all_processes
 from scripts.errors import BundleError
 from scripts.packages import file_hash
 
+logger = logging.getLogger(__name__)
+
 Numbers = tuple[float, ...]
+T = TypeVar("T")
 
 FORMER_SOURCES = (
     ("FourGRSSIM", "c43772512e0c07fbfe17b3003f6db865905945237b02113f567b0193c2268f3d"),
@@ -125,3 +130,36 @@ def identity(name: str, function: Any, **facts: Any) -> Identity:
 
 def _named(name: str, *content: Any) -> str:
     return f"{name}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+def complete(
+    what: str,
+    items: Iterable[T],
+    known: Callable[[T], bool],
+    measure: Callable[[list[T]], None],
+    kept: Values | None = None,
+    alone: bool = False,
+) -> None:
+    """Measure what is not known yet; under torchrun, each process its share of the items.
+
+    Returns when all processes are done.
+
+    Args:
+        what: the items' name in the log, such as `pairs of real_dir`.
+        items: of all processes, in one order.
+        known: whether an item was measured before.
+        measure: is given the items that were not, if there are any, and keeps what it finds.
+        kept: where all processes keep it: read again at the end.
+        alone: take all items and wait for nobody, as the first process does when it alone reports.
+    """
+    rank, processes = (0, 1) if alone else process_rank()
+    mine = list(items)[rank::processes]
+    missing = [item for item in mine if not known(item)]
+    if 0 < len(missing) < len(mine):
+        logger.info(f"{what}: {len(mine) - len(missing)} of {len(mine)} are there already")
+    if missing:
+        measure(missing)
+    if not alone:
+        wait_for_all_processes()
+        if kept is not None:
+            kept.reload()

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from scripts.errors import BundleError
+from scripts.inputs import Input
 from scripts.packages import file_hash
 from scripts.tables import read_table
 from scripts.values import Values
@@ -37,7 +38,7 @@ TOLERANCE = 1e-3
 RANGE = "range"
 
 
-class VolumeFolder:
+class VolumeFolder(Input):
     """The volumes of a folder, all of one shape and spacing; each is read when it is asked for and not kept.
 
     They are those that a prepared dataset's `participants.tsv` lists in its column `path`, else every

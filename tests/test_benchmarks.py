@@ -228,24 +228,22 @@ def test_samples_of_each_number_of_steps_are_evaluated(bundle_copy: Path, tmp_pa
     given = [*words.split(), "--measure", "1", "--measured", "4", "--evaluate_flags", "--num_pairs 2"]
     steps.main([*given, "--bundle_root", str(bundle_copy), "--output_dir", str(tmp_path)])
     reference, *rows = json.loads((tmp_path / "steps.json").read_text())["steps"]
-    assert "volumetry ventricular_vol_pearson" not in reference and [row["steps"] for row in rows] == [2, 3]
-    assert all("volumetry ventricular_vol_pearson" in row for row in rows)
+    assert "Pearson's r of ventricular volume" not in reference and [row["steps"] for row in rows] == [2, 3]
+    assert all("Pearson's r of ventricular volume" in row for row in rows)
     assert len(list((tmp_path / "samples" / "unipc-3").glob("*.nii.gz"))) == 4
 
 
 def test_measures_are_found_in_an_evaluation(tmp_path: Path) -> None:
-    entry = {"status": "computed", "model": "unipc-20"}
-    measures = {
-        "fid_unipc-20": {**entry, "metrics": {"net": {"value": 2.5}}},
-        "volumetry_unipc-20": {**entry, "metrics": {"ventricular_vol_pearson": {"value": 0.9}}},
-        "real_pairs": {"status": "computed", "metrics": {"ms_ssim": {"mean": 0.6}}},
-        "fid_ddim-20": {"status": "not requested", "model": "ddim-20", "missing": ["--real_dir"]},
-    }
-    (tmp_path / "evaluation.json").write_text(json.dumps({"measures": measures}))
+    rows = [
+        {"measure": "fid", "model": "unipc-20", "name": "FID (net)", "value": 2.5},
+        {"measure": "volumetry", "model": "unipc-20", "name": "Pearson's r of ventricular volume", "value": 0.9},
+        {"measure": "real_pairs", "name": "MS-SSIM", "value": 0.6},
+    ]
+    (tmp_path / "evaluation.json").write_text(json.dumps({"rows": rows}))
     found = steps.read_measures(tmp_path / "evaluation.json")
-    assert found == {"unipc-20": {"fid net": 2.5, "volumetry ventricular_vol_pearson": 0.9}}
-    rows = [{"sampler": "unipc", "steps": 20, "latent_rmse": 0.1, "volume_rmse": 0.2, **found["unipc-20"]}]
-    assert [axis.get_title() for axis in steps.figure_of(rows).axes if axis.lines] == [
+    assert found == {"unipc-20": {"FID (net)": 2.5, "Pearson's r of ventricular volume": 0.9}}
+    table = [{"sampler": "unipc", "steps": 20, "latent_rmse": 0.1, "volume_rmse": 0.2, **found["unipc-20"]}]
+    assert [axis.get_title() for axis in steps.figure_of(table).axes if axis.lines] == [
         *(f"distance {text}" for text in steps.DISTANCES.values()),
         *found["unipc-20"],
     ]

@@ -86,6 +86,12 @@ def run_here(output_dir: Path, **overrides: Any) -> dict[str, Any]:
     return json.loads((output_dir / "evaluation.json").read_text())["measures"]
 
 
+def rows_of(output_dir: Path, measure: str, model: str | None = None) -> list[dict[str, Any]]:
+    """The figures of one measure in a report."""
+    rows = json.loads((output_dir / "evaluation.json").read_text())["rows"]
+    return [row for row in rows if row["measure"] == measure and row.get("model") == model]
+
+
 # Structural similarity
 
 
@@ -212,6 +218,9 @@ def test_interval_of_single_volumes_is_scipy_s_percentile_bootstrap() -> None:
         (values,), np.mean, method="percentile", n_resamples=9999, random_state=1
     ).confidence_interval
     assert confidence_interval(values, np.arange(60), 0) == pytest.approx(tuple(theirs), abs=0.03)
+    generator = np.random.default_rng(0)
+    means = [values[generator.integers(60, size=60)].mean() for _ in range(2000)]
+    assert confidence_interval(values, np.arange(60), 0) == pytest.approx(np.quantile(means, [0.025, 0.975]), rel=1e-12)
 
 
 def test_interval_of_pairs_covers_the_true_mean() -> None:
@@ -220,7 +229,8 @@ def test_interval_of_pairs_covers_the_true_mean() -> None:
     hits = 0
     for trial in range(40):
         numbers = np.random.default_rng(trial).standard_normal(25)
-        low, high = confidence_interval(np.abs(numbers[members[:, 0]] - numbers[members[:, 1]]), members, trial)
+        found = confidence_interval(np.abs(numbers[members[:, 0]] - numbers[members[:, 1]]), members, trial)
+        low, high = found or (0.0, 0.0)
         hits += low <= 2 / np.sqrt(np.pi) <= high
     assert hits >= 30  # a bootstrap over pairs reaches about 18
 
@@ -281,7 +291,7 @@ def reconstruction(folder: Path, autoencoder: nn.Module) -> Reconstruction:
 
 def test_reconstruction_metrics_are_numpy_s_and_scikit_image_s(tmp_path: Path) -> None:
     network = Noisy(0.03)
-    rows = reconstruction(folder_of(tmp_path, 1, 2), network).compute().rows
+    rows = reconstruction(folder_of(tmp_path, 1, 2), network).compute().table
     for seed, row in zip((1, 2), rows):
         original, copy = volume(seed), volume(seed) + network.noise[0, 0].numpy()
         options: dict[str, Any] = {"gaussian_weights": True, "use_sample_covariance": False}
@@ -292,10 +302,11 @@ def test_reconstruction_metrics_are_numpy_s_and_scikit_image_s(tmp_path: Path) -
 
 
 def test_a_perfect_reconstruction(tmp_path: Path) -> None:
-    found: dict[str, Any] = reconstruction(folder_of(tmp_path, 1, 2, 3), Noisy(0.0)).compute().summaries
-    assert found["mae"].mean == 0.0
-    assert found["ssim"].mean == pytest.approx(1.0, abs=1e-6)
-    assert found["psnr"].mean == float("inf") and found["psnr"].interval is None
+    rows = reconstruction(folder_of(tmp_path, 1, 2, 3), Noisy(0.0)).compute().rows
+    found = {row.metric: row.found for row in rows}
+    assert found["mae"].value == 0.0
+    assert found["ssim"].value == pytest.approx(1.0, abs=1e-6)
+    assert found["psnr"].value == float("inf") and found["psnr"].interval is None
 
 
 @pytest.mark.parametrize(
@@ -420,7 +431,7 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
         "segmenter_path": "gone.pt",
     },
     "--metrics has no entries": {"synthetic_dir": "two", "metrics": {}},
-    "--metrics::mine is a Values, which has no 'inputs'": {
+    "--metrics::mine is a Values, which is no Measure": {
         "synthetic_dir": "two",
         "metrics::mine": {"_target_": "scripts.values.Values", "folder": "x"},
     },
@@ -577,13 +588,16 @@ def test_measures_of_features_are_reported_under_their_network(tmp_path: Path) -
     features = np.array([[volume(seed).mean(), volume(seed).std()] for seed in range(10)], dtype=np.float64)
     for name, function in (("fid", frechet_distance_of_samples), ("kid", polynomial_mmd)):
         found = measures[name]
-        assert list(found["metrics"]) == ["plain", "plain_halves", "plain_floor"]
+        rows = rows_of(tmp_path / "output", name)
+        assert [(row["metric"], row["network"]) for row in rows] == [(name, "plain")] * 3
+        assert [row["kind"] for row in rows] == ["all", "halves", "floor"]
+        assert rows[1]["target"] == rows[2]["value"] and rows[0]["name"] == f"{name.upper()} (plain)"
         expected = function(features[:5], features[5:])
-        assert found["metrics"]["plain"]["value"] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+        assert rows[0]["value"] == pytest.approx(expected, rel=1e-3, abs=1e-9)
         assert found["networks"] == {"plain": {"network": "plain"}} and found["volumes_per_half"] == 2
     distances, similarities = ("synthetic", "held_out", "ratio", "close"), ("synthetic", "held_out", "close")
-    names = {*(f"plain_{name}" for name in distances), *(f"plain_ssim_{name}" for name in similarities)}
-    assert set(measures["privacy"]["metrics"]) == names
+    expected_rows = [*(("distance", kind) for kind in distances), *(("ssim", kind) for kind in similarities)]
+    assert [(row["metric"], row["kind"]) for row in rows_of(tmp_path / "output", "privacy")] == expected_rows
     rows = read(tmp_path / "output" / "privacy.tsv")
     assert len(rows) == 5 and {row["nearest"] for row in rows} <= {f"volume_{n}.nii.gz" for n in range(10, 15)}
     assert len(list((tmp_path / "output" / "features").glob("plain-*/*.npy"))) == 15
@@ -622,15 +636,16 @@ def test_evaluate_from_the_command_line(tmp_path: Path, tiny: RunTiny, output_di
     measures = json.loads((output_dir / "evaluation.json").read_text())["measures"]
     pairs = measures["synthetic_pairs"]
     expected = [ms_ssim(volume(a), volume(b)) for a, b in itertools.combinations((1, 2, 3), 2)]
-    assert pairs["metrics"]["ms_ssim"]["mean"] == pytest.approx(np.mean(expected), rel=1e-5)
-    assert pairs["metrics"]["ms_ssim"]["standard_deviation"] == pytest.approx(np.std(expected, ddof=1), rel=1e-4)
+    ms_ssim_row, found = rows_of(output_dir, "synthetic_pairs")
+    assert (ms_ssim_row["name"], found["name"]) == ("MS-SSIM", "4-G-R-SSIM")
+    assert ms_ssim_row["value"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert ms_ssim_row["standard_deviation"] == pytest.approx(np.std(expected, ddof=1), rel=1e-4)
     assert pairs["settings"]["ms_ssim"]["kernel_size"] == [7, 7, 7] and pairs["settings"]["ms_ssim"]["data_range"] == 1
     assert pairs["settings"]["ms_ssim"]["weights"] == pytest.approx([w / sum(WEIGHTS[:3]) for w in WEIGHTS[:3]])
     assert pairs["synthetic_dir"]["volumes"] == 3 and pairs["synthetic_dir"]["shape"] == list(SHAPE)
     assert measures["synthetic_real_pairs"]["pairs"] == 9
-    target = measures["real_pairs"]["metrics"]["four_g_r_ssim"]["mean"]
-    found = pairs["metrics"]["four_g_r_ssim"]
-    assert found["target"] == target and found["distance"] == pytest.approx(found["mean"] - target)
+    target = rows_of(output_dir, "real_pairs")[1]["value"]
+    assert found["target"] == target and found["distance"] == pytest.approx(found["value"] - target)
     assert found["distance_low"] <= found["distance"] <= found["distance_high"]
 
     with torch.no_grad():
@@ -646,9 +661,10 @@ def test_evaluate_from_the_command_line(tmp_path: Path, tiny: RunTiny, output_di
     computed = {key: row for key, row in table.items() if key[0] not in not_requested}
     assert list(computed) == [*(("reconstruction", name) for name in RECONSTRUCTED), *pair_names]
     for (measure, metric), row in computed.items():
-        values = {k: v for k, v in row.items() if k not in ("measure", "status", "metric") and v != "n/a"}
-        assert {k: float(v) for k, v in values.items()} == measures[measure]["metrics"][metric]
-        assert float(row["confidence_low"]) <= float(row["mean"]) <= float(row["confidence_high"])
+        (expected_row,) = [one for one in rows_of(output_dir, measure) if one["metric"] == metric]
+        values = {k: v for k, v in row.items() if k != "status" and v != "n/a"}
+        assert values == {name: str(value) for name, value in expected_row.items()}
+        assert float(row["confidence_low"]) <= float(row["value"]) <= float(row["confidence_high"])
 
 
 def tiny_autoencoder() -> AutoencoderKL:

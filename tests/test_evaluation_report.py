@@ -25,11 +25,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
-from test_evaluation import folder_of, run_here, save, volume
+from test_evaluation import folder_of, rows_of, run_here, save, volume
 
 from scripts import pairs
+from scripts.bootstrap import summarise
 from scripts.errors import BundleError
-from scripts.html_report import _number
+from scripts.html_report import number
+from scripts.measures import Measure, Result, Row
+from scripts.metrics.features import FeatureSet
 from scripts.samples import named_folders
 from scripts.volume_folders import VolumeFolder
 
@@ -90,14 +93,14 @@ def test_table_1_has_a_row_a_model_and_one_of_the_real_volumes(two_models: Path)
     rows = {row["model"]: row for row in read(two_models / "table_1.tsv")}
     assert list(rows) == ["a", "b", "real"] == [row["model"] for row in report["table_1"]]
     for model in ("a", "b"):
-        fid, similar = (report["measures"][f"{name}_{model}"] for name in ("fid", "synthetic_pairs"))
-        assert fid["model"] == model and rows[model]["volumes"] == "4"
-        assert float(rows[model]["fid_one"]) == fid["metrics"]["one"]["value"]
-        assert float(rows[model]["ms_ssim"]) == similar["metrics"]["ms_ssim"]["mean"]
-    real = report["measures"]["real_pairs"]["metrics"]
-    assert float(rows["real"]["four_g_r_ssim"]) == real["four_g_r_ssim"]["mean"] and rows["real"]["volumes"] == "4"
-    assert rows["real"]["fid_one_halves"] == rows["a"]["fid_one_floor"] and rows["real"]["fid_one"] == "n/a"
-    assert rows["real"]["fid_one_halves_sd"] == rows["a"]["fid_one_floor_sd"] != "n/a"
+        fid, similar = (rows_of(two_models, name, model)[0] for name in ("fid", "synthetic_pairs"))
+        assert report["measures"][f"fid_{model}"]["model"] == model and rows[model]["volumes"] == "4"
+        assert float(rows[model]["FID (one)"]) == fid["value"] and fid["network"] == "one"
+        assert float(rows[model]["MS-SSIM"]) == similar["value"] and similar["metric"] == "ms_ssim"
+    real = rows_of(two_models, "real_pairs")[1]
+    assert float(rows["real"]["4-G-R-SSIM"]) == real["value"] and rows["real"]["volumes"] == "4"
+    assert rows["real"]["FID (one), halves"] == rows["a"]["FID (one), floor"] and rows["real"]["FID (one)"] == "n/a"
+    assert rows["real"]["FID (one), halves, SD"] == rows["a"]["FID (one), floor, SD"] != "n/a"
     assert {row["model"] for row in read(two_models / "evaluation.tsv")} == {"a", "b", "n/a"}
 
 
@@ -116,15 +119,15 @@ def test_the_page_needs_no_other_file_and_is_well_formed(two_models: Path) -> No
 def test_the_page_says_what_the_report_says(two_models: Path) -> None:
     report = json.loads((two_models / "evaluation.json").read_text())
     page = Page((two_models / "evaluation.html").read_text())
-    for key, entry in report["measures"].items():
-        for metric, found in entry.get("metrics", {}).items():
-            value = f"{found.get('value', found.get('mean')):.4g}"
-            assert [key.replace("_", " "), metric, value] in [row[:3] for row in page.rows], (key, metric)
+    titles = {"fid": "FID", "kid": "KID"}
+    for row in report["rows"]:
+        title = f"{titles.get(row['measure'], row['measure'].replace('_', ' '))} {row.get('model', '')}".strip()
+        assert [title, row["name"], f"{row['value']:.4g}"] in [shown[:3] for shown in page.rows], row
     assert ["reconstruction", "--reconstruct_dir", ""] in page.rows
     targets = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
     assert targets == [f"#{attrs['id']}" for tag, attrs in page.tags if tag == "h2"] and len(targets) > 5
     row = report["table_1"][0]
-    spread = f"<td>{row['fid_one_halves']:.4g}<small>± {row['fid_one_halves_sd']:.4g}</small></td>"
+    spread = f"<td>{row['FID (one), halves']:.4g}<small>± {row['FID (one), halves, SD']:.4g}</small></td>"
     assert spread in (two_models / "evaluation.html").read_text()
     assert ["num_pairs", "3"] in page.rows and ["torch", report["versions"]["torch"]] in page.rows
 
@@ -137,11 +140,47 @@ def test_pairs_of_two_sets_are_not_called_diverse(two_models: Path) -> None:
 
 def test_figures_of_different_networks_share_no_column(two_models: Path) -> None:
     columns = list(read(two_models / "table_1.tsv")[0])
-    ends = ("", "_halves", "_halves_sd", "_floor", "_floor_sd")
-    assert columns[2:12] == [f"fid_{name}{end}" for name in ("one", "other") for end in ends]
+    ends = ("", ", halves", ", halves, SD", ", floor", ", floor, SD")
+    assert columns[2:12] == [f"FID ({name}){end}" for name in ("one", "other") for end in ends]
     tables = re.findall(r"<table>.*?</table>", (two_models / "evaluation.html").read_text(), re.S)
     measured = [table for table in tables if "<th>metric</th>" in table]
-    assert measured and not [table for table in measured if ">one" in table and ">other" in table]
+    assert len([table for table in measured if "(one)" in table]) == len([t for t in measured if "(other)" in t]) > 0
+    assert not [table for table in measured if "(one)" in table and "(other)" in table]
+
+
+class Brightness(Measure):
+    """A measure of somebody's own: the mean intensity of samples."""
+
+    says = "How bright samples are."
+
+    def __init__(self, synthetic: FeatureSet) -> None:
+        self.folder = synthetic.folder
+        self.inputs = [self.folder]
+
+    def compute(self) -> Result:
+        table = [{"volume": self.folder.name(i), "mean": float(self.folder[i].mean())} for i in range(len(self.folder))]
+        values = np.array([line["mean"] for line in table])
+        return Result([Row("mean_intensity", summarise(values, np.arange(len(values)), 0))], {}, table)
+
+
+def test_a_new_metric_is_one_entry_and_reaches_table_1_and_the_page(tmp_path: Path) -> None:
+    folders = [str(folder_of(tmp_path / name, *seeds)) for name, seeds in (("a", (1, 2, 3)), ("b", (4, 5, 6)))]
+    entry = {"_target_": "test_evaluation_report.Brightness", "_mode_": "callable"}
+    run_here(tmp_path / "output", synthetic_dir=folders, num_pairs=1, **{"metrics::brightness": entry})
+    expected = {
+        "a": np.mean([volume(s).mean() for s in (1, 2, 3)]),
+        "b": np.mean([volume(s).mean() for s in (4, 5, 6)]),
+    }
+    table = {line["model"]: line for line in read(tmp_path / "output" / "table_1.tsv")}
+    page = Page((tmp_path / "output" / "evaluation.html").read_text())
+    for model, value in expected.items():
+        (row,) = rows_of(tmp_path / "output", "brightness", model)
+        assert row["value"] == pytest.approx(value, rel=1e-5) and row["confidence_low"] < value < row["confidence_high"]
+        assert float(table[model]["mean intensity"]) == row["value"]
+        assert float(table[model]["mean intensity, low"]) == row["confidence_low"]
+        assert [f"brightness {model}", "mean intensity", f"{row['value']:.4g}"] in [shown[:3] for shown in page.rows]
+        assert len(read(tmp_path / "output" / f"brightness_{model}.tsv")) == 3
+    assert any("mean intensity" in row for row in page.rows if "model" in row), "a column of the table of models"
 
 
 def test_names_and_warnings_are_escaped_and_told(tmp_path: Path) -> None:
@@ -161,7 +200,7 @@ def test_what_is_not_defined_or_not_measured_says_why(tmp_path: Path) -> None:
     assert entry["missing"] == ["--segmentations"] and "what was asked for of" in entry["why"][0]
     rows = Page((tmp_path / "output" / "evaluation.html").read_text()).rows
     assert ["volumetry", "--segmentations", entry["why"][0]] in rows
-    assert _number(float("inf")) == "inf" and _number("nan") == "not defined"
+    assert number(float("inf")) == "inf" and number(float("nan")) == "not defined"
 
 
 def test_warnings_about_folders_are_in_the_report(tmp_path: Path) -> None:
@@ -215,7 +254,7 @@ def test_processes_share_the_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     given: dict[str, Any] = {"synthetic_dir": str(folder_of(tmp_path / "volumes", 1, 2, 3))}
     values = tmp_path / "output" / "values"
     for rank in (1, 0):
-        for module in ("pairs", "values", "evaluation"):
+        for module in ("values", "evaluation"):
             monkeypatch.setattr(f"scripts.{module}.process_rank", lambda rank=rank: (rank, 2))
         if rank:
             with pytest.raises(FileNotFoundError):

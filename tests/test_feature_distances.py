@@ -24,6 +24,7 @@ import scipy.linalg
 import torch
 
 from scripts.errors import BundleError
+from scripts.measures import Result
 from scripts.metrics.features import FeatureNetworks, FeatureSet
 from scripts.metrics.fid import FrechetDistance, frechet_distance, frechet_distance_of_samples
 from scripts.metrics.kid import KernelDistance, polynomial_mmd
@@ -160,16 +161,24 @@ def measure(kind: Any, tmp_path: Path, synthetic: np.ndarray, real: np.ndarray, 
     return kind(*sets, **options)
 
 
-@pytest.mark.parametrize(("kind", "function"), [(FrechetDistance, by_sqrtm), (KernelDistance, slow_mmd)])
-def test_measures_come_with_floor_and_facts(tmp_path: Path, kind: Any, function: Any) -> None:
+def by_kind(result: Result) -> dict[str, Any]:
+    """The figures by their kinds."""
+    return {row.kind: row.found for row in result.rows}
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "function"), [(FrechetDistance, "fid", by_sqrtm), (KernelDistance, "kid", slow_mmd)]
+)
+def test_measures_come_with_floor_and_facts(tmp_path: Path, kind: Any, metric: str, function: Any) -> None:
     generator = np.random.default_rng(1)
     synthetic, real = (generator.random((n, 3)).astype(np.float32) for n in (30, 24))
     result = measure(kind, tmp_path, synthetic + 1, real, resamplings=30).compute()
-    found = result.summaries
-    assert found["projection"].value == pytest.approx(function(synthetic + 1.0, real.astype(float)), rel=1e-4)
-    assert found["projection_floor"].count == found["projection_halves"].count == 30
-    assert found["projection_floor"].mean < 0.2 * found["projection_halves"].mean
-    assert found["projection_floor"].standard_deviation > 0.0
+    found = by_kind(result)
+    assert {row.network for row in result.rows} == {"projection"} and {row.metric for row in result.rows} == {metric}
+    assert found["all"].value == pytest.approx(function(synthetic + 1.0, real.astype(float)), rel=1e-4)
+    assert found["floor"].count == found["halves"].count == 30
+    assert found["floor"].value < 0.2 * found["halves"].value
+    assert found["floor"].standard_deviation > 0.0
     assert result.facts["volumes_per_half"] == 12 and result.facts["synthetic_volumes"] == 30
     assert result.facts["networks"] == {"projection": {"network": "projection"}}
     assert result.facts["fewer_volumes_than_features"] == {"projection": False}
@@ -177,26 +186,27 @@ def test_measures_come_with_floor_and_facts(tmp_path: Path, kind: Any, function:
 
 def test_a_perfect_model_gets_the_floor(tmp_path: Path) -> None:
     rows = np.random.default_rng(2).random((120, 3)).astype(np.float32)
-    found = measure(FrechetDistance, tmp_path, rows[:60], rows[60:], resamplings=40).compute().summaries
-    spread = found["projection_floor"].standard_deviation
-    assert found["projection_halves"].mean == pytest.approx(found["projection_floor"].mean, abs=2 * spread)
+    found = measure(FrechetDistance, tmp_path, rows[:60], rows[60:], resamplings=40).compute()
+    kinds = by_kind(found)
+    spread = kinds["floor"].standard_deviation
+    assert kinds["halves"].value == pytest.approx(kinds["floor"].value, abs=2 * spread)
 
 
 def test_resamplings_follow_from_the_seed(tmp_path: Path) -> None:
     rows = np.random.default_rng(3).random((20, 3)).astype(np.float32)
     one, again, other = (
-        measure(FrechetDistance, tmp_path / str(n), rows[:10], rows[10:], seed=seed).compute().summaries
+        by_kind(measure(FrechetDistance, tmp_path / str(n), rows[:10], rows[10:], seed=seed).compute())
         for n, seed in enumerate((1, 1, 2))
     )
-    assert one == again and one["projection_floor"] != other["projection_floor"]
-    assert one["projection"] == other["projection"]
+    assert one == again and one["floor"] != other["floor"]
+    assert one["all"] == other["all"]
 
 
 def test_fewer_volumes_than_features_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = measure(FrechetDistance, tmp_path, np.eye(3)[:2], np.eye(3)[:2]).compute()
     assert "2 synthetic and 2 real volumes for 3 features" in caplog.text
     assert result.facts["fewer_volumes_than_features"] == {"projection": True}
-    assert list(result.summaries) == ["projection"] and "too few for a floor: it needs 4" in caplog.text
+    assert list(by_kind(result)) == ["all"] and "too few for a floor: it needs 4" in caplog.text
 
 
 def test_volumes_on_two_grids_are_refused(tmp_path: Path) -> None:
@@ -214,4 +224,4 @@ def test_volumes_on_two_grids_are_refused(tmp_path: Path) -> None:
 
 def test_one_volume_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="--real_dir: .* holds one volume"):
-        measure(FrechetDistance, tmp_path, np.eye(3), np.eye(3)[:1]).prepare()
+        measure(FrechetDistance, tmp_path, np.eye(3), np.eye(3)[:1]).update()

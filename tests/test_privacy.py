@@ -25,14 +25,15 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from synthetic_head import synthetic_image, synthetic_labels
 
-from scripts.bootstrap import bootstrapped_of_two
+from scripts.bootstrap import bootstrapped
 from scripts.errors import BundleError
 from scripts.grid import Grid
 from scripts.measures import Result
-from scripts.metrics import privacy
+from scripts.metrics import copies
 from scripts.metrics.alignment import Alignment, Motion
+from scripts.metrics.copies import nearest
 from scripts.metrics.features import FeatureNetworks, FeatureSet
-from scripts.metrics.privacy import Privacy, nearest, quantiles
+from scripts.metrics.privacy import Privacy, quantiles
 from scripts.values import Values
 from scripts.volume_folders import VolumeFolder
 from scripts.volumes import write_volume
@@ -42,10 +43,13 @@ def test_nearest_is_the_plain_search(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(0)
     features, training = generator.normal(size=(23, 5)), generator.normal(size=(31, 5))
     table = np.sqrt(((features[:, None] - training[None]) ** 2).sum(axis=2))
-    monkeypatch.setattr(privacy, "BLOCK", 7)
+    monkeypatch.setattr(copies, "BLOCK", 7)
     positions, distances = nearest(features, training)
-    assert (positions == table.argmin(axis=1)).all() and np.allclose(distances, table.min(axis=1))
+    assert (positions[:, 0] == table.argmin(axis=1)).all() and np.allclose(distances[:, 0], table.min(axis=1))
     assert nearest(training[[4]], training)[1] == 0.0
+    positions, distances = nearest(features, training, 3)
+    assert (positions == table.argsort(axis=1)[:, :3]).all() and np.allclose(distances, np.sort(table, axis=1)[:, :3])
+    assert nearest(features, training, 40)[0].shape == (23, 31)
 
 
 def test_quantiles_count_the_distances_that_are_not_larger() -> None:
@@ -111,19 +115,19 @@ def test_turned_copies_are_found_and_kept(tmp_path: Path) -> None:
         return Privacy(sets[0], sets[1], sets[2], alignment=Alignment(4.0), candidates=4, values=values).compute()
 
     result = measured()
-    found: dict[str, Any] = result.summaries
-    assert found["mean_ssim_close"].value == 1.0
-    rows = {row["volume"]: row for row in result.rows}
+    found = by_kind(result)
+    assert found["ssim", "close"].value == 1.0
+    rows = {row["volume"]: row for row in result.table}
     assert all(row["likest"] == name and row["ssim_held_out_quantile"] == 0.0 for name, row in rows.items())
     assert rows["0.nii.gz"]["ssim"] == pytest.approx(1.0, abs=1e-6), "a plain copy"
     for name in ("1.nii.gz", "2.nii.gz"):
         assert rows[name]["ssim"] > 0.95 and rows[name]["mirrored"] == 1
         assert rows[name]["rotation_degrees"] == pytest.approx(8.0, abs=0.3)
         assert np.allclose(np.array(rows[name]["shift_mm"].split(), float), [4.0, -2.0, 4.0], atol=0.3)
-    assert found["mean_ssim_held_out"].mean < found["mean_ssim_synthetic"].mean - 0.2
+    assert found["ssim", "held_out"].value < found["ssim", "synthetic"].value - 0.2
     assert result.picture is not None and len(result.picture.axes) == 6
     before = (tmp_path / "values" / "rank-0.tsv").read_text()
-    assert measured().rows == result.rows and (tmp_path / "values" / "rank-0.tsv").read_text() == before
+    assert measured().table == result.table and (tmp_path / "values" / "rank-0.tsv").read_text() == before
 
 
 def test_the_search_keeps_its_limits() -> None:
@@ -155,14 +159,30 @@ def test_interval_of_a_ratio_of_two_sets_is_scipy_s(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     first, second = generator.gamma(3.0, size=60), generator.gamma(4.0, size=50)
 
-    def ratio(a: np.ndarray, b: np.ndarray) -> float:
-        return float(np.median(a) / np.median(b))
+    def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
+        return np.median(a, axis) / np.median(b, axis)
 
     theirs = scipy.stats.bootstrap(
-        (first, second), ratio, vectorized=False, method="percentile", n_resamples=2000, random_state=1
+        (first, second), ratio, vectorized=True, method="percentile", n_resamples=2000, random_state=1
     ).confidence_interval
-    assert bootstrapped_of_two(first, second, ratio, 0) == pytest.approx(tuple(theirs), abs=0.05)
-    assert bootstrapped_of_two(first, second[:2], ratio, 0) is None
+    assert bootstrapped([first, second], ratio, 0) == pytest.approx(tuple(theirs), abs=0.05)
+    assert bootstrapped([first, second[:2]], ratio, 0) is None
+
+
+def test_repeats_that_are_not_defined_are_left_out() -> None:
+    second = np.array([0.0, 0.0, 1.0, 2.0, 3.0])
+
+    def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
+        middle = np.median(b, axis)
+        return np.median(a, axis) / np.where(middle > 0, middle, np.nan)
+
+    low, high = bootstrapped([np.ones(5), second], ratio, 0) or (0.0, 0.0)
+    assert low == pytest.approx(1 / 3) and high == 1.0
+
+
+def by_kind(result: Result) -> dict[tuple[str, str], Any]:
+    """The figures by metric and kind."""
+    return {(row.metric, row.kind): row.found for row in result.rows}
 
 
 def privacy_of(tmp_path: Path, synthetic: range, noise: float) -> Any:
@@ -175,19 +195,19 @@ def privacy_of(tmp_path: Path, synthetic: range, noise: float) -> Any:
 
 def test_a_model_that_copies_is_found_out(tmp_path: Path) -> None:
     result = privacy_of(tmp_path, range(100, 120), 0.1)
-    found = result.summaries
-    assert found["voxels_ratio"].value < 0.3 and found["voxels_close"].value == 1.0
-    assert found["voxels_synthetic"].mean < found["voxels_held_out"].mean
-    assert len(result.rows) == 20 and all(row["volume"] == row["nearest"] for row in result.rows)
-    assert [row["held_out_quantile"] for row in result.rows] == [0.0] * 20
-    distances = [row["distance"] for row in result.rows]
+    found = by_kind(result)
+    assert found["distance", "ratio"].value < 0.3 and found["distance", "close"].value == 1.0
+    assert found["distance", "synthetic"].value < found["distance", "held_out"].value
+    assert len(result.table) == 20 and all(row["volume"] == row["nearest"] for row in result.table)
+    assert [row["held_out_quantile"] for row in result.table] == [0.0] * 20
+    distances = [row["distance"] for row in result.table]
     assert distances == sorted(distances) and result.facts["held_out_volumes"] == 60
 
 
 def test_a_model_that_does_not_copy_is_like_new_people(tmp_path: Path) -> None:
-    found = privacy_of(tmp_path, range(300, 360), 0.0).summaries
-    assert found["voxels_ratio"].value == pytest.approx(1.0, abs=0.1)
-    assert found["voxels_close"].value <= 0.15 and found["voxels_close"].interval[0] <= 0.05
+    found = by_kind(privacy_of(tmp_path, range(300, 360), 0.0))
+    assert found["distance", "ratio"].value == pytest.approx(1.0, abs=0.1)
+    assert found["distance", "close"].value <= 0.15 and found["distance", "close"].interval[0] <= 0.05
 
 
 def test_training_volumes_that_were_stored_again_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -212,7 +232,7 @@ def test_training_volumes_among_the_held_out_are_left_out(tmp_path: Path, caplog
     sets[2] = features(tmp_path / "real", "real_dir", range(0))
     result = Privacy(sets[0], sets[1], sets[2]).compute()
     assert result.facts["held_out_volumes"] == 4 and "6 volumes of" in caplog.text
-    found: dict[str, Any] = result.summaries
-    assert found["voxels_held_out"].count == 4 and found["voxels_held_out"].mean > 0.0
+    found = by_kind(result)["distance", "held_out"]
+    assert found.count == 4 and found.value > 0.0
     with pytest.raises(BundleError, match="--training_dir: .* has 0 volumes that were not trained on"):
-        Privacy(sets[0], sets[1], sets[1]).prepare()
+        Privacy(sets[0], sets[1], sets[1]).update()

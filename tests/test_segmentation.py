@@ -25,10 +25,11 @@ import pytest
 from conftest import ROOT, RunHere
 from heads import refused
 
+from scripts.conditions import Conditions
 from scripts.metrics.features import FeatureNetworks
-from scripts.metrics.volumetry import Segmentations
 from scripts.samples import Samples
-from scripts.segmentation import Samseg, SegmentedNow, SynthSeg, segmentations
+from scripts.segmentation import Samseg, SynthSeg
+from scripts.segmentations import OwnSegmentations, Segmentations, SegmentedNow, chosen_segmentations
 from scripts.values import Values
 from scripts.volume_folders import VolumeFolder
 
@@ -144,12 +145,16 @@ def test_choice_of_segmentations(folder: VolumeFolder, tmp_path: Path) -> None:
     def samples(*folders: Path | None) -> Samples:
         return Samples(list(map(str, folders)), FeatureNetworks(None, {}), output, Values(output))
 
+    def segmentations(*given: Any) -> Segmentations:
+        own = OwnSegmentations(lambda: pytest.fail("nothing is measured yet"), Values(output), Conditions())
+        return chosen_segmentations(*given, own)
+
     other = Path(shutil.copytree(folder.paths[0].parent, tmp_path / "other"))
     one, two = samples(folder.folder), samples(folder.folder, other)
     assert type(segmentations(None, None, tools, one, output)) is Segmentations
     assert segmentations(None, "samseg", tools, one, output).requested
     assert "give one of them" in refused(segmentations, tmp_path, "samseg", tools, one, output)
-    assert "there are synthseg, samseg" in refused(segmentations, None, "fast", tools, one, output)
+    assert "there are own, synthseg, samseg" in refused(segmentations, None, "fast", tools, one, output)
     both = segmentations(None, "samseg", tools, two, output)
     assert [both.of(f.folder).path for f in two.sets.values()] == [tmp_path / "labels" / name for name in two.sets]
     for given in (str(folder.paths[0]), {"samples": tmp_path / "samples"}, f"{tmp_path},{tmp_path},{tmp_path}"):
@@ -170,8 +175,10 @@ def test_evaluation_segments_and_correlates(
     }
     flags |= {"num_pairs": 1, "pair_metrics": {}}
     run_here([ROOT / "configs/inference.json", "configs/evaluate.yaml"], **flags)
-    report = json.loads((tmp_path / "report" / "evaluation.json").read_text())["measures"]["volumetry"]
-    assert report["metrics"]["ventricular_vol_pearson"]["value"] == pytest.approx(1.0)
+    evaluation = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    report = evaluation["measures"]["volumetry"]
+    found = {(row["quantity"], row["metric"]): row["value"] for row in evaluation["rows"]}
+    assert found["ventricular_vol", "pearson"] == pytest.approx(1.0)
     assert report["segmentations"] == str(tmp_path / "report" / "segmentations")
 
 
@@ -198,7 +205,5 @@ def test_evaluation_of_several_models(folder: VolumeFolder, tmp_path: Path, run_
     rows = {row["model"]: row for row in report["table_1"]}
     assert list(rows) == list(expected)
     for model, r in expected.items():
-        found = report["measures"][f"volumetry_{model}"]["metrics"]
-        assert found["ventricular_vol_pearson"]["value"] == pytest.approx(r)
-        assert rows[model]["ventricular_vol_pearson"] == pytest.approx(r) and rows[model]["volumes"] == 4
+        assert rows[model]["Pearson's r of ventricular volume"] == pytest.approx(r) and rows[model]["volumes"] == 4
         assert (tmp_path / "report" / f"volumetry_{model}.png").is_file()

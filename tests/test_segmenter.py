@@ -31,14 +31,13 @@ from scipy import ndimage
 from synthetic_head import GRID, synthetic_image, synthetic_labels
 from trained import content, difference
 
-from scripts import measured_volumes
 from scripts.checkpoints import file_sha256
 from scripts.conditions import Conditions
 from scripts.grid import Grid
 from scripts.head_size import normalised_brain, reference_intracranial_mm3
-from scripts.measured_volumes import OwnSegmentations
 from scripts.outlines import COLOURS
 from scripts.phantom_heads import LABELS, count_volumes
+from scripts.segmentations import OwnSegmentations
 from scripts.segmenter import (
     CLASSES,
     COLUMNS,
@@ -318,7 +317,7 @@ def test_first_process_does_not_wait_again_for_others_that_have_ended(
     folder, values = VolumeFolder(phantoms(tmp_path / "samples"), "synthetic_dir"), Values(tmp_path / "values")
     own = OwnSegmentations(lambda: load_segmenter(weights), values, Conditions(), weights, folder)
     own.prepare()
-    monkeypatch.setattr(measured_volumes, "wait_for_all_processes", None)
+    monkeypatch.setattr("scripts.values.wait_for_all_processes", None)
     assert own.measured().keys() == set(own.names())
 
 

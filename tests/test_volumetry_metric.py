@@ -26,14 +26,11 @@ from monai.bundle import ConfigParser
 from scripts.conditions import Conditions
 from scripts.correlation import correlations, pearson, slope, spearman
 from scripts.errors import BundleError
+from scripts.labels import label_volumes, read_synthseg
+from scripts.measures import Result
 from scripts.metrics.features import FeatureNetworks, FeatureSet
-from scripts.metrics.volumetry import (
-    Segmentations,
-    Volumetry,
-    label_volumes,
-    matched,
-    read_synthseg,
-)
+from scripts.metrics.volumetry import Volumetry
+from scripts.segmentations import Segmentations, segmentation_of_each
 from scripts.volume_folders import VolumeFolder
 
 SYNTHSEG = (
@@ -126,7 +123,7 @@ def test_bad_label_maps_are_refused(tmp_path: Path, message: str) -> None:
 
 def test_segmentations_are_told_by_name() -> None:
     volumes = ["s_1", "s_10", "s_1_b"]
-    assert matched(volumes, ["s_10", "s_1_synthseg", "s_1_b.seg"]) == {
+    assert segmentation_of_each(volumes, ["s_10", "s_1_synthseg", "s_1_b.seg"]) == {
         "s_10": "s_10",
         "s_1": "s_1_synthseg",
         "s_1_b": "s_1_b.seg",
@@ -148,7 +145,7 @@ def without_features(folder: VolumeFolder) -> FeatureSet:
 )
 def test_what_does_not_match_is_refused(segmentations: list[str], message: str) -> None:
     with pytest.raises(BundleError, match=message):
-        matched(["a", "b"], segmentations)
+        segmentation_of_each(["a", "b"], segmentations)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -170,17 +167,26 @@ def test_intervals_are_scipy_s_bootstrap() -> None:
         (x, y), pearson, paired=True, vectorized=False, method="percentile", n_resamples=4000, random_state=1
     ).confidence_interval
     found: dict[str, Any] = correlations("v", x, y, 0)
-    assert found["v_pearson"].interval == pytest.approx(tuple(theirs), abs=0.02)
-    assert found["v_slope"].interval[0] < 1.0 < found["v_slope"].interval[1] and found["v_pearson"].count == 60
+    assert found["pearson"].interval == pytest.approx(tuple(theirs), abs=0.02)
+    assert found["slope"].interval[0] < 1.0 < found["slope"].interval[1] and found["pearson"].count == 60
+    repeats = [np.random.default_rng(0).integers(60, size=(2000, 60))[n] for n in range(2000)]
+    for metric, function in (("spearman", scipy.stats.spearmanr), ("slope", scipy.stats.linregress)):
+        drawn = [getattr(function(x[i], y[i]), "slope" if metric == "slope" else "statistic") for i in repeats]
+        assert found[metric].interval == pytest.approx(np.quantile(drawn, [0.025, 0.975]), rel=1e-9), metric
 
 
 def test_a_constant_request_has_no_correlation(caplog: pytest.LogCaptureFixture) -> None:
     found: dict[str, Any] = correlations("v", np.full(9, 0.1), np.arange(9.0), 0)
-    assert all(np.isnan(found[f"v_{s}"].value) and found[f"v_{s}"].interval is None for s in ("pearson", "slope"))
+    assert all(np.isnan(found[s].value) and found[s].interval is None for s in ("pearson", "slope"))
     assert "every volume has the same v" in caplog.text
     measured: dict[str, Any] = correlations("v", np.arange(9.0), np.full(9, 0.1), 0)
-    assert np.isnan(measured["v_spearman"].value) and measured["v_slope"].value == pytest.approx(0.0, abs=1e-12)
+    assert np.isnan(measured["spearman"].value) and measured["slope"].value == pytest.approx(0.0, abs=1e-12)
     assert "the same v was found in every volume" in caplog.text
+
+
+def by_quantity(result: Result) -> dict[tuple[str, str], float]:
+    """The figures by quantity and metric."""
+    return {(row.quantity, row.metric): row.found.value for row in result.rows}
 
 
 def test_samples_and_label_maps(tmp_path: Path, conditions: Conditions) -> None:
@@ -190,12 +196,12 @@ def test_samples_and_label_maps(tmp_path: Path, conditions: Conditions) -> None:
         array = labels(5 * (index + 1), 300 + index, (44, 17))
         save(tmp_path / "labels" / f"sample_seed-1_{index:06d}_synthseg.nii.gz", array, spacing=2.0)
     result = Volumetry(without_features(folder), Segmentations(tmp_path / "labels"), conditions).compute()
-    found: dict[str, Any] = result.summaries
-    assert found["ventricular_vol_pearson"].value == pytest.approx(1.0)
-    assert found["ventricular_vol_slope"].value == pytest.approx(5 * 8 / 10)
-    assert found["brain_vol_spearman"].value == pytest.approx(-1.0)
-    assert result.rows[2]["ventricular_vol_requested_mm3"] == pytest.approx(30.0)
-    assert result.rows[2]["ventricular_vol_measured_mm3"] == 15 * 8.0
+    found = by_quantity(result)
+    assert found["ventricular_vol", "pearson"] == pytest.approx(1.0)
+    assert found["ventricular_vol", "slope"] == pytest.approx(5 * 8 / 10)
+    assert found["brain_vol", "spearman"] == pytest.approx(-1.0)
+    assert result.table[2]["ventricular_vol_requested_mm3"] == pytest.approx(30.0)
+    assert result.table[2]["ventricular_vol_measured_mm3"] == 15 * 8.0
     assert result.picture is not None and len(result.picture.axes) == 2
 
 
@@ -209,9 +215,8 @@ def test_prepared_data_and_a_synthseg_table(tmp_path: Path, conditions: Conditio
     (tmp_path / "vol.csv").write_text("\n".join(table))
     folder = VolumeFolder(tmp_path / "data", "synthetic_dir")
     result = Volumetry(without_features(folder), Segmentations(tmp_path / "vol.csv"), conditions).compute()
-    assert result.rows[1]["ventricular_vol_requested_mm3"] == pytest.approx(6995.68 + 0.1 * (171375.0 - 6995.68))
-    found: dict[str, Any] = result.summaries
-    assert found["brain_vol_pearson"].value == pytest.approx(1.0)
+    assert result.table[1]["ventricular_vol_requested_mm3"] == pytest.approx(6995.68 + 0.1 * (171375.0 - 6995.68))
+    assert by_quantity(result)["brain_vol", "pearson"] == pytest.approx(1.0)
 
 
 def test_what_was_asked_for_must_be_known(tmp_path: Path, conditions: Conditions) -> None:

@@ -24,16 +24,17 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scripts.bootstrap import Estimate, Summary, summarise
+from scripts.bootstrap import summarise
 from scripts.brain_age import AGE, age_condition, age_of, fingerprint, network_of
 from scripts.checkpoints import Checkpoint, load_network, read_checkpoint
 from scripts.conditions import Condition, Conditions
 from scripts.correlation import correlations, in_words, pearson
 from scripts.errors import BundleError
-from scripts.measures import Input, Result
+from scripts.inputs import Input
+from scripts.measures import Measure, Result, Row
 from scripts.metrics.features import Extractor, FeatureNetworks, FeatureSet
-from scripts.metrics.volumetry import stated_conditions, table_rows
 from scripts.options import whole_number
+from scripts.stated_conditions import stated_conditions, table_rows
 from scripts.volume_folders import VolumeFolder
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class BrainAgeNetworks(FeatureNetworks):
         return self.chosen[NETWORK]  # type: ignore[return-value]
 
 
-class BrainAge:
+class BrainAge(Measure):
     """Predicted against requested age of samples, and against the true one of people held out from the network.
 
     Of each set there are the mean absolute error (years), Pearson's and Spearman's r and the slope of the least
@@ -207,7 +208,7 @@ class BrainAge:
         """Raise a `BundleError` as `sets`, before anything is computed."""
         _ = self.sets
 
-    def prepare(self) -> None:
+    def update(self) -> None:
         """Tell the ages that are not on disk yet; under torchrun, each process its share."""
         for volumes, _ in self.sets.values():
             volumes.extract()
@@ -218,17 +219,18 @@ class BrainAge:
         Raises:
             BundleError: as `sets`.
         """
-        summaries: dict[str, Summary | Estimate] = {}
-        rows = []
+        rows: list[Row] = []
+        table = []
         for name, (volumes, ages) in self.sets.items():
             stated, predicted = np.array(ages), volumes.matrix(NETWORK)[:, 0]
-            rows += [
+            table += [
                 {"volume": volumes.folder.name(i), "set": name, "age_years": a, "predicted_years": round(float(p), 3)}
                 for i, (a, p) in enumerate(zip(ages, predicted))
             ]
-            summaries[f"{name}_age_mae"] = summarise(np.abs(predicted - stated), np.arange(len(ages)), self.seed)
-            summaries.update(correlations(f"{name}_age", stated, predicted, self.seed))
-        return Result(summaries, self._facts(), rows, scatter(rows))
+            error = summarise(np.abs(predicted - stated), np.arange(len(ages)), self.seed)
+            found = {"mae": error, **correlations(f"{name}_age", stated, predicted, self.seed)}
+            rows += [Row(metric, one, AGE, kind=name, headline=False) for metric, one in found.items()]
+        return Result(rows, self._facts(), table, scatter(table))
 
     def _facts(self) -> dict[str, Any]:
         file = self.networks.file

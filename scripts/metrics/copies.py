@@ -12,23 +12,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.spatial.distance import cdist
 from tqdm import tqdm
 
-from scripts.devices import process_rank
 from scripts.errors import BundleError
 from scripts.figures import strip
 from scripts.metrics.alignment import WINDOW, Aligned, Alignment, Motion, moved
-from scripts.metrics.features import wait_for_all_processes
-from scripts.values import Values, identity
+from scripts.values import Values, complete, identity
 from scripts.volume_folders import VolumeFolder
-
-logger = logging.getLogger(__name__)
 
 BLOCK = 1024
 
@@ -45,8 +41,8 @@ class Likest(NamedTuple):
     aligned: Aligned
 
 
-def candidates(features: np.ndarray, training: np.ndarray, most: int) -> np.ndarray:
-    """Positions of the nearest training volumes of each volume in Euclidean distance, the nearest first.
+def nearest(features: np.ndarray, training: np.ndarray, most: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest training volumes of each volume in Euclidean distance, the nearest first, block by block.
 
     Args:
         features: (N, d).
@@ -54,11 +50,12 @@ def candidates(features: np.ndarray, training: np.ndarray, most: int) -> np.ndar
         most: how many; all M if these are fewer.
 
     Returns:
-        (N, min(most, M)) integers.
+        (N, min(most, M)) positions in `training`, and the distances.
     """
-    starts = range(0, len(features), BLOCK)
-    orders = [cdist(features[i : i + BLOCK], training).argsort(axis=1, kind="stable")[:, :most] for i in starts]
-    return np.concatenate(orders)
+    blocks = [cdist(features[i : i + BLOCK], training) for i in range(0, len(features), BLOCK)]
+    orders = [block.argsort(axis=1, kind="stable")[:, :most] for block in blocks]
+    distances = [np.take_along_axis(block, order, axis=1) for block, order in zip(blocks, orders)]
+    return np.concatenate(orders), np.concatenate(distances)
 
 
 class CopySearch:
@@ -68,12 +65,12 @@ class CopySearch:
         alignment: how two volumes are compared.
         values: where the similarities are kept.
         training: the volumes that the model was trained on.
-        nearest: how many candidates each volume has.
+        candidates: how many each volume has.
     """
 
-    def __init__(self, alignment: Alignment, values: Values, training: VolumeFolder, nearest: int) -> None:
+    def __init__(self, alignment: Alignment, values: Values, training: VolumeFolder, candidates: int) -> None:
         self.alignment, self.values, self.training = alignment, values, training
-        self.nearest = nearest
+        self.candidates = candidates
         self.identity = identity("aligned_ssim", alignment, **alignment.facts())
 
     def check(self, folder: VolumeFolder) -> None:
@@ -84,27 +81,38 @@ class CopySearch:
                 f"--{folder.flag}: volumes of {folder.shape} are smaller than the window of SSIM, {WINDOW}"
             )
 
-    def prepare(self, folder: VolumeFolder, chosen: Sequence[int], features: np.ndarray, training: np.ndarray) -> None:
+    def update(
+        self,
+        folder: VolumeFolder,
+        chosen: Sequence[int],
+        features: np.ndarray,
+        training: np.ndarray,
+        alone: bool = False,
+    ) -> None:
         """Compare what was not compared before, as one of several processes if there are any.
 
         Args:
             folder: the volumes.
             chosen: positions of those that count.
             features, training: features of these, (N, d), and of the training volumes, (M, d).
+            alone: see `scripts.values.complete`.
         """
-        rank, processes = process_rank()
-        found = candidates(features, training, self.nearest)
-        self._compare(folder, [(i, j) for i, row in zip(chosen, found.tolist()) for j in row][rank::processes])
-        wait_for_all_processes()
-        self.values.reload()
+        found, _ = nearest(features, training, self.candidates)
+        pairs = [(i, j) for i, row in zip(chosen, found.tolist()) for j in row]
+
+        def is_known(pair: tuple[int, int]) -> bool:
+            return self._known(folder, *pair) is not None
+
+        label = f"alignments of {folder.flag}"
+        complete(label, pairs, is_known, partial(self._compare, folder), self.values, alone)
 
     def likest(
         self, folder: VolumeFolder, chosen: Sequence[int], features: np.ndarray, training: np.ndarray
     ) -> list[Likest]:
-        """For each chosen volume the candidate with the highest similarity; arguments as for `prepare`."""
-        found = candidates(features, training, self.nearest).tolist()
-        self._compare(folder, [(i, j) for i, row in zip(chosen, found) for j in row])
-        return [self._best(folder, i, row) for i, row in zip(chosen, found)]
+        """For each chosen volume the candidate with the highest similarity; arguments as for `update`."""
+        self.update(folder, chosen, features, training, alone=True)
+        found, _ = nearest(features, training, self.candidates)
+        return [self._best(folder, i, row) for i, row in zip(chosen, found.tolist())]
 
     def _best(self, folder: VolumeFolder, index: int, positions: Sequence[int]) -> Likest:
         compared = [(j, self._known(folder, index, j)) for j in positions]
@@ -118,12 +126,8 @@ class CopySearch:
         (a, b, c), (x, y, z) = motion[:3], motion[3:]
         return Aligned(ssim, Motion((a, b, c), (x, y, z), bool(mirrored)))
 
-    def _compare(self, folder: VolumeFolder, pairs: Sequence[tuple[int, int]]) -> None:
-        missing = [pair for pair in pairs if self._known(folder, *pair) is None]
-        label = f"aligning {folder.flag}"
-        if 0 < len(missing) < len(pairs):
-            logger.info(f"{label}: {len(pairs) - len(missing)} of {len(pairs)} are compared already")
-        for i, j in tqdm(missing, label, unit="pair", disable=None if missing else True):
+    def _compare(self, folder: VolumeFolder, missing: Sequence[tuple[int, int]]) -> None:
+        for i, j in tqdm(missing, f"aligning {folder.flag}", unit="pair", disable=None):
             volumes = self.alignment.reduced(folder, i), self.alignment.reduced(self.training, j)
             found = self.alignment.compare(*volumes, self.alignment.sides(folder))
             files = folder.hashes[i], self.training.hashes[j]
@@ -132,7 +136,7 @@ class CopySearch:
 
     def facts(self) -> dict[str, Any]:
         """How volumes are compared, for the report."""
-        return {**self.alignment.facts(), "candidates": self.nearest}
+        return {**self.alignment.facts(), "candidates": self.candidates}
 
     def planes(self, folder: VolumeFolder, index: int, likest: Likest) -> tuple[np.ndarray, np.ndarray]:
         """The middle planes of a volume and of the training volume that was laid on it."""

@@ -13,39 +13,46 @@
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from abc import abstractmethod
+from functools import partial
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from scripts.bootstrap import Difference, Estimate, Summary
+from scripts.bootstrap import Difference, Estimate
 from scripts.errors import BundleError
-from scripts.measures import Result
+from scripts.measures import Measure, Result, Row
 from scripts.metrics.features import FeatureSet
 from scripts.options import whole_number
 
 logger = logging.getLogger(__name__)
 
 
-class FeatureDistance(ABC):
+class FeatureDistance(Measure):
     """A distance between the features of the synthetic and of the real volumes, with its floor, for each network.
 
-    For a network `n` the result has
+    For each network the result has rows of three kinds:
 
-    - `n`: the distance of all synthetic volumes to all real ones;
-    - `n_halves`: the distance of m synthetic volumes to m real ones, m being half of the smaller set;
-    - `n_floor`: the distance of m real volumes to m others, which is what a perfect model would get.
+    - `all`: the distance of all synthetic volumes to all real ones;
+    - `halves`: the distance of m synthetic volumes to m real ones, m being half of the smaller set;
+    - `floor`: the distance of m real volumes to m others, which is what a perfect model would get.
 
     The last two are means and standard deviations over random choices of the volumes, and compare with each other:
     they have equal sample sizes, on which such distances depend.
+
+    Attributes:
+        metric: what the rows are called.
+        headline: whether they have columns in the table of models.
 
     Args:
         synthetic, real: the features.
         resamplings: how many random choices.
         seed: of the choices.
     """
+
+    metric: str
+    headline: bool = True
 
     def __init__(self, synthetic: FeatureSet, real: FeatureSet, resamplings: Any = 20, seed: Any = 0) -> None:
         self.synthetic, self.real = synthetic, real
@@ -71,7 +78,7 @@ class FeatureDistance(ABC):
                 )
         self.real.folder.check_same_grid(self.synthetic.folder)
 
-    def prepare(self) -> None:
+    def update(self) -> None:
         """Compute the features that are missing, as one of several processes if there are any."""
         self.check()
         for features in (self.synthetic, self.real):
@@ -79,25 +86,25 @@ class FeatureDistance(ABC):
 
     def compute(self) -> Result:
         """Measure with every network that was asked for."""
-        summaries: dict[str, Summary | Estimate] = {}
-        for name in self.synthetic.networks.chosen:
-            summaries.update(self._measured(name))
-        return Result(summaries, self._facts(), distances=_to_floor(summaries))
+        return Result([row for name in self.synthetic.networks.chosen for row in self._rows(name)], self._facts())
 
-    def _measured(self, name: str) -> dict[str, Summary | Estimate]:
+    def _rows(self, name: str) -> list[Row]:
         synthetic, real = self.synthetic.matrix(name), self.real.matrix(name)
         self._warn(name, len(synthetic), len(real), synthetic.shape[1])
-        found: dict[str, Summary | Estimate] = {
-            name: Estimate(self.distance(synthetic, real), min(len(synthetic), len(real)))
-        }
-        if self._half >= 2:
-            generator = np.random.default_rng(self.seed)
-            rounds = tqdm(range(self.resamplings), f"resampling {name}", disable=None)
-            pairs = [self._resampled(synthetic, real, generator) for _ in rounds]
-            halves, floor = np.array(pairs).T
-            found[f"{name}_halves"] = _spread(halves)
-            found[f"{name}_floor"] = _spread(floor)
-        return found
+        row = partial(Row, self.metric, network=name, headline=self.headline)
+        all_of_both = Estimate(self.distance(synthetic, real), min(len(synthetic), len(real)))
+        if self._half < 2:
+            return [row(all_of_both, kind="all")]
+        generator = np.random.default_rng(self.seed)
+        rounds = tqdm(range(self.resamplings), f"resampling {name}", disable=None)
+        pairs = [self._resampled(synthetic, real, generator) for _ in rounds]
+        halves, floor = (_over_choices(values) for values in np.array(pairs).T)
+        to_floor = Difference(floor.value, halves.value - floor.value, None)
+        return [
+            row(all_of_both, kind="all"),
+            row(halves, kind="halves", difference=to_floor),
+            row(floor, kind="floor"),
+        ]
 
     @property
     def _half(self) -> int:
@@ -140,14 +147,5 @@ class FeatureDistance(ABC):
         return min(len(self.synthetic.folder), len(self.real.folder))
 
 
-def _to_floor(summaries: Mapping[str, Summary | Estimate]) -> dict[str, Difference]:
-    found = {}
-    for name, halves in summaries.items():
-        floor = summaries.get(f"{name.removesuffix('_halves')}_floor")
-        if name.endswith("_halves") and isinstance(halves, Summary) and isinstance(floor, Summary):
-            found[name] = Difference(floor.mean, halves.mean - floor.mean, None)
-    return found
-
-
-def _spread(values: np.ndarray) -> Summary:
-    return Summary(len(values), float(values.mean()), float(values.std(ddof=1)), None)
+def _over_choices(values: np.ndarray) -> Estimate:
+    return Estimate(float(values.mean()), len(values), float(values.std(ddof=1)))

@@ -14,25 +14,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from scripts import distributed
 from scripts.atomic import make_folder, replacing, write_json
-from scripts.devices import process_rank
 from scripts.errors import BundleError
-from scripts.measures import Input, check_entries
+from scripts.inputs import Input
+from scripts.measures import check_entries
+from scripts.values import complete
 from scripts.volume_folders import VolumeFolder
-
-logger = logging.getLogger(__name__)
 
 Extractor = Callable[[torch.Tensor], torch.Tensor]
 
@@ -59,7 +56,7 @@ class FeatureNetwork(Protocol):
         ...
 
 
-class FeatureNetworks:
+class FeatureNetworks(Input):
     """Those of the feature networks that were asked for.
 
     Args:
@@ -136,36 +133,35 @@ class FeatureSet:
         """SHA-256 of each volume's file."""
         return self.folder.hashes
 
-    def extract(self) -> None:
+    def extract(self, alone: bool = False) -> None:
         """Compute what is not on disk yet; returns when all processes are done.
+
+        Args:
+            alone: see `scripts.values.complete`.
 
         Raises:
             BundleError: if a volume, a network's weights or the folder cannot be used, or features are not finite.
         """
-        for name, network in self.networks.chosen.items():
+        for name in self.networks.chosen:
             cache = make_folder(self._cache(name))
-            rank, processes = process_rank()
-            mine = list(enumerate(self.hashes))[rank::processes]
-            missing = [index for index, digest in mine if not (cache / f"{digest}.npy").is_file()]
-            if missing:
-                logger.info(f"{name}: {len(mine) - len(missing)} of {len(mine)} features are there already")
-                write_json(cache / "network.json", network.facts())
-                self._compute(name, missing, cache)
-        wait_for_all_processes()
+            items = enumerate(cache / f"{digest}.npy" for digest in self.hashes)
+            label, compute = f"{name} features of {self.folder.flag}", partial(self._compute, name)
+            complete(label, items, _is_there, compute, alone=alone)
 
     def _cache(self, name: str) -> Path:
         facts = json.dumps(self.networks.chosen[name].facts(), sort_keys=True)
         return self.feature_dir / f"{name}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
     @torch.inference_mode()
-    def _compute(self, name: str, missing: list[int], cache: Path) -> None:
+    def _compute(self, name: str, missing: list[tuple[int, Path]]) -> None:
         network = self.networks.chosen[name]
+        write_json(missing[0][1].parent / "network.json", network.facts())
         extractor = network.load(self.device)
-        for index in tqdm(missing, f"{name} features of {self.folder.flag}", unit="volume", disable=None):
+        for index, file in tqdm(missing, f"{name} features of {self.folder.flag}", unit="volume", disable=None):
             features = extractor(self.folder[index].to(self.device)).double().cpu().numpy()
             if features.shape != (network.dimension,) or not np.isfinite(features).all():
                 raise BundleError(f"{name} gives no finite features of {self.folder.paths[index]}")
-            with replacing(cache / f"{self.hashes[index]}.npy") as temporary:
+            with replacing(file) as temporary:
                 np.save(temporary, features)
 
     def matrix(self, name: str) -> np.ndarray:
@@ -175,11 +171,14 @@ class FeatureSet:
             BundleError: as `extract`, or if a file of features is damaged.
         """
         cache = self._cache(name)
-        if not all((cache / f"{digest}.npy").is_file() for digest in self.hashes):
-            self.extract()
-        return np.stack(
-            [_read(cache / f"{digest}.npy", self.networks.chosen[name].dimension) for digest in self.hashes]
-        )
+        files = [cache / f"{digest}.npy" for digest in self.hashes]
+        if not all(file.is_file() for file in files):
+            self.extract(alone=True)
+        return np.stack([_read(file, self.networks.chosen[name].dimension) for file in files])
+
+
+def _is_there(item: tuple[int, Path]) -> bool:
+    return item[1].is_file()
 
 
 def _read(path: Path, dimension: int) -> np.ndarray:
@@ -190,13 +189,6 @@ def _read(path: Path, dimension: int) -> np.ndarray:
     if features.shape != (dimension,):
         raise BundleError(f"the features in {path} have shape {features.shape}, not ({dimension},): remove the file")
     return features
-
-
-def wait_for_all_processes() -> None:
-    """Return when every process of a `torchrun` has come here; at once without it."""
-    distributed.start(torch.device("cpu"))
-    if distributed.world_size() > 1:
-        dist.barrier()
 
 
 def read_weights(path: str | os.PathLike, what: str, source: str) -> dict[str, torch.Tensor]:

@@ -84,6 +84,8 @@ def _distance(step: np.ndarray, trace: float, other_trace: float, shared: float)
 class FrechetDistance(FeatureDistance):
     """The FID of the synthetic volumes; see `FeatureDistance` for what it comes with."""
 
+    metric = "fid"
+
     says = (
         "How far the two sets are apart, as a pretrained network sees them: the squared Frechet distance between "
         "normal distributions fitted to its features. Read the distance of m synthetic to m real volumes against the "

@@ -53,6 +53,8 @@ def _kernel(products: np.ndarray, dimension: int) -> np.ndarray:
 class KernelDistance(FeatureDistance):
     """The KID of the synthetic volumes; see `FeatureDistance` for what it comes with."""
 
+    metric, headline = "kid", False
+
     says = (
         "How far the two sets are apart, as a pretrained network sees them, without the assumption that features are "
         "normally distributed. 0 is expected of equal distributions at any number of volumes."

@@ -19,15 +19,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.spatial.distance import cdist
 from scipy.stats import binomtest
 
-from scripts.bootstrap import Estimate, Summary, bootstrapped_of_two, summarise
+from scripts.bootstrap import Estimate, bootstrapped, summarise
 from scripts.errors import BundleError
 from scripts.figures import pair_figure
-from scripts.measures import Result
+from scripts.measures import Measure, Result, Row
 from scripts.metrics.alignment import Alignment
-from scripts.metrics.copies import CopySearch, Likest
+from scripts.metrics.copies import CopySearch, Likest, nearest
 from scripts.metrics.features import FeatureSet
 from scripts.options import whole_number
 from scripts.values import Values
@@ -37,21 +36,6 @@ logger = logging.getLogger(__name__)
 
 CLOSE = 0.05
 DRAWN = 6
-BLOCK = 1024
-
-
-def nearest(features: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest training volume of each volume in Euclidean distance, block by block.
-
-    Args:
-        features: (N, d).
-        training: (M, d).
-
-    Returns:
-        (N,) positions in `training` and (N,) distances.
-    """
-    blocks = [cdist(features[i : i + BLOCK], training) for i in range(0, len(features), BLOCK)]
-    return np.concatenate([b.argmin(axis=1) for b in blocks]), np.concatenate([b.min(axis=1) for b in blocks])
 
 
 def quantiles(distances: np.ndarray, held_out: np.ndarray) -> np.ndarray:
@@ -59,22 +43,22 @@ def quantiles(distances: np.ndarray, held_out: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.sort(held_out), distances, side="right") / len(held_out)
 
 
-class Privacy:
+class Privacy(Measure):
     """Distance of each synthetic volume to its nearest training volume, against that of held-out real volumes.
 
-    A model that copies gives samples nearer to training volumes than new people are. For a network `n` the result
-    has
+    A model that copies gives samples nearer to training volumes than new people are. For each network the
+    result has rows of the metric `distance`, of the kinds
 
-    - `n_synthetic`, `n_held_out`: the distances of both, on average;
-    - `n_ratio`: the median of the first over that of the second; near 1 for a model that does not copy;
-    - `n_close`: the fraction of synthetic volumes nearer than the nearest 5 % of the held-out ones; 0.05 is
+    - `synthetic`, `held_out`: the distances of both, on average;
+    - `ratio`: the median of the first over that of the second; near 1 for a model that does not copy;
+    - `close`: the fraction of synthetic volumes nearer than the nearest 5 % of the held-out ones; 0.05 is
       expected of a model that does not copy;
 
     and, where volumes are aligned, from the highest SSIM of each volume with the training volumes nearest to it in
-    feature space, each laid on it,
+    feature space, each laid on it, rows of the metric `ssim`, of the kinds
 
-    - `n_ssim_synthetic`, `n_ssim_held_out`: these similarities, on average;
-    - `n_ssim_close`: the fraction of synthetic volumes more alike than the most alike 5 % of the held-out ones.
+    - `synthetic`, `held_out`: these similarities, on average;
+    - `close`: the fraction of synthetic volumes more alike than the most alike 5 % of the held-out ones.
 
     The table lists all synthetic volumes, the nearest to training first.
 
@@ -126,15 +110,15 @@ class Privacy:
                 self.search.check(folder)
         _ = self.others
 
-    def prepare(self) -> None:
+    def update(self) -> None:
         """Compute features and similarities that are missing, as one of several processes if there are any."""
         self.check()
         for features in (self.synthetic, self.training, self.held_out):
             features.extract()
         if self.search is not None:
             for name in self.synthetic.networks.chosen:
-                for folder, chosen, *features_of_both in self._sets(name):
-                    self.search.prepare(folder, chosen, *features_of_both)
+                for volumes in self._sets(name):
+                    self.search.update(*volumes)
 
     def _sets(self, name: str) -> list[tuple[VolumeFolder, list[int], np.ndarray, np.ndarray]]:
         training = self.training.matrix(name)
@@ -165,25 +149,25 @@ class Privacy:
 
     def compute(self) -> Result:
         """Measure with every network that was asked for."""
-        summaries: dict[str, Summary | Estimate] = {}
-        rows: list[dict[str, Any]] = []
+        rows: list[Row] = []
+        table: list[dict[str, Any]] = []
         picture = None
         for name in self.synthetic.networks.chosen:
             (folder, everything, features, training), held_out = self._sets(name)
-            positions, distances = nearest(features, training)
-            usual = nearest(held_out[2], training)[1]
+            positions, distances = (column[:, 0] for column in nearest(features, training))
+            usual = nearest(held_out[2], training)[1][:, 0]
             self._warn_of_equals(name, int((usual == 0.0).sum()))
-            summaries.update(_of_distances(name, distances, usual, self.seed))
-            found = self._rows(name, positions, distances, quantiles(distances, usual))
+            rows += _of_distances(name, distances, usual, self.seed)
+            found = self._lines(name, positions, distances, quantiles(distances, usual))
             if self.search is not None:
                 likest = self.search.likest(folder, everything, features, training)
                 usual = np.array([near.aligned.ssim for near in self.search.likest(*held_out)])
-                summaries.update(_of_similarities(name, likest, usual, self.seed))
-                for row, near, rank in zip(found, likest, quantiles(-_similarities(likest), -usual)):
-                    row.update(self._alike(near), ssim_held_out_quantile=float(rank))
+                rows += _of_similarities(name, likest, usual, self.seed)
+                for line, near, rank in zip(found, likest, quantiles(-_similarities(likest), -usual)):
+                    line.update(self._alike(near), ssim_held_out_quantile=float(rank))
                 picture = picture or self._picture(found, likest)
-            rows += [found[index] for index in np.argsort(distances, kind="stable")]
-        return Result(summaries, self._facts(len(self.others)), rows, picture)
+            table += [found[index] for index in np.argsort(distances, kind="stable")]
+        return Result(rows, self._facts(len(self.others)), table, picture)
 
     def _warn_of_equals(self, network: str, equals: int) -> None:
         """A scan that was stored again, as without compression, has the features of a training file, not its hash."""
@@ -207,7 +191,9 @@ class Privacy:
             "seed": self.seed,
         }
 
-    def _rows(self, name: str, positions: np.ndarray, distances: np.ndarray, ranks: np.ndarray) -> list[dict[str, Any]]:
+    def _lines(
+        self, name: str, positions: np.ndarray, distances: np.ndarray, ranks: np.ndarray
+    ) -> list[dict[str, Any]]:
         return [
             {
                 "network": name,
@@ -247,23 +233,23 @@ def _label(row: Mapping[str, Any]) -> str:
     return f"{row['likest']}\n{moved}: SSIM {row['ssim']:.3f}"
 
 
-def _of_distances(name: str, distances: np.ndarray, usual: np.ndarray, seed: int) -> dict[str, Summary | Estimate]:
-    interval = bootstrapped_of_two(distances, usual, _ratio_of_medians, seed)
-    return {
-        f"{name}_synthetic": summarise(distances, np.arange(len(distances)), seed),
-        f"{name}_held_out": summarise(usual, np.arange(len(usual)), seed),
-        f"{name}_ratio": Estimate(_ratio_of_medians(distances, usual), len(distances), interval),
-        f"{name}_close": _share(distances < np.quantile(usual, CLOSE)),
-    }
+def _of_distances(network: str, distances: np.ndarray, usual: np.ndarray, seed: int) -> list[Row]:
+    interval = bootstrapped([distances, usual], _ratio_of_medians, seed)
+    ratio = Estimate(float(_ratio_of_medians(distances, usual)), len(distances), interval=interval)
+    close = _share(distances < np.quantile(usual, CLOSE))
+    found = {**_means(distances, usual, seed), "ratio": ratio, "close": close}
+    return [Row("distance", one, network=network, kind=kind, headline=False) for kind, one in found.items()]
 
 
-def _of_similarities(name: str, likest: list[Likest], usual: np.ndarray, seed: int) -> dict[str, Summary | Estimate]:
-    found = _similarities(likest)
-    return {
-        f"{name}_ssim_synthetic": summarise(found, np.arange(len(found)), seed),
-        f"{name}_ssim_held_out": summarise(usual, np.arange(len(usual)), seed),
-        f"{name}_ssim_close": _share(found > np.quantile(usual, 1 - CLOSE)),
-    }
+def _of_similarities(network: str, likest: list[Likest], usual: np.ndarray, seed: int) -> list[Row]:
+    similar = _similarities(likest)
+    found = {**_means(similar, usual, seed), "close": _share(similar > np.quantile(usual, 1 - CLOSE))}
+    return [Row("ssim", one, network=network, kind=kind, headline=False) for kind, one in found.items()]
+
+
+def _means(synthetic: np.ndarray, held_out: np.ndarray, seed: int) -> dict[str, Estimate]:
+    sets = {"synthetic": synthetic, "held_out": held_out}
+    return {kind: summarise(values, np.arange(len(values)), seed) for kind, values in sets.items()}
 
 
 def _similarities(likest: list[Likest]) -> np.ndarray:
@@ -272,9 +258,9 @@ def _similarities(likest: list[Likest]) -> np.ndarray:
 
 def _share(close: np.ndarray) -> Estimate:
     low, high = binomtest(int(close.sum()), len(close)).proportion_ci(method="wilson")
-    return Estimate(float(close.mean()), len(close), (low, high))
+    return Estimate(float(close.mean()), len(close), interval=(low, high))
 
 
-def _ratio_of_medians(distances: np.ndarray, usual: np.ndarray) -> float:
-    middle = np.median(usual)
-    return float(np.median(distances) / middle) if middle > 0.0 else float("nan")
+def _ratio_of_medians(distances: np.ndarray, usual: np.ndarray, axis: int = -1) -> np.ndarray:
+    middle = np.median(usual, axis)
+    return np.median(distances, axis) / np.where(middle > 0.0, middle, np.nan)
