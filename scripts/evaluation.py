@@ -114,7 +114,9 @@ def _measure_of(name: str, entry: Callable[..., Measure], features: FeatureSet) 
 
 def _check(wanted: Iterable[Measured]) -> None:
     """Let each measure and each input see at once whether it can be used."""
-    things: list[Input | Measure] = [thing for e in wanted for thing in (*e.measure.inputs, e.measure)]
+    things: list[Input | Measure] = []
+    for entry in wanted:
+        things += [*entry.measure.inputs, entry.measure]
     for thing in {id(thing): thing for thing in things}.values():
         thing.check()
 
