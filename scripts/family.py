@@ -52,7 +52,7 @@ class ModelFamily(nn.Module, ABC):
 
         Args:
             noise: (B, *noise_shape), on the device to compute on.
-            condition: (B, conditions), nominally 0..1; n = 0 of a family without conditions.
+            condition: (B, n), nominally 0..1; n is 0 without conditions.
             generators: one a sample, on the CPU, for what is drawn besides the noise.
 
         Returns:
