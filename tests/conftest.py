@@ -13,12 +13,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import filelock
 import pytest
 from processes import Finished, run_interpreter, run_python
 
@@ -145,6 +147,33 @@ def bundle_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     write_weights(folder / "models", configuration())
     return folder
+
+
+def computed_once(folder: Path, compute: Callable[[Path], object]) -> Path:
+    """A folder that the first of the tests' processes to ask for it has filled; the others wait for it."""
+    complete = folder.with_suffix(".complete")
+    with filelock.FileLock(folder.with_suffix(".lock")):
+        if not complete.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            compute(folder)
+            complete.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that all processes of a run of the tests have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def trained_folder(shared_dir: Path, run_here: RunHere) -> Path:
+    """That of `trained.train_pipeline`. Tests must not change it."""
+    from trained import train_pipeline
+
+    return computed_once(shared_dir / "trained", lambda folder: train_pipeline(folder, run_here))
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 from conftest import BASE, ROOT, TINY, RunHere
 from processes import Finished, run_interpreter, run_ranks
-from trained import AUTOENCODER, DIFFUSION, Pipeline, content, difference, trained_pipeline
+from trained import AUTOENCODER, DIFFUSION, Pipeline, content, difference
 
 from scripts.curves import losses
 
@@ -36,8 +36,8 @@ PATIENCE_S = 240.0
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory, run_here: RunHere) -> Pipeline:
-    return trained_pipeline(tmp_path_factory.mktemp("pipeline"), run_here)
+def done(trained_folder: Path, run_here: RunHere) -> Pipeline:
+    return Pipeline(trained_folder, run_here)
 
 
 def flags_of(stage: str, done: Pipeline, run_dir: Path, **more: Any) -> dict[str, Any]:

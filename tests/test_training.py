@@ -24,7 +24,7 @@ import torch
 from conftest import BASE, TINY, RunHere
 from heads import head, refused
 from monai.utils import set_determinism
-from trained import Pipeline, content, same, trained_pipeline
+from trained import Pipeline, content, same
 
 from scripts.conditions import Conditions
 from scripts.datasets import LoadVolumed, RandFillMissingd, participants
@@ -45,9 +45,9 @@ def fewer_surprises() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory, run_here: RunHere) -> Pipeline:
+def done(trained_folder: Path, run_here: RunHere) -> Pipeline:
     """Both stages trained for two epochs. Tests must not change it: see `work`."""
-    return trained_pipeline(tmp_path_factory.mktemp("pipeline"), run_here)
+    return Pipeline(trained_folder, run_here)
 
 
 @pytest.fixture

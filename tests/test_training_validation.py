@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import RunHere
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trained import Pipeline, content, same, trained_pipeline
+from trained import Pipeline, content, same
 
 from scripts.figures import figures_of
 from scripts.loss_record import read_lines
@@ -25,9 +25,9 @@ from scripts.tables import read_table
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory, run_here: RunHere) -> Pipeline:
+def done(trained_folder: Path, run_here: RunHere) -> Pipeline:
     """Both stages trained for two epochs. Tests must not change it."""
-    return trained_pipeline(tmp_path_factory.mktemp("pipeline"), run_here)
+    return Pipeline(trained_folder, run_here)
 
 
 def scalars(run_dir: Path) -> EventAccumulator:

@@ -56,14 +56,13 @@ class Pipeline:
         return {"autoencoder_path": str(self.autoencoder / "autoencoder.pt"), "load_old": 0}
 
 
-def trained_pipeline(folder: Path, run_here: RunHere) -> Pipeline:
-    """Both stages trained for two epochs on four made-up heads, one of them held out."""
+def train_pipeline(folder: Path, run_here: RunHere) -> None:
+    """Both stages, for two epochs, on four made-up heads, one of them held out."""
     pipeline = Pipeline(folder, run_here)
     write_dataset(pipeline.dataset, configuration().get_parsed_content("grid"))
     pipeline.train_autoencoder()
     pipeline.encode()
     pipeline.train_diffusion()
-    return pipeline
 
 
 def content(path: Path) -> dict[str, Any]:
