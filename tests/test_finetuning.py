@@ -388,7 +388,7 @@ def test_each_stage_takes_its_own_weights(tmp_path: Path) -> None:
 def test_small_model_is_fine_tuned_with_one_more_condition() -> None:
     parser = configuration(overlays=(DIFFUSION, DEMO, FINETUNE), **{"conditions::education": NEW, "device": "cpu"})
     network, trained = (
-        parser.get_parsed_content("train_diffusion"),
+        parser.get_parsed_content("trained"),
         read_checkpoint(parser.get_parsed_content("pretrained"), "diffusion"),
     )
     weights = network.state_dict()
