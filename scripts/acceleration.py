@@ -145,8 +145,12 @@ class Fast(ABC):
     def compute(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The faster way."""
 
+    @torch.compiler.disable
     def derived(self, name: str, derive: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
-        """`derive(weight)`, computed once; see `forget_derived`."""
+        """`derive(weight)`, computed once; see `forget_derived`.
+
+        Outside of compiled code: what that computes on a GPU lies in memory that its next call takes back.
+        """
         state = weight.data_ptr(), weight._version
         if name not in self._derived or self._derived[name][0] != state:
             self._derived[name] = state, derive(weight if is_aligned(weight) else weight.clone())

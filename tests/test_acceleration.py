@@ -23,11 +23,12 @@ import pytest
 import torch
 from conftest import BASE, TINY, RunHere
 from monai.networks.nets import DiffusionModelUNet
+from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
 from released import FILES, configuration
 from torch import Tensor, nn
 
 from benchmarks.measuring import fill_with_random_values
-from scripts.acceleration import FastConvolution, accelerate_unet, forget_derived, is_fast
+from scripts.acceleration import FastConvolution, FastUpsampling, accelerate_unet, forget_derived, is_fast
 from scripts.errors import BundleError
 from scripts.requests import sample_generator
 from scripts.volumes import read_volume
@@ -149,6 +150,25 @@ def plain_volume(config: Any, weights: Path, seed: int, steps: int) -> np.ndarra
         output = networks["network_def"](torch.cat([latent, channels], 1), times, condition[:, None])
         latent, _ = schedule.step(output, int(timestep), latent)
     return networks["autoencoder_def"].decode_stage_2_outputs(latent)[0, 0].numpy()
+
+
+@torch.no_grad()
+def test_what_is_kept_is_not_computed_in_compiled_code() -> None:
+    compiled: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        compiled.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    block = DiffusionUNetResnetBlock(3, 16, 32, out_channels=16, up=True, norm_num_groups=8).eval()
+    fill_with_random_values(block)
+    x, emb = torch.randn(1, 16, 2, 2, 4), torch.randn(1, 32)
+    expected = block(x, emb)
+    block.forward = FastUpsampling(block)  # type: ignore[method-assign]
+    block.compile(backend=record)
+    for _ in range(2):
+        assert error(block(x, emb), expected) < 1e-5
+    assert any("conv3d" in name for name in compiled) and not any("einsum" in name for name in compiled)
 
 
 @pytest.mark.slow
