@@ -23,10 +23,10 @@ sample: $(INSTALLED) ## Sample one brain with the small model of this repository
 	$(RUN) -m scripts sample --with demo --gender 1.0 --age 0.7 --ventricular_vol 0.7 --brain_vol 0.5
 
 example-data: $(INSTALLED) ## Fetch openly licensed scans of real heads and prepare them, into dataset/
-	$(RUN) -m scripts.example_data
+	$(RUN) -m scripts.tools.example_data
 
 perceptual-weights: $(INSTALLED) ## Fetch the weights of the perceptual loss, into models/
-	$(RUN) -m scripts.perceptual_weights
+	$(RUN) -m scripts.tools.perceptual_weights
 
 tracking: $(INSTALLED) ## Add MLflow to the environment, for --tracking mlflow
 	$(RUN) -m pip install --quiet --requirement requirements-tracking.lock

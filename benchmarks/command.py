@@ -22,10 +22,10 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from scripts.atomic import write_json
-from scripts.errors import BundleError
-from scripts.paths import CONFIGS, ROOT
-from scripts.programs import errors_in_one_line
+from scripts.core.errors import BundleError
+from scripts.core.files import write_json
+from scripts.core.paths import CONFIGS, ROOT
+from scripts.core.programs import errors_in_one_line
 
 POLL_SECONDS = 0.2
 GIB = 2**30

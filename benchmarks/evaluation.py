@@ -32,9 +32,9 @@ import torch
 from scipy import ndimage
 
 from benchmarks.command import bundle_command, configuration, report, run
-from scripts.grid import Grid
-from scripts.volume_folders import find_volumes
-from scripts.volumes import read_volume, write_volume
+from scripts.volumes.folders import find_volumes
+from scripts.volumes.grid import Grid
+from scripts.volumes.nifti import read_volume, write_volume
 
 SIZES = {"coarse": ["inference.json", "coarse.yaml"], "tiny": ["inference.json", "tiny.yaml"]}
 SETS = {"synthetic": 1, "real": 2, "training": 3}

@@ -10,9 +10,9 @@
 # limitations under the License.
 """Times the loading of latents for training against a training step, and against a file for each latent.
 
-Writes latents of random numbers into a temporary folder, in the format of scripts/latents.py and as one safetensors
-file each, and draws all of them in batches, in random order, as training does. The two ways alternate in one
-process; the ratio is the median over the rounds. With the time of a training step, given or measured, it says how
+Writes latents of random numbers into a temporary folder, in the format of scripts/autoencoder/latents.py and as one
+safetensors file each, and draws all of them in batches, in random order, as training does. The two ways alternate in
+one process; the ratio is the median over the rounds. With the time of a training step, given or measured, it says how
 many times faster than the training the loading is. Sizes come from configs/inference.json.
 
     python -m benchmarks.loading --latents 2000 --workers 0 1 2 --step_seconds 0.022
@@ -39,14 +39,14 @@ from torch.utils.data import DataLoader
 
 from benchmarks.command import configuration, report
 from benchmarks.measuring import SIZES, fill_with_random_values
-from scripts.atomic import write_json
-from scripts.conditions import Conditions
-from scripts.datasets import TABLE
-from scripts.devices import compute_device
-from scripts.encoding import moments
-from scripts.latents import ENCODED, ENCODING, POSTERIORS, SamplePosteriord, array_sha256, latents
-from scripts.precision import autocast
-from scripts.tables import write_table
+from scripts.autoencoder.encoding import moments
+from scripts.autoencoder.latents import ENCODED, ENCODING, POSTERIORS, SamplePosteriord, array_sha256, latents
+from scripts.compute.devices import compute_device
+from scripts.compute.precision import autocast
+from scripts.conditions.conditions import Conditions
+from scripts.core.files import write_json
+from scripts.core.tables import write_table
+from scripts.volumes.datasets import TABLE
 
 ARRAY, FILES = "array", "files"
 WAYS = (ARRAY, FILES)
@@ -67,7 +67,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=WAYS,
         default=list(WAYS),
-        help="array: scripts/latents.py; files: a safetensors file for each latent",
+        help="array: scripts/autoencoder/latents.py; files: a safetensors file for each latent",
     )
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="processes that load")
     parser.add_argument("--batch_size", type=int, default=4)

@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.checkpoints import Checkpoint, load_network
-from scripts.patching import OnCubes
+from scripts.networks.patching import OnCubes
+from scripts.networks.weights import Checkpoint, load_network
 
 monai.config.IgniteInfo = monai.utils.IgniteInfo  # where monai-generative 0.2.3 looks for it
 with warnings.catch_warnings():
@@ -52,7 +52,7 @@ class PatchedGenerative(OnCubes, generative_nets.AutoencoderKL):
 GENERATIVE: dict[str, type[nn.Module]] = {
     "DiffusionModelUNet": generative_nets.DiffusionModelUNet,
     "AutoencoderKL": generative_nets.AutoencoderKL,
-    "scripts.patching.PatchedAutoencoderKL": PatchedGenerative,
+    "scripts.networks.patching.PatchedAutoencoderKL": PatchedGenerative,
 }
 """MONAI's networks in the configurations -> monai-generative's."""
 GIB = 2**30

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from benchmarks.command import configuration
 from benchmarks.measuring import SIZES, bare_original_network, original_scheduler
-from scripts.devices import compute_device
-from scripts.requests import sample_generator
-from scripts.volumes import write_volume
+from scripts.compute.devices import compute_device
+from scripts.sampling.requests import sample_generator
+from scripts.volumes.nifti import write_volume
 
 WEIGHTS = {"autoencoder_def": "autoencoder.pt", "network_def": "diffusion.pt"}
 

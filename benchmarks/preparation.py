@@ -34,10 +34,10 @@ import numpy as np
 from monai.bundle import ConfigParser
 from scipy.spatial.transform import Rotation
 
-from scripts.paths import CONFIGS, MODELS, ROOT
-from scripts.programs import errors_in_one_line
-from scripts.scan_sources import find_sources
-from scripts.tables import write_table
+from scripts.core.paths import CONFIGS, MODELS, ROOT
+from scripts.core.programs import errors_in_one_line
+from scripts.core.tables import write_table
+from scripts.preparation.sources import find_sources
 
 TEMPLATE = MODELS / "template" / "tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
 FILES = ("inference.json", "prepare.yaml")

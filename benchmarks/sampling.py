@@ -57,16 +57,16 @@ from benchmarks.measuring import (
     relative_difference,
 )
 from benchmarks.sampling_command import SamplingCommand
-from scripts.acceleration import accelerate_autoencoder, accelerate_unet
-from scripts.atomic import make_folder, replacing, write_json
-from scripts.devices import compute_device
-from scripts.hybrid import HybridInferer
-from scripts.latent_diffusion import LatentDiffusion
-from scripts.paths import CONFIGS
-from scripts.precision import half_precision
-from scripts.programs import errors_in_one_line
-from scripts.tables import write_table
-from scripts.volumes import write_volume
+from scripts.compute.devices import compute_device
+from scripts.compute.precision import half_precision
+from scripts.core.files import make_folder, replacing, write_json
+from scripts.core.paths import CONFIGS
+from scripts.core.programs import errors_in_one_line
+from scripts.core.tables import write_table
+from scripts.diffusion.denoiser import HybridInferer
+from scripts.networks.cpu.acceleration import accelerate_autoencoder, accelerate_unet
+from scripts.sampling.latent_diffusion import LatentDiffusion
+from scripts.volumes.nifti import write_volume
 
 WAYS = ("original", "monai", "ours")
 CASES = ("unet", "steps", "decode", "encode", "write")

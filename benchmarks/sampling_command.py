@@ -25,7 +25,7 @@ from monai.bundle import ConfigParser
 from benchmarks.command import GIB, bundle_command, run
 from benchmarks.measuring import SIZES, Measured, original_network
 from benchmarks.original import WEIGHTS
-from scripts.volumes import read_volume
+from scripts.volumes.nifti import read_volume
 
 
 class SamplingCommand:

@@ -43,12 +43,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.measuring import machine
-from scripts.atomic import make_folder, replacing, write_json
-from scripts.errors import BundleError, find_bundle_error
-from scripts.paths import ROOT
-from scripts.requests import sample_generator
-from scripts.samplers import choose_sampler
-from scripts.tables import write_table
+from scripts.core.errors import BundleError, find_bundle_error
+from scripts.core.files import make_folder, replacing, write_json
+from scripts.core.paths import ROOT
+from scripts.core.tables import write_table
+from scripts.diffusion.samplers import choose_sampler
+from scripts.sampling.requests import sample_generator
 
 BASE = "configs/inference.json"
 EVALUATE = "configs/evaluate.yaml"

@@ -39,11 +39,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.measuring import GIB, SIZES, machine, measure
-from scripts.atomic import write_json
-from scripts.devices import compute_device
-from scripts.paths import CONFIGS
-from scripts.perceptual import LPIPS
-from scripts.programs import errors_in_one_line
+from scripts.autoencoder.perceptual import LPIPS
+from scripts.compute.devices import compute_device
+from scripts.core.files import write_json
+from scripts.core.paths import CONFIGS
+from scripts.core.programs import errors_in_one_line
 
 PRECISIONS = {"fp32": "0", "bf16": "bf16", "fp16": "fp16"}
 BUDGETS_GB = (24, 48, 80)

@@ -32,11 +32,11 @@ import numpy as np
 import torch
 
 from benchmarks.measuring import machine
-from scripts.atomic import write_json
-from scripts.grid import Grid
-from scripts.programs import errors_in_one_line
-from scripts.volumes import mid_planes, read_volume, write_picture, write_volume
-from scripts.writing import BackgroundWriter
+from scripts.compute.writer import BackgroundWriter
+from scripts.core.files import write_json
+from scripts.core.programs import errors_in_one_line
+from scripts.volumes.grid import Grid
+from scripts.volumes.nifti import mid_planes, read_volume, write_picture, write_volume
 
 LEVELS = {"zlib": (1, 6), "isal.isal_zlib": (0, 1, 2, 3), "zlib_ng.zlib_ng": (1, 2, 3, 6)}
 

@@ -10,8 +10,10 @@
 # limitations under the License.
 """The bundle's Python package: everything that the configurations in `configs/` build."""
 
-from scripts.errors import report_errors_in_one_line
-from scripts.quiet import hide_foreign_warnings
+from scripts.core import old_names
+from scripts.core.errors import report_errors_in_one_line
+from scripts.core.quiet import hide_foreign_warnings
 
 report_errors_in_one_line()
 hide_foreign_warnings()
+old_names.install()

@@ -8,13 +8,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`python -m scripts`: see `scripts.command_line`."""
+"""`python -m scripts`: see `scripts.core.command_line`."""
 
 import sys
 
-from scripts.command_line import main
-from scripts.errors import report_errors_in_one_line
-from scripts.quiet import hide_foreign_warnings
+from scripts.core.command_line import main
+from scripts.core.errors import report_errors_in_one_line
+from scripts.core.quiet import hide_foreign_warnings
 
 if __name__ == "__main__":
     report_errors_in_one_line()

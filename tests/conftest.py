@@ -27,8 +27,8 @@ from processes import Finished, run_interpreter, run_python
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
 
-    from scripts.conditions import Conditions
-    from scripts.grid import Grid
+    from scripts.conditions.conditions import Conditions
+    from scripts.volumes.grid import Grid
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -99,7 +99,7 @@ def run_command() -> RunBundle:
 def run_here() -> RunHere:
     """`run_here(configs, **overrides)` runs the merged configs in this process and returns MONAI's workflow.
 
-    It raises what the command line would show; `scripts.errors.find_bundle_error` finds the line in it.
+    It raises what the command line would show; `scripts.core.errors.find_bundle_error` finds the line in it.
     """
     from monai.bundle import create_workflow
 

@@ -20,10 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from scripts.errors import find_bundle_error
-from scripts.grid import Grid
-from scripts.tables import write_table
-from scripts.volumes import write_volume
+from scripts.core.errors import find_bundle_error
+from scripts.core.tables import write_table
+from scripts.volumes.grid import Grid
+from scripts.volumes.nifti import write_volume
 
 ROWS: list[dict[str, object]] = [
     {"sex": "female", "age_years": 50, "ventricular_vol_mm3": 20000, "brain_vol_mm3": 1400000},

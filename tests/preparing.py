@@ -20,11 +20,11 @@ import nibabel as nib
 import numpy as np
 from stand_ins import KnownPose
 
-from scripts.check_step import CheckScan
-from scripts.conditions import Conditions
-from scripts.grid import Grid
-from scripts.preparation import Preparation
-from scripts.preparation_steps import FromDarkest, Reorient, Resample, ScaleIntensities, TargetSpace
+from scripts.conditions.conditions import Conditions
+from scripts.preparation.check_step import CheckScan
+from scripts.preparation.run import Preparation
+from scripts.preparation.steps import FromDarkest, Reorient, Resample, ScaleIntensities, TargetSpace
+from scripts.volumes.grid import Grid
 
 GRID = Grid((20, 28, 20), (-8.0, 8.0, 8.0), (76.0, -120.0, -56.0))
 CONDITIONS = Conditions(

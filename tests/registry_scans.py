@@ -32,9 +32,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from scripts.atomic import make_folder
-from scripts.example_data import EXAMPLES
-from scripts.packages import Package, file_hash
+from scripts.core.files import make_folder
+from scripts.core.wheels import Package, file_hash
+from scripts.tools.example_data import EXAMPLES
 
 FOLDER = ROOT / "data" / "registry"
 

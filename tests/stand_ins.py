@@ -20,8 +20,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from scripts.preparation_steps import Record
-from scripts.registration import Registration
+from scripts.preparation.registration import Registration
+from scripts.preparation.steps import Record
 
 
 @dataclass(frozen=True)

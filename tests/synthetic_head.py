@@ -18,16 +18,16 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from scripts.grid import Grid
-from scripts.phantom_heads import LABELS, SeedHead, build_head
-from scripts.tables import write_table
+from scripts.core.tables import write_table
+from scripts.phantoms.heads import LABELS, SeedHead, build_head
+from scripts.volumes.grid import Grid
 
 GRID = Grid((56, 76, 56), (-3.0, 3.0, 3.0), (82.5, -112.5, -60.0))
 LEVELS = (0.0, 0.3, 0.1, 0.45, 0.65, 0.1, 0.1, 0.1)
 
 
 def synthetic_labels(grid: Grid = GRID, swell: float = 1.0) -> np.ndarray:
-    """Labels of `scripts.phantom_heads.LABELS` on a grid; `swell` scales the head."""
+    """Labels of `scripts.phantoms.heads.LABELS` on a grid; `swell` scales the head."""
     index = np.indices(grid.shape, dtype=np.float64)
     middle = (np.array(grid.shape) - 1) / 2
     mm = [(i - m) * abs(s) for i, m, s in zip(index, middle, grid.spacing)]

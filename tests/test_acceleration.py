@@ -28,10 +28,10 @@ from released import FILES, configuration
 from torch import Tensor, nn
 
 from benchmarks.measuring import fill_with_random_values
-from scripts.acceleration import FastConvolution, FastUpsampling, accelerate_unet, forget_derived, is_fast
-from scripts.errors import BundleError
-from scripts.requests import sample_generator
-from scripts.volumes import read_volume
+from scripts.core.errors import BundleError
+from scripts.networks.cpu.acceleration import FastConvolution, FastUpsampling, accelerate_unet, forget_derived, is_fast
+from scripts.sampling.requests import sample_generator
+from scripts.volumes.nifti import read_volume
 
 
 @pytest.fixture(scope="module")

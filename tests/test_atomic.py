@@ -20,8 +20,8 @@ from typing import NoReturn
 
 import pytest
 
-from scripts.atomic import make_folder, replacing, write_json, write_text
-from scripts.errors import BundleError
+from scripts.core.errors import BundleError
+from scripts.core.files import make_folder, replacing, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:

@@ -24,17 +24,17 @@ from released import configuration, generative_network
 from torch import Tensor, nn
 from trained import same
 
-from scripts.autoencoder_training import (
+from scripts.autoencoder.training import (
     AdversarialLoss,
     DrawPosteriorNoised,
     PosteriorAutoencoder,
     autoencoder_to_train,
     kl_to_standard_normal,
 )
-from scripts.checkpoints import load_network
-from scripts.errors import BundleError
-from scripts.optimisation import Optimisation
-from scripts.step import TrainingStep
+from scripts.core.errors import BundleError
+from scripts.networks.weights import load_network
+from scripts.training.optimisation import Optimisation
+from scripts.training.step import TrainingStep
 
 
 @pytest.fixture(autouse=True)

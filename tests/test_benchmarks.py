@@ -27,11 +27,11 @@ from PIL import Image
 from preparing import save
 from processes import Finished, run_python
 
-from scripts.errors import BundleError
-from scripts.grid import Grid
-from scripts.schedules import target_of
-from scripts.tables import read_table
-from scripts.volumes import read_volume, write_volume
+from scripts.core.errors import BundleError
+from scripts.core.tables import read_table
+from scripts.diffusion.schedules import target_of
+from scripts.volumes.grid import Grid
+from scripts.volumes.nifti import read_volume, write_volume
 
 pytest.importorskip("generative")
 

@@ -23,11 +23,11 @@ from heads import ROWS, head, refused, write_dataset
 from torch import nn
 from trained import content, difference
 
-from scripts.brain_age import AGE, BrainAgeNetwork, network_of, random_rigid, read_ages
-from scripts.conditions import Conditions
-from scripts.grid import Grid
-from scripts.tables import read_table, write_table
-from scripts.volumes import write_volume
+from scripts.conditions.conditions import Conditions
+from scripts.core.tables import read_table, write_table
+from scripts.measuring.brain_age import AGE, BrainAgeNetwork, network_of, random_rigid, read_ages
+from scripts.volumes.grid import Grid
+from scripts.volumes.nifti import write_volume
 
 TRAIN = "configs/train_brain_age.yaml"
 

@@ -24,11 +24,11 @@ from heads import refused
 from PIL import Image
 from torch import nn
 
-from scripts.brain_age import BrainAgeNetwork, fingerprint
-from scripts.grid import Grid
-from scripts.pairs import PairSimilarity
-from scripts.tables import read_table, write_table
-from scripts.volumes import write_volume
+from scripts.core.tables import read_table, write_table
+from scripts.evaluation.pairs import PairSimilarity
+from scripts.measuring.brain_age import BrainAgeNetwork, fingerprint
+from scripts.volumes.grid import Grid
+from scripts.volumes.nifti import write_volume
 
 EVALUATE = "configs/evaluate.yaml"
 GRID = Grid((32, 32, 32), (2.0, 2.0, 2.0), (0.0, 0.0, 0.0))

@@ -27,10 +27,18 @@ from ignite.engine import Engine, Events
 from processes import run_python
 from torch import nn
 
-from scripts.checkpointing import Checkpoints, Progress, Resume, SaveCheckpoints, save, training_seed, why_damaged
-from scripts.errors import BundleError
-from scripts.repeatable import Stream
-from scripts.training import Facts, FiniteLosses, StopOnSignal, check_options, epoch_length
+from scripts.core.errors import BundleError
+from scripts.training.checkpointing import (
+    Checkpoints,
+    Progress,
+    Resume,
+    SaveCheckpoints,
+    save,
+    training_seed,
+    why_damaged,
+)
+from scripts.training.engine import Facts, FiniteLosses, StopOnSignal, check_options, epoch_length
+from scripts.training.repeatable import Stream
 
 
 class Run:
@@ -152,7 +160,7 @@ def test_no_damage_to_the_directory_of_the_file_escapes(at: int, tmp_path: Path)
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.checkpoints.lock()
-    other = ["-c", f"from scripts.checkpointing import Checkpoints; Checkpoints('{tmp_path}').lock()"]
+    other = ["-c", f"from scripts.training.checkpointing import Checkpoints; Checkpoints('{tmp_path}').lock()"]
     done = run_python(*other)
     assert done.returncode != 0 and "another training is at work" in done.stderr
     run.checkpoints.lock()
@@ -165,7 +173,7 @@ def test_folder_is_taken_before_anything_is_written(tmp_path: Path) -> None:
     """A second training must not take back the validations that the first has written since its checkpoint."""
     run = Run(tmp_path)
     Resume(run.checkpoints, {}, run.seed)(run.engine)
-    other = ["-c", f"from scripts.checkpointing import Checkpoints; Checkpoints('{tmp_path}').lock()"]
+    other = ["-c", f"from scripts.training.checkpointing import Checkpoints; Checkpoints('{tmp_path}').lock()"]
     assert "another training is at work" in run_python(*other).stderr
     run.checkpoints.unlock()
 

@@ -27,9 +27,9 @@ from released import arguments, generative_network
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scripts.checkpoints import Checkpoint, file_sha256, load_network, read_checkpoint, write_safetensors
-from scripts.conditions import Conditions
-from scripts.errors import BundleError
+from scripts.conditions.conditions import Conditions
+from scripts.core.errors import BundleError
+from scripts.networks.weights import Checkpoint, file_sha256, load_network, read_checkpoint, write_safetensors
 
 State = dict[str, Tensor]
 

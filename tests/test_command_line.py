@@ -25,10 +25,10 @@ import yaml
 from conftest import BASE, ROOT, TINY, RunBundle
 from monai.bundle import ConfigParser
 
-from scripts.command_help import Option, first_sentence, opening, option_tables, parse_comment, tools
-from scripts.command_line import main
-from scripts.errors import BundleError
-from scripts.verbs import additions, merge, read_flags, refuse_foreign_flags, used_by, verbs
+from scripts.core.command_help import Option, first_sentence, opening, option_tables, parse_comment, programs, tools
+from scripts.core.command_line import main
+from scripts.core.errors import BundleError
+from scripts.core.verbs import additions, merge, read_flags, refuse_foreign_flags, used_by, verbs
 
 VERBS = list(verbs())
 Shown = Callable[..., str]
@@ -84,7 +84,7 @@ def test_program_is_run_with_its_own_options(capsys: pytest.CaptureFixture[str])
 
 def test_every_program_is_importable_under_its_name() -> None:
     assert "example_data" in tools()
-    for name in tools():
+    for name in programs():
         assert (ROOT / "scripts" / f"{name.replace('.', '/')}.py").is_file(), name
 
 
@@ -300,5 +300,8 @@ def test_command_is_quiet_and_ends_in_one_line(tmp_path: Path) -> None:
 
 
 def test_help_needs_no_pytorch() -> None:
-    code = "import sys; from scripts.command_line import main; main(['sample', '-h']); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from scripts.core.command_line import main; "
+        "main(['sample', '-h']); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120).returncode == 0

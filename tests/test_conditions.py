@@ -21,8 +21,8 @@ import torch
 from conftest import TINY
 from released import configuration
 
-from scripts.conditions import Conditions
-from scripts.errors import BundleError
+from scripts.conditions.conditions import Conditions
+from scripts.core.errors import BundleError
 
 AGE: dict[str, Any] = {"raw": "age_years", "unit": "years", "minimum": 44, "maximum": 82}
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scripts.convolution import doubled, doubled_weights, winograd, winograd_weights
+from scripts.networks.cpu.convolution import doubled, doubled_weights, winograd, winograd_weights
 
 
 def random(*shape: int) -> Tensor:
@@ -31,7 +31,7 @@ def error(output: Tensor, reference: Tensor) -> float:
 @pytest.mark.parametrize("shape", [(2, 5, 6, 7, 8), (1, 16, 1, 1, 4), (1, 3, 4, 9, 20)])
 @pytest.mark.parametrize("chunk", [1, 2**22])
 def test_winograd_is_the_convolution(shape: tuple[int, ...], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scripts.convolution.CHUNK", chunk)
+    monkeypatch.setattr("scripts.networks.cpu.convolution.CHUNK", chunk)
     x, weight, bias = random(*shape), random(4, shape[1], 3, 3, 3), random(4)
     reference = F.conv3d(x.double(), weight.double(), bias.double(), padding=1)
     assert error(winograd(x, winograd_weights(weight), bias), reference) < 2e-6

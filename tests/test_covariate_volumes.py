@@ -25,12 +25,12 @@ import pytest
 from preparing import CONDITIONS, GRID, head, preparation, save, space, steps, write_bids
 from stand_ins import KnownPose
 
-from scripts.condition_ranges import carry_over, check_learned_ranges
-from scripts.covariate_volumes import ByTool, GivenVolumes, LabelsBeside, MeasureVolumes, OwnSegmenter
-from scripts.errors import BundleError
-from scripts.preparation_steps import TargetSpace
-from scripts.segmentation import Samseg
-from scripts.tables import read_table
+from scripts.conditions.ranges import carry_over, check_learned_ranges
+from scripts.core.errors import BundleError
+from scripts.core.tables import read_table
+from scripts.measuring.tools import Samseg
+from scripts.preparation.covariate_volumes import ByTool, GivenVolumes, LabelsBeside, MeasureVolumes, OwnSegmenter
+from scripts.preparation.steps import TargetSpace
 
 VENTRICLE, WHITE, CORTEX = 4, 41, 3
 SCALE = 0.9
@@ -136,13 +136,13 @@ def test_a_program_segments_what_was_prepared(rows: Rows, tmp_path: Path, target
 
 
 def test_the_own_network_is_asked(rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = types.ModuleType("scripts.segmenter")
+    module = types.ModuleType("scripts.measuring.segmenter")
     module.brain_volumes = lambda volume, grid: {  # type: ignore[attr-defined]
         "ventricular_vol_mm3": 1000.0 * (volume.shape == grid.shape),
         "brain_vol_mm3": 1.3e6,
     }
     module.SHIPPED = tmp_path / "weights"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "scripts.segmenter", module)
+    monkeypatch.setitem(sys.modules, "scripts.measuring.segmenter", module)
     row = rows(write_bids(tmp_path / "raw", 1), "own", own=OwnSegmenter())[0]
     assert (float(row["ventricular_vol_mm3"]), float(row["brain_vol_mm3"])) == (1000.0, 1.3e6)
 

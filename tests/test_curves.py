@@ -21,9 +21,9 @@ import pytest
 from PIL import Image
 from processes import run_python
 
-from scripts.curves import draw, losses, validations
-from scripts.errors import BundleError
-from scripts.tables import write_table
+from scripts.core.errors import BundleError
+from scripts.core.tables import write_table
+from scripts.tools.curves import draw, losses, validations
 
 
 def write_run(folder: Path) -> Path:
@@ -63,7 +63,7 @@ def test_validations_are_those_of_the_table(tmp_path: Path) -> None:
 
 def test_picture_has_a_panel_for_each(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    done = run_python("-m", "scripts.curves", run, tmp_path / "x.png")
+    done = run_python("-m", "scripts.tools.curves", run, tmp_path / "x.png")
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "x.png") as image:
         pixels = np.asarray(image.convert("L"))

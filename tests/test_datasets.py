@@ -22,11 +22,11 @@ from heads import ROWS, refused, write_dataset
 from monai.bundle import ConfigParser
 from released import configuration
 
-from scripts.datasets import check_headers, participants, split
-from scripts.errors import BundleError
-from scripts.grid import Grid
-from scripts.tables import MISSING
-from scripts.volumes import write_volume
+from scripts.core.errors import BundleError
+from scripts.core.tables import MISSING
+from scripts.volumes.datasets import check_headers, participants, split
+from scripts.volumes.grid import Grid
+from scripts.volumes.nifti import write_volume
 
 
 def rows(*ids: str, words: dict[str, str] | None = None) -> list[dict[str, Any]]:

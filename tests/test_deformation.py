@@ -20,7 +20,7 @@ import torch
 from monai.networks.blocks import DVF2DDF, Warp
 from torch import Tensor
 
-from scripts.deformation import (
+from scripts.phantoms.deformation import (
     box_grid,
     compose,
     cosine_field,
@@ -29,7 +29,7 @@ from scripts.deformation import (
     smooth_coefficients,
     warp,
 )
-from scripts.potential_flow import PotentialFlow
+from scripts.phantoms.potential_flow import PotentialFlow
 
 SHAPE = (24, 32, 20)
 EXTENT = (120.0, 160.0, 100.0)

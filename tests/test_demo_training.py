@@ -23,9 +23,9 @@ from typing import Any
 import pytest
 import torch
 
-from scripts import demo_training
-from scripts.demo_training import EPOCHS, PROBED, Machine, OutOfTimeError, main
-from scripts.tables import read_table
+from scripts.core.tables import read_table
+from scripts.tools import demo_training
+from scripts.tools.demo_training import EPOCHS, PROBED, Machine, OutOfTimeError, main
 
 VERBS: list[str | None] = [
     "phantoms",

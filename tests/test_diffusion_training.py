@@ -21,11 +21,11 @@ import torch
 from released import configuration
 from torch import Tensor
 
-from scripts.diffusion_training import DenoisingLoss
-from scripts.ema import ExponentialMovingAverage
-from scripts.objective import DiffusionObjective
-from scripts.optimisation import Optimisation
-from scripts.step import TrainingStep
+from scripts.diffusion.objective import DiffusionObjective
+from scripts.diffusion.training import DenoisingLoss
+from scripts.training.ema import ExponentialMovingAverage
+from scripts.training.optimisation import Optimisation
+from scripts.training.step import TrainingStep
 
 ENGINE: Any = SimpleNamespace(state=SimpleNamespace(device=torch.device("cpu"), epoch=1))
 

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from scripts.distributed import meet
-from scripts.errors import BundleError
+from scripts.compute.processes import meet
+from scripts.core.errors import BundleError
 
 
 def all_meet(store: dist.Store, ranks: list[int]) -> set[str]:

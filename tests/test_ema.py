@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from scripts.ema import ExponentialMovingAverage
-from scripts.errors import BundleError
+from scripts.core.errors import BundleError
+from scripts.training.ema import ExponentialMovingAverage
 
 
 def network() -> nn.Module:

@@ -20,9 +20,9 @@ from conftest import BASE, ROOT
 from monai.bundle import ConfigParser
 from torch._utils import ExceptionWrapper
 
-from scripts.errors import BundleError, find_bundle_error
-from scripts.registration import deterministic_ants
-from scripts.scan_sources import find_sources
+from scripts.core.errors import BundleError, find_bundle_error
+from scripts.preparation.registration import deterministic_ants
+from scripts.preparation.sources import find_sources
 
 
 def in_a_worker(error: Exception) -> ExceptionWrapper:

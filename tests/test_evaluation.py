@@ -32,15 +32,15 @@ from scipy.ndimage import correlate1d, gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
-from scripts.bootstrap import confidence_interval, difference, summarise
-from scripts.errors import BundleError, find_bundle_error
-from scripts.metrics.fid import frechet_distance_of_samples
-from scripts.metrics.kid import polynomial_mmd
-from scripts.metrics.ms_ssim import WEIGHTS, ms_ssim_metric, scales_that_fit
-from scripts.pairs import random_pairs
-from scripts.reconstruction import Reconstruction
-from scripts.values import Values
-from scripts.volume_folders import VolumeFolder
+from scripts.compute.kept import Values
+from scripts.core.bootstrap import confidence_interval, difference, summarise
+from scripts.core.errors import BundleError, find_bundle_error
+from scripts.evaluation.metrics.fid import frechet_distance_of_samples
+from scripts.evaluation.metrics.kid import polynomial_mmd
+from scripts.evaluation.metrics.ms_ssim import WEIGHTS, ms_ssim_metric, scales_that_fit
+from scripts.evaluation.pairs import random_pairs
+from scripts.evaluation.reconstruction import Reconstruction
+from scripts.volumes.folders import VolumeFolder
 
 EVALUATE = "configs/evaluate.yaml"
 SHAPE = (32, 48, 32)  # the grid of tiny.yaml
@@ -433,11 +433,11 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
     "--metrics has no entries": {"synthetic_dir": "two", "metrics": {}},
     "--metrics::mine is a Values, which is no Measure": {
         "synthetic_dir": "two",
-        "metrics::mine": {"_target_": "scripts.values.Values", "folder": "x"},
+        "metrics::mine": {"_target_": "scripts.compute.kept.Values", "folder": "x"},
     },
     "--feature_networks::mine is a Values, which has no 'given'": {
         "synthetic_dir": "two",
-        "feature_networks::mine": {"_target_": "scripts.values.Values", "folder": "x"},
+        "feature_networks::mine": {"_target_": "scripts.compute.kept.Values", "folder": "x"},
     },
     "--metrics::synthetic_pairs::target: there is no 'real_pair'; there are reconstruction,": {
         "synthetic_dir": "two",
@@ -495,7 +495,10 @@ def test_an_empty_flag_is_not_the_working_directory(tmp_path: Path, flag: str) -
 
 def test_what_cannot_be_used_is_told_before_anything_is_computed(tmp_path: Path) -> None:
     flags = with_features(tmp_path)
-    flags["feature_networks"]["medicalnet"] = {"_target_": "scripts.metrics.medicalnet.MedicalNet", "path": None}
+    flags["feature_networks"]["medicalnet"] = {
+        "_target_": "scripts.evaluation.metrics.medicalnet.MedicalNet",
+        "path": None,
+    }
     page = tmp_path / "page.pth"
     page.write_text("<!DOCTYPE html>")
     save(tmp_path / "maps" / "of_nobody.nii.gz", volume(1))
@@ -556,7 +559,7 @@ def test_a_failure_while_drawing_leaves_the_earlier_report(tmp_path: Path, monke
     def fail(*args: Any) -> bytes:
         raise BundleError("no picture")
 
-    monkeypatch.setattr("scripts.html_report.volumes_picture", fail)
+    monkeypatch.setattr("scripts.evaluation.page.volumes_picture", fail)
     with pytest.raises(BundleError, match="no picture"):
         run_here(tmp_path / "output", **flags, seed=1)
     assert {path: path.read_bytes() for path in (tmp_path / "output").glob("*.*")} == before
@@ -605,7 +608,7 @@ def test_measures_of_features_are_reported_under_their_network(tmp_path: Path) -
 
 def test_only_the_first_process_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = with_features(tmp_path)
-    monkeypatch.setattr("scripts.evaluation.process_rank", lambda: (1, 2))
+    monkeypatch.setattr("scripts.evaluation.run.process_rank", lambda: (1, 2))
     with pytest.raises(FileNotFoundError):
         run_here(tmp_path / "output", **flags)
     assert sorted(path.name for path in (tmp_path / "output").iterdir()) == ["features", "values"]

@@ -27,14 +27,14 @@ import pytest
 from PIL import Image
 from test_evaluation import folder_of, rows_of, run_here, save, volume
 
-from scripts import pairs
-from scripts.bootstrap import summarise
-from scripts.errors import BundleError
-from scripts.html_report import number
-from scripts.measures import Measure, Result, Row
-from scripts.metrics.features import FeatureSet
-from scripts.samples import named_folders
-from scripts.volume_folders import VolumeFolder
+from scripts.core.bootstrap import summarise
+from scripts.core.errors import BundleError
+from scripts.evaluation import pairs
+from scripts.evaluation.measures import Measure, Result, Row
+from scripts.evaluation.metrics.features import FeatureSet
+from scripts.evaluation.page import number
+from scripts.evaluation.samples import named_folders
+from scripts.volumes.folders import VolumeFolder
 
 
 class Page(HTMLParser):
@@ -254,7 +254,7 @@ def test_processes_share_the_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     given: dict[str, Any] = {"synthetic_dir": str(folder_of(tmp_path / "volumes", 1, 2, 3))}
     values = tmp_path / "output" / "values"
     for rank in (1, 0):
-        for module in ("values", "evaluation"):
+        for module in ("compute.kept", "evaluation.run"):
             monkeypatch.setattr(f"scripts.{module}.process_rank", lambda rank=rank: (rank, 2))
         if rank:
             with pytest.raises(FileNotFoundError):

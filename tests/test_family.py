@@ -27,8 +27,8 @@ from released import configuration
 from torch import nn
 from toy_family import Blobs
 
-from scripts.conditions import Conditions
-from scripts.diffusion_validation import SampleFigure
+from scripts.conditions.conditions import Conditions
+from scripts.diffusion.validation import SampleFigure
 
 TABLE = "sex\tage_years\tventricular_vol\tbrain_vol\nfemale\t50\t0.2\t0.6\nmale\t75\t0.6\t0.4\nmale\t60\t0.5\t0.5\n"
 
@@ -118,7 +118,9 @@ def test_figures_of_a_training(overlay: Path, tmp_path: Path) -> None:
 
 
 def test_a_family_without_conditions(run_here: RunHere, overlay: Path, tmp_path: Path) -> None:
-    (tmp_path / "none.yaml").write_text(yaml.safe_dump({"conditions": {"_target_": "scripts.conditions.Conditions"}}))
+    (tmp_path / "none.yaml").write_text(
+        yaml.safe_dump({"conditions": {"_target_": "scripts.conditions.conditions.Conditions"}})
+    )
     files: list[str | Path] = [BASE, overlay, TINY, tmp_path / "none.yaml"]
     run_here(files, seed=4, num_samples=2, batch_size=2, output_dir=str(tmp_path / "samples"))
     assert [stated["conditions"] for stated in sidecars(tmp_path / "samples")] == [{}, {}]

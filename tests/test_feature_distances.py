@@ -23,12 +23,12 @@ import pytest
 import scipy.linalg
 import torch
 
-from scripts.errors import BundleError
-from scripts.measures import Result
-from scripts.metrics.features import FeatureNetworks, FeatureSet
-from scripts.metrics.fid import FrechetDistance, frechet_distance, frechet_distance_of_samples
-from scripts.metrics.kid import KernelDistance, polynomial_mmd
-from scripts.volume_folders import VolumeFolder
+from scripts.core.errors import BundleError
+from scripts.evaluation.measures import Result
+from scripts.evaluation.metrics.features import FeatureNetworks, FeatureSet
+from scripts.evaluation.metrics.fid import FrechetDistance, frechet_distance, frechet_distance_of_samples
+from scripts.evaluation.metrics.kid import KernelDistance, polynomial_mmd
+from scripts.volumes.folders import VolumeFolder
 
 
 def features(seed: int, count: int, dimension: int, shift: float = 0.0) -> np.ndarray:
@@ -109,7 +109,7 @@ def test_kid_is_the_double_loop_s(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = features(10, 23, 7), features(11, 31, 7, 0.3)
     expected = slow_mmd(first, second)
     assert polynomial_mmd(first, second) == pytest.approx(expected, rel=1e-9)
-    monkeypatch.setattr("scripts.metrics.kid.BLOCK", 5)
+    monkeypatch.setattr("scripts.evaluation.metrics.kid.BLOCK", 5)
     assert polynomial_mmd(first, second) == pytest.approx(expected, rel=1e-9)
 
 

@@ -29,13 +29,13 @@ from conftest import ROOT
 from processes import run_ranks
 from torch import Tensor
 
-from scripts.errors import BundleError
-from scripts.metrics import highres3dnet, inception
-from scripts.metrics.features import FeatureNetworks, FeatureSet
-from scripts.metrics.highres3dnet import HighRes3DNet, HighRes3DNetFeatures, on_landmarks, whitened
-from scripts.metrics.inception import InceptionFeatures, planes
-from scripts.metrics.medicalnet import MedicalNet, medicalnet_resnet50, standardised
-from scripts.volume_folders import VolumeFolder
+from scripts.core.errors import BundleError
+from scripts.evaluation.metrics import highres3dnet, inception
+from scripts.evaluation.metrics.features import FeatureNetworks, FeatureSet
+from scripts.evaluation.metrics.highres3dnet import HighRes3DNet, HighRes3DNetFeatures, on_landmarks, whitened
+from scripts.evaluation.metrics.inception import InceptionFeatures, planes
+from scripts.evaluation.metrics.medicalnet import MedicalNet, medicalnet_resnet50, standardised
+from scripts.volumes.folders import VolumeFolder
 
 CPU = torch.device("cpu")
 
@@ -389,7 +389,7 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
         from pathlib import Path
         from test_feature_networks import Counting, features_of
-        from scripts.volume_folders import VolumeFolder
+        from scripts.volumes.folders import VolumeFolder
         work = Path({str(tmp_path)!r})
         network = Counting()
         features = features_of(VolumeFolder(work / "a", "real_dir"), network, work / "cache")

@@ -30,12 +30,13 @@ from torch import Tensor, nn
 from trained import AUTOENCODER, DIFFUSION, ENCODE
 
 from benchmarks.measuring import fill_with_random_values
-from scripts.checkpoints import Checkpoint, read_checkpoint
-from scripts.conditions import Conditions
-from scripts.errors import find_bundle_error
-from scripts.finetuning import (
+from scripts.conditions.conditions import Conditions
+from scripts.core.errors import find_bundle_error
+from scripts.diffusion.denoiser import HybridInferer
+from scripts.diffusion.finetuning import check_origin
+from scripts.networks.weights import Checkpoint, read_checkpoint
+from scripts.training.finetuning import (
     base_conditions,
-    check_origin,
     fit_conditions,
     freeze,
     network_to_train,
@@ -43,7 +44,6 @@ from scripts.finetuning import (
     trainable_parameters,
     trained_with,
 )
-from scripts.hybrid import HybridInferer
 
 FINETUNE, DEMO = "configs/finetune.yaml", "configs/demo.yaml"
 RANGES = {"gender": (0, 1), "age": (44, 82), "ventricular_vol": (6995.68, 171375.0), "brain_vol": (1144240, 1793910)}

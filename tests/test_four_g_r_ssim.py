@@ -21,8 +21,8 @@ import pytest
 import torch
 from scipy.ndimage import correlate, gaussian_filter, map_coordinates
 
-from scripts.errors import BundleError
-from scripts.metrics.four_g_r_ssim import FourGRSSIM, four_g_r_ssim, gradient_map
+from scripts.core.errors import BundleError
+from scripts.evaluation.metrics.four_g_r_ssim import FourGRSSIM, four_g_r_ssim, gradient_map
 
 SHAPE = (26, 22, 24)
 

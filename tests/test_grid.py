@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from released import configuration
 
-from scripts.errors import BundleError
-from scripts.grid import Grid
+from scripts.core.errors import BundleError
+from scripts.volumes.grid import Grid
 
 RELEASED_ORIGIN = (96.48149872, -141.47715759, -156.55375671)  # the released saver's, of the uncropped volume
 CROP = (16, 16, 96)

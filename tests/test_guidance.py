@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from scripts.checkpoints import Checkpoint
-from scripts.errors import BundleError
-from scripts.guidance import NULL_CONDITION, RandDropConditiond, guidance_scale
+from scripts.core.errors import BundleError
+from scripts.diffusion.guidance import NULL_CONDITION, RandDropConditiond, guidance_scale
+from scripts.networks.weights import Checkpoint
 
 
 def checkpoint(**facts: Any) -> Checkpoint:

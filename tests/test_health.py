@@ -21,14 +21,14 @@ import pytest
 import torch
 from ignite.engine import Engine
 
-from scripts.health import TrainingHealth, latent_scale, opponents, posterior
+from scripts.training.health import TrainingHealth, latent_scale, opponents, posterior
 
 HEALTHY = {"val_kl_per_value": 6.0, "val_latent_sigma": 0.01, "val_latent_std": 1.1}
 
 
 @pytest.fixture(autouse=True)
 def listen(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING, "scripts.health")
+    caplog.set_level(logging.WARNING, "scripts.training.health")
 
 
 def train(health: TrainingHealth, losses: Iterable[Mapping[str, float]]) -> None:

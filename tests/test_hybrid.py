@@ -20,10 +20,10 @@ from released import configuration, generative_network
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.checkpoints import Checkpoint, load_network
-from scripts.guidance import NULL_CONDITION
-from scripts.hybrid import HybridInferer
-from scripts.latent_diffusion import LatentDiffusion
+from scripts.diffusion.denoiser import HybridInferer
+from scripts.diffusion.guidance import NULL_CONDITION
+from scripts.networks.weights import Checkpoint, load_network
+from scripts.sampling.latent_diffusion import LatentDiffusion
 
 SHAPE = (3, 4, 8, 4)
 

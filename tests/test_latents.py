@@ -35,15 +35,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from scripts import latent_writer
-from scripts.checkpoints import Checkpoint, encoder_sha256, load_network, read_checkpoint
-from scripts.conditions import Conditions
-from scripts.datasets import LoadVolumed, participants
-from scripts.encoding import LatentEncoder
-from scripts.errors import BundleError
-from scripts.grid import Grid
-from scripts.latent_writer import ArrayFile, LatentWriter
-from scripts.latents import (
+from scripts.autoencoder import latent_writer
+from scripts.autoencoder.encoding import LatentEncoder
+from scripts.autoencoder.latent_writer import ArrayFile, LatentWriter
+from scripts.autoencoder.latents import (
     PosteriorMeand,
     Posteriors,
     SamplePosteriord,
@@ -52,8 +47,13 @@ from scripts.latents import (
     made_by,
     read_encoding,
 )
-from scripts.tables import read_table, write_table
-from scripts.volumes import write_volume
+from scripts.conditions.conditions import Conditions
+from scripts.core.errors import BundleError
+from scripts.core.tables import read_table, write_table
+from scripts.networks.weights import Checkpoint, encoder_sha256, load_network, read_checkpoint
+from scripts.volumes.datasets import LoadVolumed, participants
+from scripts.volumes.grid import Grid
+from scripts.volumes.nifti import write_volume
 
 ENCODE = "configs/encode_latents.yaml"
 FORK = multiprocessing.get_context("fork")

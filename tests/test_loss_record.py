@@ -20,10 +20,10 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from scripts.errors import BundleError
-from scripts.loss_record import LossRecord, read_lines
-from scripts.optimisation import LearningRate
-from scripts.validation import Evaluation
+from scripts.core.errors import BundleError
+from scripts.training.loss_record import LossRecord, read_lines
+from scripts.training.optimisation import LearningRate
+from scripts.training.validation import Evaluation
 
 
 class Validated(Evaluation):

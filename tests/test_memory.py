@@ -25,10 +25,10 @@ from conftest import BASE, TINY, RunHere
 from safetensors.torch import save_file
 from torch import nn
 
-from scripts.acceleration import accelerate_unet
-from scripts.checkpoints import Checkpoint, load_network, read_checkpoint
-from scripts.errors import BundleError
-from scripts.memory import release_weights
+from scripts.core.errors import BundleError
+from scripts.networks.cpu.acceleration import accelerate_unet
+from scripts.networks.cpu.memory import release_weights
+from scripts.networks.weights import Checkpoint, load_network, read_checkpoint
 
 
 def convolution(seed: int) -> nn.Module:

@@ -26,11 +26,11 @@ from monai.networks.schedulers import RFlowScheduler
 from released import configuration
 from torch import Tensor
 
-from scripts.errors import BundleError
-from scripts.multistep import MultistepSampler, even_in_log_ratio
-from scripts.samplers import DDIMSampler, FlowSampler, LeadingDDIMScheduler, MidpointSampler
-from scripts.schedules import choose_schedule, signal_and_noise
-from scripts.targets import TARGETS
+from scripts.core.errors import BundleError
+from scripts.diffusion.multistep import MultistepSampler, even_in_log_ratio
+from scripts.diffusion.samplers import DDIMSampler, FlowSampler, LeadingDDIMScheduler, MidpointSampler
+from scripts.diffusion.schedules import choose_schedule, signal_and_noise
+from scripts.diffusion.targets import TARGETS
 
 SHAPE = (2, 3, 4, 6, 8)
 PREDICTION_TYPES = {name: row.monais for name, row in TARGETS.items() if row.monais}

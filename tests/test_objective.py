@@ -22,11 +22,11 @@ from released import configuration
 from scipy import stats
 from torch import Tensor, nn
 
-from scripts.errors import BundleError
-from scripts.hybrid import HybridInferer
-from scripts.latent_diffusion import LatentDiffusion
-from scripts.objective import DiffusionObjective, DrawNoised
-from scripts.targets import TARGETS
+from scripts.core.errors import BundleError
+from scripts.diffusion.denoiser import HybridInferer
+from scripts.diffusion.objective import DiffusionObjective, DrawNoised
+from scripts.diffusion.targets import TARGETS
+from scripts.sampling.latent_diffusion import LatentDiffusion
 
 SHAPE = (3, 4, 6, 8)
 ALPHAS = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0205**0.5, 1000) ** 2)

@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scripts.errors import BundleError
-from scripts.optimisation import Batch, LearningRate, Optimisation
-from scripts.precision import half_precision, recompute_activations
+from scripts.compute.precision import half_precision, recompute_activations
+from scripts.core.errors import BundleError
+from scripts.training.optimisation import Batch, LearningRate, Optimisation
 
 
 def network() -> nn.Module:

@@ -21,10 +21,10 @@ import torch
 from ignite.engine import Engine
 from monai.bundle import ConfigParser
 
-from scripts.devices import compute_device, process_rank
-from scripts.errors import BundleError, find_bundle_error, report_errors_in_one_line
-from scripts.options import whole_number, yes_or_no
-from scripts.progress import TrainingProgress, VolumeProgress
+from scripts.compute.devices import compute_device, process_rank
+from scripts.core.errors import BundleError, find_bundle_error, report_errors_in_one_line
+from scripts.core.options import whole_number, yes_or_no
+from scripts.training.progress import TrainingProgress, VolumeProgress
 
 
 @pytest.mark.parametrize("value", [1, "1", True, "True", "yes", "ON", 1.0, " true "])
@@ -125,10 +125,10 @@ def test_a_class_that_there_is_not_is_one_line(
     monkeypatch.setattr(sys, "argv", ["/x/site-packages/monai/bundle/__main__.py"])
     report_errors_in_one_line()
     with pytest.raises(ModuleNotFoundError) as caught:
-        ConfigParser({"metric": {"_target_": "scripts.metrics.fid.Nope"}}).get_parsed_content("metric")
+        ConfigParser({"metric": {"_target_": "scripts.evaluation.metrics.fid.Nope"}}).get_parsed_content("metric")
     sys.excepthook(caught.type, caught.value, None)
     line = capsys.readouterr().err
-    assert line == "error: a _target_ of the configuration cannot be found: 'scripts.metrics.fid.Nope'\n"
+    assert line == "error: a _target_ of the configuration cannot be found: 'scripts.evaluation.metrics.fid.Nope'\n"
 
 
 def test_the_command_line_shows_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,9 +172,9 @@ def test_out_of_memory_says_what_to_do(
 def test_training_shows_losses_and_time_left(caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine(lambda _, batch: {"losses": {"loss": 0.5 * len(batch["image"]), "kl": 1234567.0}})
     TrainingProgress(log_every=2).attach(engine)
-    with caplog.at_level("INFO", logger="scripts.progress"):
+    with caplog.at_level("INFO", logger="scripts.training.progress"):
         engine.run([{"image": [0.0] * size} for size in (1, 2, 3)], max_epochs=2)
-    lines = [record.message for record in caplog.records if record.name == "scripts.progress"]
+    lines = [record.message for record in caplog.records if record.name == "scripts.training.progress"]
     assert [line.split(" (")[0] for line in lines] == [
         "epoch 1 iteration 2/6 loss 1 kl 1.235e+06",
         "epoch 2 iteration 4/6 loss 0.5 kl 1.235e+06",

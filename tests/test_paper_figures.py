@@ -24,8 +24,8 @@ from heads import refused, write_dataset
 from PIL import Image
 from released import configuration
 
-from scripts.conditions import Conditions
-from scripts.paper_figures import _label, grid_figure
+from scripts.conditions.conditions import Conditions
+from scripts.sampling.paper_figures import _label, grid_figure
 
 FIGURES, SIDE = "configs/figures.yaml", "configs/side_by_side.yaml"
 ROWS: list[dict[str, float]] = [{"ventricular_vol": -0.5}, {"ventricular_vol_mm3": 89185.34}]

@@ -30,7 +30,7 @@ from released import configuration, generative_network, generative_scheduler, re
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scripts.checkpoints import load_network, read_checkpoint
+from scripts.networks.weights import load_network, read_checkpoint
 
 DIFFERENT_SIZES: dict[str, Any] = {"grid::shape": [16, 48, 32]}  # latents of 4 x 12 x 8
 KINDS = {"autoencoder_def": "autoencoder", "network_def": "diffusion"}

@@ -23,8 +23,8 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import AutoencoderKL
 from torch import nn
 
-from scripts.patching import PatchedAutoencoderKL
-from scripts.streaming import stream
+from scripts.networks.cpu.streaming import stream
+from scripts.networks.patching import PatchedAutoencoderKL
 
 NETWORK: dict[str, Any] = {
     "spatial_dims": 3,

@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scripts.autoencoder_training import perceptual_loss
-from scripts.errors import BundleError
-from scripts.perceptual import BLOCKS, LPIPS, SlicePerceptualLoss
+from scripts.autoencoder.perceptual import BLOCKS, LPIPS, SlicePerceptualLoss
+from scripts.autoencoder.training import perceptual_loss
+from scripts.core.errors import BundleError
 
 # Of lpips 0.1.4 with the weights of `patterned`, for the images of `pictures`.
 PACKAGE_DISTANCES = [0.0904128, 0.00684164]

@@ -26,18 +26,18 @@ from conftest import BASE, ROOT, RunHere
 from scipy import ndimage
 from synthetic_head import GRID, LEVELS, synthetic_head, synthetic_image, synthetic_labels, write_heads
 
-from scripts.conditions import Conditions
-from scripts.deformation import cosine_field, smooth_coefficients
-from scripts.errors import BundleError, find_bundle_error
-from scripts.head_size import reference_intracranial_mm3
-from scripts.phantom_covariates import RAW, Population
-from scripts.phantom_heads import LABELS, SeedHead, count_volumes, load_head
-from scripts.phantom_labels import STRUCTURES, label_map
-from scripts.phantom_looks import aged
-from scripts.phantom_shapes import Pose, Shape, Target, deform
-from scripts.phantoms import Phantoms
-from scripts.scans import Scan
-from scripts.tables import read_table
+from scripts.conditions.conditions import Conditions
+from scripts.core.errors import BundleError, find_bundle_error
+from scripts.core.tables import read_table
+from scripts.phantoms.deformation import cosine_field, smooth_coefficients
+from scripts.phantoms.heads import LABELS, SeedHead, count_volumes, load_head
+from scripts.phantoms.looks import aged
+from scripts.phantoms.making import Phantoms
+from scripts.phantoms.population import RAW, Population
+from scripts.phantoms.shapes import Pose, Shape, Target, deform
+from scripts.tools.phantom_labels import STRUCTURES, label_map
+from scripts.volumes.head_size import reference_intracranial_mm3
+from scripts.volumes.scans import Scan
 
 CONFIG = yaml.safe_load((ROOT / "configs/phantoms.yaml").read_text())
 HEADS = ROOT / "models" / "heads"
@@ -320,7 +320,7 @@ def test_shipped_label_maps_are_heads() -> None:
 
 def test_labels_come_out_of_maps_of_tissues() -> None:
     """The rules that make a label map, on a head whose labels are known, at 1 mm."""
-    from scripts.grid import Grid
+    from scripts.volumes.grid import Grid
 
     grid = Grid((150, 190, 150), (1.0, 1.0, 1.0), (-75.0, -95.0, -75.0))
     known = synthetic_labels(grid)

@@ -23,8 +23,8 @@ from conftest import BASE, ROOT, TINY, RunBundle
 from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation
 
-from scripts.perceptual import LPIPS
-from scripts.tables import read_table, write_table
+from scripts.autoencoder.perceptual import LPIPS
+from scripts.core.tables import read_table, write_table
 
 TEMPLATE = ROOT / "models" / "template" / "tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
 

@@ -26,13 +26,13 @@ from preparing import CONDITIONS, save, steps
 from scipy.spatial.transform import Rotation
 from stand_ins import KnownPose
 
-from scripts.errors import BundleError
-from scripts.grid import Grid
-from scripts.preparation import Preparation
-from scripts.preparation_steps import FromDarkest, Record, Register, TargetSpace, scale_intensities, step_identity
-from scripts.registration import Registration, Scan, load_template, register, resample, seen_fraction
-from scripts.scans import load_scan
-from scripts.tables import read_table, write_table
+from scripts.core.errors import BundleError
+from scripts.core.tables import read_table, write_table
+from scripts.preparation.registration import Registration, Scan, load_template, register, resample, seen_fraction
+from scripts.preparation.run import Preparation
+from scripts.preparation.steps import FromDarkest, Record, Register, TargetSpace, scale_intensities, step_identity
+from scripts.volumes.grid import Grid
+from scripts.volumes.scans import load_scan
 
 HEAD = ROOT / "models/template/tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
 BRAIN = ROOT / "models/template/tpl-MNI152NLin2009cAsym_res-01_desc-brain_mask.nii.gz"
@@ -163,7 +163,7 @@ def test_a_cut_field_of_view_is_flagged(
 
 
 def test_what_does_not_match_is_refused(coarse: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scripts.preparation_steps.register", lambda *_: Registration(np.eye(4), 0.9, 0.24))
+    monkeypatch.setattr("scripts.preparation.steps.register", lambda *_: Registration(np.eye(4), 0.9, 0.24))
     scan, step = load_scan(coarse["scan"]), Register(TargetSpace(GRID, coarse["template"], coarse["template_brain"]))
     with pytest.raises(BundleError, match="does not match the template"):
         step(Record("noise", scan, scan))

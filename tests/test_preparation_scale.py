@@ -39,17 +39,17 @@ from preparing import (
 )
 from stand_ins import FailsOn, KilledOn, KnownPose
 
-from scripts.atomic import make_folder, replacing
-from scripts.conditions import Conditions
-from scripts.datasets import participants, split
-from scripts.errors import BundleError
-from scripts.grid import Grid
-from scripts.optional_steps import CorrectBiasField, StripSkull, SuperResolve
-from scripts.preparation_steps import Record, TargetSpace
-from scripts.registration import write_ants_map
-from scripts.scans import Scan
-from scripts.skull_stripping import Stripper
-from scripts.tables import read_table, write_table
+from scripts.conditions.conditions import Conditions
+from scripts.core.errors import BundleError
+from scripts.core.files import make_folder, replacing
+from scripts.core.tables import read_table, write_table
+from scripts.preparation.optional_steps import CorrectBiasField, StripSkull, SuperResolve
+from scripts.preparation.registration import write_ants_map
+from scripts.preparation.skull_stripping import Stripper
+from scripts.preparation.steps import Record, TargetSpace
+from scripts.volumes.datasets import participants, split
+from scripts.volumes.grid import Grid
+from scripts.volumes.scans import Scan
 
 NUMBER = 6
 AGES = [45, 50, 60, 70, 75, 81]
@@ -137,7 +137,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from scripts.process_pool import results
+from scripts.compute.pool import results
 def task(folder):
     Path(folder, f"{{os.getpid()}}.pid").touch()
     time.sleep(3600)
@@ -233,7 +233,7 @@ def test_nothing_is_lost_when_the_disk_is_full(
             raise OSError(28, os.strerror(28))
         plain(image, path)
 
-    monkeypatch.setattr("scripts.volumes.nib.save", save_until_full)
+    monkeypatch.setattr("scripts.volumes.nifti.nib.save", save_until_full)
     with pytest.raises(BundleError, match=r"No space left on device: make room; what is prepared is kept"):
         prepare(input_dir=raw)
     assert len(written) == 4
@@ -241,7 +241,7 @@ def test_nothing_is_lost_when_the_disk_is_full(
     assert not [path for path in dataset.rglob(".*") if path.is_file()]
     left = {path: data for path, data in contents(dataset).items() if path.startswith("sub-")}
     assert left and left.items() <= contents(prepared).items()
-    monkeypatch.setattr("scripts.volumes.nib.save", plain)
+    monkeypatch.setattr("scripts.volumes.nifti.nib.save", plain)
     assert contents(prepare(input_dir=raw)) == contents(prepared)
 
 
@@ -284,7 +284,7 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from preparing import preparation, space, steps
-from scripts.errors import BundleError
+from scripts.core.errors import BundleError
 from stand_ins import FailsOn, KnownPose
 def slow(record):
     time.sleep(0.0 if record.name in ("sub-00", "sub-02", "sub-04") else 1.0)
@@ -413,7 +413,7 @@ def test_more_subjects_move_none(prepare: Prepare, prepared: Path, tmp_path: Pat
 
 def test_the_transform_file_says_what_the_sidecar_says(prepared: Path, tmp_path: Path) -> None:
     ants = pytest.importorskip("ants")
-    from scripts.prepared_scan import itk_transform
+    from scripts.preparation.prepared_scan import itk_transform
 
     pose = np.eye(4)
     pose[:3] = [[0.8, -0.6, 0, 5], [0.6, 0.8, 0, -7], [0, 0, 1, 11.25]]
@@ -494,7 +494,9 @@ def test_steps_that_are_off_do_nothing_and_stand_in_the_sidecar(
         sidecar = json.loads((folder / "sub-00_space-MNI152_T1w.json").read_text())
         return nib.load(folder / "sub-00_space-MNI152_T1w.nii.gz").get_fdata(), sidecar
 
-    monkeypatch.setattr("scripts.optional_steps.without_bias_field", lambda s, seed: Scan(s.data**2, s.affine))
+    monkeypatch.setattr(
+        "scripts.preparation.optional_steps.without_bias_field", lambda s, seed: Scan(s.data**2, s.affine)
+    )
     plain, sidecar = run()
     assert sidecar["steps"]["bias_field"]["enabled"] is False and sidecar["steps"]["strip"]["stripper"] is None
     assert np.abs(run(method="double")[0] - plain).max() < 1.5 / 255
@@ -536,7 +538,7 @@ def test_tables_of_what_is_there_so_far(
 def test_ranges_are_learned_from_the_training_split(
     prepare: Prepare, raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from scripts.condition_ranges import check_learned_ranges
+    from scripts.conditions.ranges import check_learned_ranges
 
     dataset = prepare(input_dir=raw, learn_ranges=1)
     ages = [float(r["age_years"]) for r in read_table(dataset / "participants.tsv") if r["split"] == "train"]

@@ -25,18 +25,18 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from synthetic_head import synthetic_image, synthetic_labels
 
-from scripts.bootstrap import bootstrapped
-from scripts.errors import BundleError
-from scripts.grid import Grid
-from scripts.measures import Result
-from scripts.metrics import copies
-from scripts.metrics.alignment import Alignment, Motion
-from scripts.metrics.copies import nearest
-from scripts.metrics.features import FeatureNetworks, FeatureSet
-from scripts.metrics.privacy import Privacy, quantiles
-from scripts.values import Values
-from scripts.volume_folders import VolumeFolder
-from scripts.volumes import write_volume
+from scripts.compute.kept import Values
+from scripts.core.bootstrap import bootstrapped
+from scripts.core.errors import BundleError
+from scripts.evaluation.measures import Result
+from scripts.evaluation.metrics import copies
+from scripts.evaluation.metrics.alignment import Alignment, Motion
+from scripts.evaluation.metrics.copies import nearest
+from scripts.evaluation.metrics.features import FeatureNetworks, FeatureSet
+from scripts.evaluation.metrics.privacy import Privacy, quantiles
+from scripts.volumes.folders import VolumeFolder
+from scripts.volumes.grid import Grid
+from scripts.volumes.nifti import write_volume
 
 
 def test_nearest_is_the_plain_search(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,14 +25,14 @@ from nibabel.affines import apply_affine
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from scripts.errors import BundleError
-from scripts.exclusions import Exclusions
-from scripts.grid import Grid
-from scripts.native_space import carry_back, read_transform, to_native
-from scripts.quality_page import flags, scan_name, write_page
-from scripts.quality_pictures import BRAIN_COLOUR, QualityPictures
-from scripts.registration import Template, resample
-from scripts.scans import Scan
+from scripts.core.errors import BundleError
+from scripts.preparation.exclusions import Exclusions
+from scripts.preparation.native_space import carry_back, read_transform, to_native
+from scripts.preparation.quality_page import flags, scan_name, write_page
+from scripts.preparation.quality_pictures import BRAIN_COLOUR, QualityPictures
+from scripts.preparation.registration import Template, resample
+from scripts.volumes.grid import Grid
+from scripts.volumes.scans import Scan
 
 GRID = Grid((40, 56, 40), (-4.0, 4.0, 4.0), (78.0, -126.0, -60.0))
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -25,20 +25,11 @@ from nibabel.affines import apply_affine, from_matvec
 from registry_scans import SCANS, RegistryScan
 from scipy.spatial.transform import Rotation
 
-from scripts import registration
-from scripts.bias_field import without_bias_field
-from scripts.errors import BundleError
-from scripts.grid import Grid
-from scripts.preparation_steps import (
-    FromDarkest,
-    Record,
-    Register,
-    Reorient,
-    Resample,
-    ScaleIntensities,
-    TargetSpace,
-)
-from scripts.registration import (
+from scripts.core.errors import BundleError
+from scripts.preparation import registration
+from scripts.preparation.bias_field import without_bias_field
+from scripts.preparation.checks import field_of_view, header_findings, pose
+from scripts.preparation.registration import (
     Registration,
     Template,
     correlation,
@@ -47,11 +38,12 @@ from scripts.registration import (
     resample,
     resized_about,
 )
-from scripts.scan_checks import field_of_view, header_findings, pose
-from scripts.scans import Scan, load_scan
-from scripts.skull_stripping import CommandStripper, SynthStrip, TemplateStripper
-from scripts.synthstrip import StripNet, brain_mask, fetch, load_strip_net
-from scripts.unires import UniRes
+from scripts.preparation.skull_stripping import CommandStripper, SynthStrip, TemplateStripper
+from scripts.preparation.steps import FromDarkest, Record, Register, Reorient, Resample, ScaleIntensities, TargetSpace
+from scripts.preparation.synthstrip import StripNet, brain_mask, fetch, load_strip_net
+from scripts.preparation.unires import UniRes
+from scripts.volumes.grid import Grid
+from scripts.volumes.scans import Scan, load_scan
 
 HEAD = ROOT / "models/template/tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
 BRAIN = ROOT / "models/template/tpl-MNI152NLin2009cAsym_res-01_desc-brain_mask.nii.gz"
@@ -267,7 +259,7 @@ def test_the_strip_nets_frame_is_left_down_forwards() -> None:
 
 
 def test_missing_weights_say_where_to_get_them(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="python -m scripts.synthstrip"):
+    with pytest.raises(BundleError, match="python -m scripts.preparation.synthstrip"):
         load_strip_net(tmp_path / "gone.safetensors")
 
 

@@ -26,8 +26,8 @@ from monai.data import CacheDataset, Dataset
 from monai.transforms import Compose, Lambda, RandGaussianNoise, RandScaleIntensity
 from torch import Tensor
 
-from scripts import distributed
-from scripts.repeatable import Repeatable, RepeatableDataset, Stream, derived_seed, training_loader
+from scripts.compute import processes
+from scripts.training.repeatable import Repeatable, RepeatableDataset, Stream, derived_seed, training_loader
 
 SIZE = 7
 
@@ -61,10 +61,10 @@ def test_order_goes_on_from_any_iteration() -> None:
 
 def test_processes_share_the_batch_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = batches(Stream(range(SIZE), 4, seed=3), 9)
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
     parts = []
     for rank in (0, 1):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         parts.append(batches(Stream(range(SIZE), 2, seed=3), 9))
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
 

@@ -28,7 +28,7 @@ from conftest import BASE, ROOT, TINY, RunHere
 from processes import Finished, run_interpreter, run_ranks
 from trained import AUTOENCODER, DIFFUSION, Pipeline, content, difference
 
-from scripts.curves import losses
+from scripts.tools.curves import losses
 
 LAST = "checkpoint_iteration=8.pt"
 STAGES = {"autoencoder": AUTOENCODER, "diffusion": DIFFUSION}

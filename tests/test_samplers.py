@@ -21,8 +21,8 @@ from monai.networks.schedulers import DDIMScheduler, RFlowScheduler
 from released import configuration, generative_scheduler
 from torch import Tensor
 
-from scripts.errors import BundleError, find_bundle_error
-from scripts.samplers import DDIMSampler, FlowSampler, LeadingDDIMScheduler, MidpointSampler, choose_sampler
+from scripts.core.errors import BundleError, find_bundle_error
+from scripts.diffusion.samplers import DDIMSampler, FlowSampler, LeadingDDIMScheduler, MidpointSampler, choose_sampler
 
 SHAPE = (3, 4, 6, 8)
 

@@ -27,8 +27,8 @@ from PIL import Image
 from processes import Finished
 from released import configuration
 
-from scripts.errors import find_bundle_error
-from scripts.targets import TARGETS
+from scripts.core.errors import find_bundle_error
+from scripts.diffusion.targets import TARGETS
 
 CARD = {"gender": 1.0, "age": 0.7, "ventricular_vol": 0.7, "brain_vol": 0.5}
 CONFIGS = [BASE, TINY]
@@ -248,7 +248,7 @@ def test_conditions_matter(sample: Sample, tmp_path: Path) -> None:
 
 def test_extrapolation_warns_and_samples(sample: Sample, output_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     sample(seed=1, ventricular_vol=1.9, brain_vol=-0.5)
-    warnings = [record.message for record in caplog.records if record.name == "scripts.conditions"]
+    warnings = [record.message for record in caplog.records if record.name == "scripts.conditions.conditions"]
     assert ["--ventricular_vol 1.9" in warnings[0], "6995.68 to 171375 mm3" in warnings[0]] == [True, True]
     assert "--brain_vol -0.5" in warnings[1]
     assert len(voxels(output_dir)) == 1

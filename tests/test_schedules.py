@@ -20,11 +20,11 @@ import pytest
 from monai.networks.schedulers import RFlowScheduler
 from released import configuration
 
-from scripts.checkpoints import Checkpoint
-from scripts.errors import BundleError, find_bundle_error
-from scripts.samplers import DDIMSampler, FlowSampler, LeadingDDIMScheduler
-from scripts.schedules import check_facts, choose_schedule, schedule_facts, target_of
-from scripts.targets import TARGETS
+from scripts.core.errors import BundleError, find_bundle_error
+from scripts.diffusion.samplers import DDIMSampler, FlowSampler, LeadingDDIMScheduler
+from scripts.diffusion.schedules import check_facts, choose_schedule, schedule_facts, target_of
+from scripts.diffusion.targets import TARGETS
+from scripts.networks.weights import Checkpoint
 
 
 def schedule(target: str = "epsilon", **overrides: Any) -> Any:

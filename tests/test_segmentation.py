@@ -25,13 +25,13 @@ import pytest
 from conftest import ROOT, RunHere
 from heads import refused
 
-from scripts.conditions import Conditions
-from scripts.metrics.features import FeatureNetworks
-from scripts.samples import Samples
-from scripts.segmentation import Samseg, SynthSeg
-from scripts.segmentations import OwnSegmentations, Segmentations, SegmentedNow, chosen_segmentations
-from scripts.values import Values
-from scripts.volume_folders import VolumeFolder
+from scripts.compute.kept import Values
+from scripts.conditions.conditions import Conditions
+from scripts.evaluation.metrics.features import FeatureNetworks
+from scripts.evaluation.samples import Samples
+from scripts.evaluation.segmentations import OwnSegmentations, Segmentations, SegmentedNow, chosen_segmentations
+from scripts.measuring.tools import Samseg, SynthSeg
+from scripts.volumes.folders import VolumeFolder
 
 SYNTHSEG = """#!/usr/bin/env python3
 import sys, pathlib

@@ -31,14 +31,12 @@ from scipy import ndimage
 from synthetic_head import GRID, synthetic_image, synthetic_labels
 from trained import content, difference
 
-from scripts.checkpoints import file_sha256
-from scripts.conditions import Conditions
-from scripts.grid import Grid
-from scripts.head_size import normalised_brain, reference_intracranial_mm3
-from scripts.outlines import COLOURS
-from scripts.phantom_heads import LABELS, count_volumes
-from scripts.segmentations import OwnSegmentations
-from scripts.segmenter import (
+from scripts.compute.kept import Values
+from scripts.conditions.conditions import Conditions
+from scripts.core.tables import read_table, write_table
+from scripts.evaluation.segmentations import OwnSegmentations
+from scripts.measuring.outlines import COLOURS
+from scripts.measuring.segmenter import (
     CLASSES,
     COLUMNS,
     SHIPPED,
@@ -49,11 +47,13 @@ from scripts.segmenter import (
     shipped_segmenter,
     working_shape,
 )
-from scripts.segmenter_training import random_contrast, targets_of, volume_error
-from scripts.tables import read_table, write_table
-from scripts.values import Values
-from scripts.volume_folders import VolumeFolder
-from scripts.volumes import read_volume, write_labels, write_volume
+from scripts.measuring.segmenter_training import random_contrast, targets_of, volume_error
+from scripts.networks.weights import file_sha256
+from scripts.phantoms.heads import LABELS, count_volumes
+from scripts.volumes.folders import VolumeFolder
+from scripts.volumes.grid import Grid
+from scripts.volumes.head_size import normalised_brain, reference_intracranial_mm3
+from scripts.volumes.nifti import read_volume, write_labels, write_volume
 
 TRAIN, SEGMENT, EVALUATE = (f"configs/{name}.yaml" for name in ("train_segmenter", "segment", "evaluate"))
 FULL = Grid((160, 224, 160), (-1.0, 1.0, 1.0), (80.48149872, -125.47715759, -60.55375671))
@@ -317,7 +317,7 @@ def test_first_process_does_not_wait_again_for_others_that_have_ended(
     folder, values = VolumeFolder(phantoms(tmp_path / "samples"), "synthetic_dir"), Values(tmp_path / "values")
     own = OwnSegmentations(lambda: load_segmenter(weights), values, Conditions(), weights, folder)
     own.prepare()
-    monkeypatch.setattr("scripts.values.wait_for_all_processes", None)
+    monkeypatch.setattr("scripts.compute.kept.wait_for_all_processes", None)
     assert own.measured().keys() == set(own.names())
 
 

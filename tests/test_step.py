@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scripts.ema import ExponentialMovingAverage
-from scripts.optimisation import Batch, Optimisation
-from scripts.step import Loss, TrainingStep
+from scripts.training.ema import ExponentialMovingAverage
+from scripts.training.optimisation import Batch, Optimisation
+from scripts.training.step import Loss, TrainingStep
 
 
 class Distance(Loss):

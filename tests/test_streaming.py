@@ -23,10 +23,10 @@ from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.acceleration import accelerate_autoencoder
-from scripts.errors import BundleError
-from scripts.slabs import Moments
-from scripts.streaming import stream
+from scripts.core.errors import BundleError
+from scripts.networks.cpu.acceleration import accelerate_autoencoder
+from scripts.networks.cpu.slabs import Moments
+from scripts.networks.cpu.streaming import stream
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "two blocks a level": {"channels": (8, 16, 16), "num_res_blocks": 2, "latent": (3, 2, 2)},

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.errors import BundleError
-from scripts.tables import read_table, write_table
+from scripts.core.errors import BundleError
+from scripts.core.tables import read_table, write_table
 
 
 def table(folder: Path, text: str | bytes, name: str = "x.tsv") -> Path:

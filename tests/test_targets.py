@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scripts.targets import FLOW, TARGETS, Target
+from scripts.diffusion.targets import FLOW, TARGETS, Target
 
 LEVELS = [0.001, 0.1, 0.3, 0.5, 0.8, 0.999]
 

@@ -26,10 +26,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from scripts.figures import write
-from scripts.tracking import complete_mlflow, parameters, write_evaluation
-from scripts.training import losses_of
-from scripts.validation import Evaluation
+from scripts.training.engine import losses_of
+from scripts.training.tracking import complete_mlflow, parameters, write_evaluation
+from scripts.training.validation import Evaluation
+from scripts.volumes.pictures import write
 
 CONFIG = {
     "bundle_root": ".",
@@ -131,7 +131,7 @@ class Track:
             "run_name": "@run_dir",
             "fails": False,
             "train": {"handlers": handlers, "trainer": trainer},
-            "run": [{"_target_": "scripts.tracking.complete_mlflow", **tracking}, "$@train::trainer.train()"],
+            "run": [{"_target_": "scripts.training.tracking.complete_mlflow", **tracking}, "$@train::trainer.train()"],
         }
 
     def logged(self) -> Any:

@@ -26,14 +26,14 @@ from heads import head, refused
 from monai.utils import set_determinism
 from trained import Pipeline, content, same
 
-from scripts.conditions import Conditions
-from scripts.datasets import LoadVolumed, RandFillMissingd, participants
-from scripts.errors import BundleError
-from scripts.grid import Grid
-from scripts.latents import latents
-from scripts.tables import read_table, write_table
-from scripts.training import Facts
-from scripts.volumes import write_volume
+from scripts.autoencoder.latents import latents
+from scripts.conditions.conditions import Conditions
+from scripts.core.errors import BundleError
+from scripts.core.tables import read_table, write_table
+from scripts.training.engine import Facts
+from scripts.volumes.datasets import LoadVolumed, RandFillMissingd, participants
+from scripts.volumes.grid import Grid
+from scripts.volumes.nifti import write_volume
 
 
 @pytest.fixture(autouse=True)

@@ -19,9 +19,9 @@ from conftest import RunHere
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trained import Pipeline, content, same
 
-from scripts.figures import figures_of
-from scripts.loss_record import read_lines
-from scripts.tables import read_table
+from scripts.core.tables import read_table
+from scripts.training.loss_record import read_lines
+from scripts.volumes.pictures import figures_of
 
 
 @pytest.fixture(scope="module")

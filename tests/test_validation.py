@@ -31,16 +31,16 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
-from scripts.autoencoder_validation import AutoencoderValidation
-from scripts.conditions import Conditions
-from scripts.diffusion_validation import DiffusionValidation, SampleFigure, label, low_and_high
-from scripts.ema import ExponentialMovingAverage, network_to_sample
-from scripts.errors import BundleError
-from scripts.figures import figure_path, figures_of
-from scripts.objective import DiffusionObjective
-from scripts.samplers import LeadingDDIMScheduler
-from scripts.tables import read_table
-from scripts.validation import Evaluation, undisturbed
+from scripts.autoencoder.validation import AutoencoderValidation
+from scripts.conditions.conditions import Conditions
+from scripts.core.errors import BundleError
+from scripts.core.tables import read_table
+from scripts.diffusion.objective import DiffusionObjective
+from scripts.diffusion.samplers import LeadingDDIMScheduler
+from scripts.diffusion.validation import DiffusionValidation, SampleFigure, label, low_and_high
+from scripts.training.ema import ExponentialMovingAverage, network_to_sample
+from scripts.training.validation import Evaluation, undisturbed
+from scripts.volumes.pictures import figure_path, figures_of
 
 SHAPE = (16, 24, 16)
 METRICS = {

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from monai.metrics import SSIMMetric
 
-from scripts.errors import BundleError
-from scripts.measures import settings
-from scripts.metrics.alignment import Alignment
-from scripts.metrics.four_g_r_ssim import FourGRSSIM
-from scripts.values import Values, identity
+from scripts.compute.kept import Values, identity
+from scripts.core.errors import BundleError
+from scripts.evaluation.measures import settings
+from scripts.evaluation.metrics.alignment import Alignment
+from scripts.evaluation.metrics.four_g_r_ssim import FourGRSSIM
 
 
 def test_numbers_are_found_again_exactly(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_line_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
 def test_numbers_of_all_processes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = Values(tmp_path)
     assert values.get("a", "x") is None
-    monkeypatch.setattr("scripts.values.process_rank", lambda: (3, 4))
+    monkeypatch.setattr("scripts.compute.kept.process_rank", lambda: (3, 4))
     Values(tmp_path).add("a", ["x"], [2.0])
     values.reload()
     assert values.get("a", "x") == (2.0,) and [path.name for path in tmp_path.iterdir()] == ["rank-3.tsv"]

@@ -22,9 +22,9 @@ import pytest
 from PIL import Image
 from released import configuration
 
-from scripts.errors import BundleError
-from scripts.grid import Grid
-from scripts.volumes import mid_planes, read_volume, write_picture, write_volume
+from scripts.core.errors import BundleError
+from scripts.volumes.grid import Grid
+from scripts.volumes.nifti import mid_planes, read_volume, write_picture, write_volume
 
 
 @pytest.fixture(scope="module")

@@ -23,15 +23,15 @@ import scipy.stats
 from conftest import BASE, ROOT
 from monai.bundle import ConfigParser
 
-from scripts.conditions import Conditions
-from scripts.correlation import correlations, pearson, slope, spearman
-from scripts.errors import BundleError
-from scripts.labels import label_volumes, read_synthseg
-from scripts.measures import Result
-from scripts.metrics.features import FeatureNetworks, FeatureSet
-from scripts.metrics.volumetry import Volumetry
-from scripts.segmentations import Segmentations, segmentation_of_each
-from scripts.volume_folders import VolumeFolder
+from scripts.conditions.conditions import Conditions
+from scripts.core.correlation import correlations, pearson, slope, spearman
+from scripts.core.errors import BundleError
+from scripts.evaluation.measures import Result
+from scripts.evaluation.metrics.features import FeatureNetworks, FeatureSet
+from scripts.evaluation.metrics.volumetry import Volumetry
+from scripts.evaluation.segmentations import Segmentations, segmentation_of_each
+from scripts.volumes.folders import VolumeFolder
+from scripts.volumes.labels import label_volumes, read_synthseg
 
 SYNTHSEG = (
     "subject,total intracranial,left cerebral white matter,left cerebral cortex,left lateral ventricle,"

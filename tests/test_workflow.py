@@ -19,8 +19,8 @@ import pytest
 import yaml
 from conftest import BASE, ROOT, TINY, RunHere
 
-from scripts.errors import BundleError, find_bundle_error
-from scripts.workflow import current_config
+from scripts.core.config import current_config
+from scripts.core.errors import BundleError, find_bundle_error
 
 ONLY_FLAGS = {"run": ["$@check_flags()"]}
 
@@ -110,7 +110,7 @@ def test_every_training_checks_its_options_first(name: str, run_here: RunHere) -
 
 def test_sections_take_what_something_reads(run_here: RunHere, tmp_path: Path) -> None:
     own = {"+train": {"rate": 1.0e-4, "own": {"_target_": "torch.nn.MSELoss"}}, "lr": "@train::rate"}
-    own["+samplers"] = {"quick": {"_target_": "scripts.samplers.DDIMSampler", "_mode_": "callable"}}
+    own["+samplers"] = {"quick": {"_target_": "scripts.diffusion.samplers.DDIMSampler", "_mode_": "callable"}}
     own["+validate"] = {"evaluator": "@train::own"}
     run_here([BASE, "configs/train_diffusion.yaml", overlay(tmp_path, **own)], **ONLY_FLAGS)
 

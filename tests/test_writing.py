@@ -22,9 +22,9 @@ import pytest
 import torch
 from conftest import BASE, TINY, RunHere
 
-from scripts import atomic
-from scripts.errors import BundleError, find_bundle_error
-from scripts.writing import BackgroundWriter, HostCopy
+from scripts.compute.writer import BackgroundWriter, HostCopy
+from scripts.core import files
+from scripts.core.errors import BundleError, find_bundle_error
 
 
 def test_calls_run_at_the_same_time_and_only_so_many_wait() -> None:
@@ -128,7 +128,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         flush(descriptor)
 
-    monkeypatch.setattr(atomic.os, "fsync", fsync)
+    monkeypatch.setattr(files.os, "fsync", fsync)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
@@ -147,7 +147,7 @@ def test_a_full_disk_stops_the_run_with_one_error(run_here: RunHere, bundle_copy
 def test_what_was_sampled_before_an_interruption_is_written(
     run_here: RunHere, bundle_copy: Path, output_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from scripts.latent_diffusion import LatentDiffusion
+    from scripts.sampling.latent_diffusion import LatentDiffusion
 
     run_here([BASE, TINY], **flags(bundle_copy, tmp_path / "whole"))
     calls, decode = [0], LatentDiffusion.decode

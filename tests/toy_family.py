@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scripts.conditions import Conditions
-from scripts.family import ModelFamily
-from scripts.grid import Grid
+from scripts.conditions.conditions import Conditions
+from scripts.sampling.family import ModelFamily
+from scripts.volumes.grid import Grid
 
 
 class Blobs(ModelFamily):

@@ -1,0 +1,246 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reading cached latents: one memory-mapped array for a whole dataset, checked before the first step.
+
+A folder of latents holds
+
+- `posteriors.npy`, (rows, 2, C, x, y, z): the posterior of each row, its mean and its standard deviation;
+- `encoded.npy`, (rows, 2, 32) uint8: SHA-256 of how each row was made and of the volume that it was made of, zeros
+  where the row is not encoded;
+- `participants.tsv`: a line for each row, in the array's order, with the covariates of the scan, its `path` in the
+  dataset, the `version` (0 is the scan itself, others are augmented) and the `row`;
+- `encoding.json`: how the latents were made, and their moments. It is written last, and is valid for one state of
+  `encoded.npy`, so that latents of which a part is missing or from elsewhere are never trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import MapTransform
+from torch import Tensor
+
+from scripts.conditions.conditions import Conditions
+from scripts.conditions.ranges import check_learned_ranges
+from scripts.core.errors import BundleError
+from scripts.core.tables import read_table
+from scripts.networks.weights import encoder_sha256, read_state
+from scripts.volumes.datasets import TABLE, with_conditions
+
+logger = logging.getLogger(__name__)
+
+POSTERIORS, ENCODED, ENCODING = "posteriors.npy", "encoded.npy", "encoding.json"
+AGAIN = "run configs/encode_latents.yaml again with the same flags, and it goes on from where it stopped"
+
+
+class Posteriors:
+    """The array of a folder of latents. It is mapped on first use, in each process of a data loader by itself.
+
+    Args:
+        folder: holds `posteriors.npy`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(str(folder)) / POSTERIORS
+        self._array: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_array": None}  # a pickled memory map would be the whole array
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, each (C, x, y, z) float32, of a row.
+
+        Raises:
+            BundleError: if the array is missing, damaged, or has no such row.
+        """
+        array = self.array
+        if not 0 <= row < len(array):
+            raise BundleError(f"{self.path} has {len(array)} rows, and no row {row}: {AGAIN}")
+        mean, std = torch.from_numpy(np.array(array[row])).float()  # NumPy converts float16 14 times slower
+        return mean, std
+
+    @property
+    def array(self) -> np.ndarray:
+        """The memory map, (rows, 2, C, x, y, z).
+
+        Raises:
+            BundleError: if the file is missing, cut or no such array.
+        """
+        if self._array is None:
+            self._array = mapped(self.path)
+        return self._array
+
+
+def mapped(path: Path) -> np.ndarray:
+    """A `.npy` file as a read-only memory map.
+
+    Raises:
+        BundleError: if it is missing, or shorter than its header says, or no `.npy` file.
+    """
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError as error:
+        raise BundleError(f"there is no {path}: encode a dataset first (configs/encode_latents.yaml)") from error
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} is cut or damaged ({error}): remove it, and {AGAIN}") from error
+
+
+def latents(
+    folder: str, conditions: Conditions, missing: str = "error", latent_shape: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """The rows of a folder of cached latents, after checking that the folder is whole.
+
+    Args:
+        folder: what configs/encode_latents.yaml wrote.
+        conditions: which columns to read.
+        missing: what to do where a condition is `n/a`; see `Conditions.from_row`.
+        latent_shape: (C, x, y, z) of the configured networks; None to take any.
+
+    Returns:
+        One dictionary a row, as `scripts.volumes.datasets.participants` gives them for scans, but that `image` is the
+        row's number in the array and the table's other cells are left out.
+
+    Raises:
+        BundleError: if the folder is incomplete or damaged, the latents have another shape, a condition is
+            missing or malformed, or the dataset's learned ranges are not the configured ones.
+    """
+    check_learned_ranges(folder, conditions)
+    encoding, table = read_encoding(folder), Path(str(folder)) / TABLE
+    posteriors = Posteriors(folder).array
+    shape = tuple(posteriors.shape[2:])
+    if latent_shape is not None and shape != tuple(latent_shape):
+        raise BundleError(
+            f"the latents in {folder} have shape {shape}, the configured networks' have {tuple(latent_shape)}: "
+            "give the configuration that they were encoded with, or encode anew into another folder"
+        )
+    rows = read_table(table, required=("participant_id", "version", "row"))
+    if not len(rows) == len(posteriors) == encoding["rows"] or any(str(i) != r["row"] for i, r in enumerate(rows)):
+        raise BundleError(f"{table} does not list the {len(posteriors)} rows of {POSTERIORS} in their order: {AGAIN}")
+    found = with_conditions(rows, conditions, missing, table)
+    return [{"image": number, **{k: v for k, v in row.items() if k != "row"}} for number, row in enumerate(found)]
+
+
+def read_encoding(folder: str | Path) -> dict[str, Any]:
+    """What `encoding.json` says of a folder whose encoding is finished.
+
+    Raises:
+        BundleError: if there are no latents, or only a part of them.
+    """
+    path = Path(str(folder)) / ENCODING
+    encoded = path.with_name(ENCODED)
+    if not path.is_file() and not encoded.is_file():
+        raise BundleError(f"there are no latents in {folder}: encode a dataset first (configs/encode_latents.yaml)")
+    try:
+        encoding = json.loads(path.read_text(encoding="utf-8"))
+        fresh = encoding["encoded_sha256"] == array_sha256(mapped(encoded)) and not in_making(encoded).exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        fresh = False
+    if not fresh:
+        raise BundleError(f"the encoding in {folder} is not finished: {AGAIN}")
+    return encoding
+
+
+def in_making(path: Path) -> Path:
+    """Where a new array is made that is to replace the one at `path`."""
+    return path.with_name(f"next-{path.name}")
+
+
+def array_sha256(array: np.ndarray) -> str:
+    """SHA-256 of an array's elements, in hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def made_by(folder: str, autoencoder_path: str | Path, needed: Any = True) -> str:
+    """`encoder_sha256` of the autoencoder that made the latents of a folder, after a look at the file that is given.
+
+    Args:
+        folder: of the latents.
+        autoencoder_path: what the training calls their autoencoder.
+        needed: whether the training has a use for that file. Where it has none, the file need not be there.
+
+    Raises:
+        BundleError: if the file's encoder is another one, the file is needed and not there, or the latents do not say
+            what made them.
+    """
+    sha256, path = read_encoding(folder).get("encoder_sha256"), Path(str(autoencoder_path))
+    if sha256 is None:
+        raise BundleError(f"the latents in {folder} are of an earlier version and do not state their encoder: {AGAIN}")
+    if not path.is_file() and needed:
+        raise BundleError(
+            f"there is no autoencoder at {path}, which decodes the samples of the figures: give the --autoencoder_path "
+            "that encode_latents.yaml was given, or --sample_every 0"
+        )
+    if path.is_file() and encoder_sha256(read_state(path, "autoencoder", logger.debug)[0]) != sha256:
+        raise BundleError(
+            f"the latents in {folder} were made by another autoencoder than {path}: encode anew, or give "
+            f"--autoencoder_path the file that made them (the SHA-256 of its encoder is {sha256[:12]}...)"
+        )
+    return sha256
+
+
+def latent_scale(folder: str) -> float:
+    """One over the standard deviation of samples of the posteriors, pooled over all rows, voxels and channels.
+
+    The variance of a sample is E[mean^2 + std^2] - E[mean]^2; the encoding has stored both moments.
+
+    Raises:
+        BundleError: if the variance is zero or not finite.
+    """
+    moments = read_encoding(folder)["moments"]
+    variance = moments["square"] - moments["mean"] ** 2
+    if not np.isfinite(variance) or variance <= 0.0:
+        raise BundleError(f"the latents in {folder} have variance {variance}: the autoencoder is not usable")
+    return float(variance**-0.5)
+
+
+class PosteriorMeand(MapTransform):
+    """Dictionary transform from the row of a cached posterior to its scaled mean, without anything random.
+
+    Args:
+        keys: entries that hold row numbers.
+        folder: what configs/encode_latents.yaml wrote.
+        scale: factor on the latents.
+    """
+
+    def __init__(self, keys: str | Sequence[str], folder: str, scale: float) -> None:
+        super().__init__(keys)
+        self.posteriors, self.scale = Posteriors(folder), float(scale)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """The dictionary with latents (C, x, y, z), float32, in place of their rows."""
+        loaded = dict(data)
+        for key in self.key_iterator(loaded):
+            loaded[key] = self._latent(*self.posteriors[loaded[key]]) * self.scale
+        return loaded
+
+    def _latent(self, mean: Tensor, std: Tensor) -> Tensor:
+        return mean
+
+
+class SamplePosteriord(PosteriorMeand):
+    """Dictionary transform from the row of a cached posterior to a scaled sample of it.
+
+    Draws mean + standard deviation * noise with torch's random state and multiplies by the scale, so that
+    the diffusion model sees latents of unit variance, and different ones of one scan in every epoch.
+
+    Args:
+        keys, folder, scale: see `PosteriorMeand`.
+    """
+
+    def _latent(self, mean: Tensor, std: Tensor) -> Tensor:
+        return mean + std * torch.randn_like(mean)

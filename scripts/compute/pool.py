@@ -1,0 +1,104 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Work on many items in several processes, of which each may die without the others noticing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from typing import TypeVar
+
+from pebble import ProcessExpired, ProcessPool
+
+from scripts.core.errors import BundleError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+
+
+def results(
+    task: Callable[[T], R], items: Sequence[T], num_workers: int, died: Callable[[T, str], R]
+) -> Iterator[tuple[int, R]]:
+    """What a task makes of each item, as it is finished, with the item's position.
+
+    Each process works on one item at a time, in one thread, and ends when this one does. Where one dies, its item
+    fails alone and another process takes its place.
+
+    Args:
+        task: must not raise; with processes, it, its items and results are pickled.
+        items: what to work on.
+        num_workers: processes besides this one; 0 works in this one.
+        died: what stands for the result of an item whose process died, from the item and words on how it died.
+
+    Raises:
+        BundleError: if no process can start.
+    """
+    if num_workers == 0:
+        yield from ((number, task(item)) for number, item in enumerate(items))
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would share the threads of the libraries loaded here
+    pool = ProcessPool(min(num_workers, len(items)) or 1, initializer=_begin, context=context)
+    try:
+        with _one_thread():
+            futures: dict[Future[R], int] = {pool.schedule(task, (item,)): number for number, item in enumerate(items)}
+            for future in as_completed(futures):
+                number = futures.pop(future)
+                try:
+                    yield number, future.result()
+                except ProcessExpired as error:
+                    yield number, died(items[number], _how(error.exitcode))
+    except BrokenProcessPool as error:
+        raise BundleError("no process of --num_workers could start: is there too little memory for so many?") from error
+    finally:
+        pool.stop()
+        pool.join()
+
+
+def _how(code: int | None) -> str:
+    if code is not None and code < 0:
+        memory = " (is there too little memory for so many processes?)" if -code == signal.SIGKILL else ""
+        return f"signal {signal.Signals(-code).name}{memory}"
+    return f"exit code {code}"
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """While processes start, now or in place of dead ones: what they inherit makes their libraries use one thread."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _begin() -> None:
+    """In each process, first: a terminal's Ctrl-C reaches all, and the process that started them decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """So that what a killed command leaves does not write beside the same command, run again at once."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

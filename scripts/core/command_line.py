@@ -1,0 +1,239 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`python -m scripts VERB`: the short form of `python -m monai.bundle run` with its lists of configurations."""
+
+from __future__ import annotations
+
+import itertools
+import runpy
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scripts.core.command_help import changes_something, describe_verb, list_verbs, option_names, programs, tools
+from scripts.core.errors import BundleError
+from scripts.core.paths import ROOT
+from scripts.core.verbs import (
+    FLAG,
+    FOR_MONAI,
+    additions,
+    condition_flags,
+    merge,
+    near_matches,
+    read_flags,
+    references,
+    refuse_foreign_flags,
+    used_ids,
+    verbs,
+)
+
+COMPLETION = """\
+_brain_images() {
+    [ "${COMP_WORDS[1]} ${COMP_WORDS[2]}" = "-m scripts" ] || return
+    COMPREPLY=($("${COMP_WORDS[0]}" -m scripts completion words "${COMP_WORDS[@]:3:COMP_CWORD-2}" 2>/dev/null))
+}
+complete -o default -F _brain_images python python3
+"""
+SHELLS = {"bash": COMPLETION, "zsh": "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n" + COMPLETION}
+
+
+class UsageError(BundleError):
+    """A command that cannot be understood: the exit code is 2."""
+
+
+@dataclass
+class Request:
+    """What a command line asks for: a verb, the files that make it, and the flags that go on to MONAI."""
+
+    verb: str
+    files: list[Path] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)
+    printed: bool = False
+
+    def arguments(self) -> list[str]:
+        """Those of `python -m monai.bundle run`."""
+        files = [_from_here(path) for path in self.files]
+        elsewhere = Path.cwd() != ROOT and "bundle_root" not in read_flags(self.flags)
+        return [
+            "--config_file",
+            str(files).replace(", ", ","),
+            *(["--bundle_root", str(ROOT)] * elsewhere),
+            *self.flags,
+        ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code: 2 where it is not understood."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(given)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(given: list[str]) -> int:
+    words = list(itertools.takewhile(lambda word: not FLAG.fullmatch(word), given))
+    asks_help = not {"--help", "-h"}.isdisjoint(given)
+    if not words:
+        if given and not asks_help:
+            raise UsageError(f"a verb comes before {given[0]}: `python -m scripts` lists them")
+        print(list_verbs(), end="")
+    elif words[0] in tools():
+        _run_tool(words[0], given[1:])
+    elif words[0] == "completion":
+        print(_completion(given[1:]), end="")
+    else:
+        verb, rest = _split_verb(words, given)
+        request = read_request(verb, [word for word in rest if word not in ("--help", "-h")])
+        if asks_help:
+            print(describe_verb(verb, request.files), end="")
+            return 0
+        _check(request)
+        _start(request)
+    return 0
+
+
+def _split_verb(words: Sequence[str], given: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb that a command line begins with, in either spelling, and what follows it."""
+    names = {verb.replace(" ", "_"): verb for verb in verbs()}
+    for count in range(len(words), 0, -1):
+        if verb := names.get("_".join(words[:count])):
+            return verb, list(given[count:])
+    known = [*verbs(), *tools(), "completion"]
+    begun = [verb for verb in verbs() if verb.startswith(words[0] + " ")]
+    if begun and len(words) == 1:
+        raise UsageError(f"{words[0]} what? There are `{'`, `'.join(begun)}`")
+    hint = near_matches(" ".join(words[:2]), begun or known) or near_matches(words[0], known)
+    if words[0] in additions():
+        hint = f": it is an overlay, for --with {words[0]}"
+    raise UsageError(
+        f"there is no verb '{' '.join(words[: 2 if begun else 1])}'{hint or ': `python -m scripts` lists them'}"
+    )
+
+
+def read_request(verb: str, rest: Sequence[str]) -> Request:
+    """A command line behind its verb, understood.
+
+    Raises:
+        UsageError: for a word that belongs to no option, or a `--with` of what is not there.
+    """
+    request = Request(verb, list(verbs()[verb]))
+    name, takes = "", False
+    for word in [*rest, "--end"]:
+        if found := FLAG.fullmatch(word):
+            if name == "with" and takes:
+                raise UsageError("--with what? Give the name of an overlay, or a .yaml or .json file of your own")
+            name, takes = found[1], found[2] is None and found[1] != "print"
+        if name == "with" and (not found or found[2]):
+            request.files += [_added(one, verb) for one in (found[2] if found else word).split(",") if one]
+            takes = False
+        elif found:
+            request.printed |= name == "print"
+            request.flags += [word] if name not in ("with", "print", "end") else []
+        elif takes:
+            request.flags.append(word)
+            takes = False
+        else:
+            hint = f"--with {word} adds it" if word in additions() else f"write --OPTION {word}"
+            raise UsageError(f"'{word}' belongs to no option: {hint}")
+    return request
+
+
+def _added(name: str, verb: str) -> Path:
+    """The file that `--with NAME` adds."""
+    known = additions()
+    path = known.get(name.removesuffix(".yaml"), Path(name))
+    if path.is_file() and path.suffix in (".json", ".yaml", ".yml"):
+        return path
+    if name.replace(" ", "_") in {one.replace(" ", "_") for one in verbs()}:
+        raise UsageError(f"--with {name}: that is a verb of its own, `python -m scripts {name}`")
+    hint = near_matches(name, known) or f": there are {', '.join(known)}, or give a .yaml or .json file of your own"
+    raise UsageError(f"--with {name}: there is no such configuration{hint}")
+
+
+def _check(request: Request) -> None:
+    """Refuse overlays and flags that change nothing in this verb, and flags that there are not."""
+    for name, path in additions().items():
+        if path in request.files and not changes_something(path, request.verb):
+            raise UsageError(f"--with {name} has no effect on `{request.verb}`")
+    config, flags = merge(request.files), read_flags(request.flags)
+    try:
+        refuse_foreign_flags(flags, request.files, config)
+    except BundleError as error:
+        raise UsageError(str(error)) from error
+    own = used_ids(config) | FOR_MONAI
+    known = own | set(config) | set(condition_flags(config)) | set(references(list(flags.values())))
+    for name in flags:
+        if name.split("::")[0] not in {one.split("::")[0] for one in known}:
+            hint = near_matches(name, own, "--") or near_matches(name, known, "--")
+            raise UsageError(
+                f"unknown flag --{name}{hint or f': `python -m scripts {request.verb} --help` lists them'}"
+            )
+
+
+def _start(request: Request) -> None:
+    """Hand a command over to MONAI, or print it."""
+    if request.printed:
+        print("python -m monai.bundle run", *map(_quoted, request.arguments()))
+        return
+    import fire
+    from monai.bundle import run
+
+    fire.Fire(run, command=request.arguments(), name="python -m scripts")
+
+
+def _quoted(word: str) -> str:
+    """A word as it stands in the documentation, in double quotes, which every shell takes, where it needs any."""
+    if word == shlex.quote(word):
+        return word
+    return f'"{word}"' if not set(word) & set('"$`\\!%') else shlex.quote(word)
+
+
+def _from_here(path: Path) -> str:
+    """A path as it is written from the working directory, if it lies there."""
+    full = path.absolute()
+    return (full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full).as_posix()
+
+
+def _run_tool(name: str, arguments: list[str]) -> None:
+    """`python -m scripts.MODULE` of that name, within this process."""
+    sys.argv = [name, *arguments]
+    module = next(module for module in programs() if module.rpartition(".")[2] == name)
+    runpy.run_module(f"scripts.{module}", run_name="__main__", alter_sys=True)
+
+
+def _completion(arguments: Sequence[str]) -> str:
+    """A script for a shell, or, as that script asks, the words that may come next."""
+    if arguments[:1] == ["words"]:
+        return "".join(f"{word}\n" for word in complete(arguments[1:]))
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        raise UsageError(f"completion of what? There are `completion {'` and `completion '.join(SHELLS)}`")
+    return SHELLS[arguments[0]]
+
+
+def complete(words: Sequence[str]) -> list[str]:
+    """What may stand in place of the last, unfinished word of a command line behind `python -m scripts`."""
+    *before, begun = words or [""]
+    spelt = " ".join(itertools.takewhile(lambda word: not FLAG.fullmatch(word), before))
+    last = next((word for word in reversed(before) if FLAG.fullmatch(word)), "")
+    names = {name: verb for verb in verbs() for name in (verb, verb.replace(" ", "_"))}
+    if last == "--with" and not begun.startswith("-"):
+        found = list(additions())
+    elif spelt in names:
+        found = [f"--{name}" for name in ("with", "print", "help", *option_names(names[spelt]))]
+    else:
+        known = [*verbs(), *tools(), "completion"]
+        begins = f"{spelt} " if spelt else ""
+        found = [one[len(begins) :].split(" ")[0] for one in known if one.startswith(begins)]
+    return list(dict.fromkeys(one for one in found if one.startswith(begun)))

@@ -1,0 +1,165 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a running expression may know of the configuration it stands in."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import yaml
+from monai.bundle import ConfigParser
+from monai.bundle.properties import InferProperties, MetaProperties, TrainProperties
+
+from scripts.core.errors import BundleError, is_monai_command
+from scripts.core.paths import CONFIGS
+from scripts.core.verbs import (
+    SEPARATOR,
+    is_read,
+    load_config,
+    near_matches,
+    read_flags,
+    references,
+    refuse_foreign_flags,
+)
+
+OWN_WORDS = {"initialize", "run", "finalize", "imports", ConfigParser.meta_key}
+
+
+def current_config() -> dict[str, Any]:
+    """The merged configuration, overrides included, of the workflow that is now being evaluated.
+
+    MONAI gives its expressions no handle on the configuration they stand in, so the parser is looked up
+    on the call stack. Flags whose names are not fixed (one or two for each condition) are read this way.
+
+    Raises:
+        RuntimeError: if no configuration is being evaluated.
+    """
+    return _parser().get()
+
+
+def build(name: str) -> Any:
+    """A part of the configuration that is now being evaluated, built when it is asked for: a reference would be sooner.
+
+    Raises:
+        RuntimeError: if no configuration is being evaluated.
+    """
+    return _parser().ref_resolver.get_resolved_content(name)
+
+
+def _parser() -> ConfigParser:
+    frame: FrameType | None = sys._getframe()
+    found = None
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), ConfigParser):
+            found = frame.f_locals["self"]
+        frame = frame.f_back
+    if found is None:
+        raise RuntimeError("no MONAI configuration is being evaluated: call this from an expression of a config")
+    return found
+
+
+def config_text() -> str:
+    """The configuration that is running, overrides included, as JSON; `{}` outside of one."""
+    try:
+        return json.dumps(current_config(), default=str)
+    except RuntimeError:
+        return "{}"
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an entry of a configuration is a number, a truth value or text, and neither a structure nor computed."""
+    return isinstance(value, (bool, int, float, str)) and not str(value).startswith(("$", "@", "%"))
+
+
+def check_flags(conditions: Iterable[str] = ()) -> None:
+    """Refuse an override whose name nothing declares or reads: MONAI takes `--gendr 1` in silence.
+
+    Known are the ids of the files in `configs/`, the properties that MONAI defines, ids that something
+    in the merged configuration refers to, and the flags of the conditions. The same holds for what stands in a
+    section, such as `train::dataloader`. What a component takes, and the entries of a map that something reads as a
+    whole, such as `samplers`, are for that component to refuse. On MONAI's command line, a flag that only other
+    configurations have a use for is refused as well; `python -m scripts` has done that before.
+
+    Raises:
+        BundleError: naming the unknown flag and its nearest known names, or where a flag belongs.
+    """
+    config = current_config()
+    declared, referred = _declared(), set(references(config))
+    known = {_first(name) for name in declared | referred} | OWN_WORDS | set(conditions)
+    for name in config:
+        if name.lstrip("+") not in known:
+            _refuse(name, {other: other for other in known})
+    for name in _ids(config):
+        if SEPARATOR in name and not (name in declared or is_read(name, referred)):
+            _refuse(name, {other: other for other in known} | _beside(name, declared))
+    if is_monai_command():
+        flags = _given_flags()
+        refuse_foreign_flags(flags, _files_of(flags.get("config_file")), config)
+
+
+def _given_flags() -> dict[str, str | None]:
+    """The flags of this process's command line, and those in the file that `--args_file` names."""
+    flags = read_flags(sys.argv[1:])
+    path = Path(flags.get("args_file") or "")
+    return {**{key: str(value) for key, value in load_config(path).items()}, **flags} if path.is_file() else flags
+
+
+def _files_of(text: str | None) -> list[Path]:
+    """The files of a `--config_file`: one, several with commas, or a list as Python writes it."""
+    names = (text or "").strip("[]() ").split(",")
+    return [path for path in (Path(name.strip(" '\"")) for name in names) if path.is_file()]
+
+
+def _refuse(name: str, known: Mapping[str, str]) -> NoReturn:
+    """Raise with the names that are near, from a map of what may have been meant to how it is written."""
+    hint = near_matches(name.split(SEPARATOR)[-1], known, "--", known) or ": see docs/configuration.md"
+    raise BundleError(f"unknown flag --{name}{hint}")
+
+
+def _declared() -> set[str]:
+    files = [f for f in sorted(CONFIGS.iterdir()) if f.suffix in (".json", ".yaml") and f.stem != "metadata"]
+    ids = {name for f in files for name in _ids(_load(f))}
+    properties = (TrainProperties, InferProperties, MetaProperties)
+    return ids | {str(p["id"]) for one in properties for p in one.values()}
+
+
+@functools.cache
+def _load(path: Path) -> dict[str, Any]:
+    """By libyaml, where PyYAML has it: MONAI's way takes a second for all the files together, at each command."""
+    text, loader = path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return json.loads(text) if path.suffix == ".json" else yaml.load(text, loader)
+
+
+def _ids(config: Mapping[str, Any], section: str = "") -> Iterator[str]:
+    """The ids of a configuration, and those within its sections: maps that are no component."""
+    for key, value in config.items():
+        name = section + str(key).lstrip("+").replace("#", SEPARATOR)
+        if str(key).startswith("_"):
+            continue
+        yield name
+        if isinstance(value, Mapping) and "_target_" not in value:
+            yield from _ids(value, name + SEPARATOR)
+
+
+def _beside(name: str, declared: Iterable[str]) -> dict[str, str]:
+    """The declared ids of a section that another id is in, by their last words."""
+    section = name.rpartition(SEPARATOR)[0] + SEPARATOR
+    return {one[len(section) :]: one for one in declared if one.startswith(section)}
+
+
+def _first(name: str) -> str:
+    return name.split(SEPARATOR)[0]

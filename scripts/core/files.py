@@ -1,0 +1,93 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Writing files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from scripts.core.errors import BundleError
+
+
+def make_folder(path: str | os.PathLike) -> Path:
+    """Make a folder and its parents, and check that files can be written in it.
+
+    Raises:
+        BundleError: if the folder cannot be made or is not writable.
+    """
+    folder = Path(str(path))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BundleError(f"cannot write to the folder {folder}: {error.strerror or error}") from error
+    return folder
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name beside `path`, with the same suffixes, which becomes `path` if the block succeeds.
+
+    The file is flushed to disk before it is renamed, and its folder after. If the block raises, the temporary
+    file is removed and whatever stood at `path` before is still there.
+
+    Raises:
+        BundleError: if the file cannot be written, for want of room or of permission.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{uuid.uuid4().hex[:12]}-{target.name}")  # processes of two machines share numbers
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _flush_folder(target.parent)
+    except OSError as error:
+        raise BundleError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Remove what processes that were killed while they wrote `path` have left beside it."""
+    target = Path(path)
+    for leftover in target.parent.glob(f".{'[0-9a-f]' * 12}-{glob.escape(target.name)}"):
+        leftover.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 text under a temporary name and rename it to `path`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write `content` as indented JSON under a temporary name and rename it to `path`."""
+    write_text(path, json.dumps(content, indent=4, allow_nan=False) + "\n")

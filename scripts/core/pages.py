@@ -1,0 +1,35 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""HTML pages that need no other file, from the templates in `scripts/core/templates`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+def render(template: str, **content: Any) -> str:
+    """A page, in which all text that is put into the template is escaped.
+
+    Args:
+        template: name of a file in `scripts/core/templates`.
+        content: what the template names; lacking any of it is an error.
+    """
+    return _environment().get_template(template).render(content)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("scripts.core", "templates"), autoescape=True, undefined=StrictUndefined
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
+    return environment

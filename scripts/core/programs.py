@@ -1,0 +1,84 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Programs: those installed beside this package, and how one of its own ends in an error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from scripts.core.errors import BundleError
+
+logger = logging.getLogger(__name__)
+
+FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+"""Environment variables that would lead a program with a Python of its own to the modules of this one."""
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End this program with one line and exit status 1 where a `BundleError` is raised within."""
+    try:
+        yield
+    except BundleError as error:
+        sys.exit(f"error: {error}")
+
+
+def find_program(command: str, source: str) -> str:
+    """Path of a program.
+
+    Args:
+        command: its name, or its path.
+        source: where to get it, for the message.
+
+    Raises:
+        BundleError: if it is not installed.
+    """
+    found = shutil.which(command)
+    if found is None:
+        raise BundleError(f"there is no program {command}: {source}")
+    return found
+
+
+def run_program(command: Sequence[str], wanted: Path) -> Path:
+    """Run a program in silence, and check that it wrote what it should.
+
+    Args:
+        command: the program and its arguments.
+        wanted: the file that it should write.
+
+    Returns:
+        `wanted`.
+
+    Raises:
+        BundleError: if the program cannot be started, fails, or ends without the file; with its last line of output.
+    """
+    name = Path(command[0]).name
+    logger.info(f"running {' '.join(command)}")
+    environment = {key: value for key, value in os.environ.items() if key not in FOREIGN}
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        )
+    except OSError as error:
+        raise BundleError(f"{name} could not be started: {error.strerror or error}") from error
+    lines = done.stdout.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+    if done.returncode:
+        raise BundleError(f"{name} failed with exit status {done.returncode}: {lines[-1].strip()[:200]}")
+    if not wanted.is_file():
+        raise BundleError(f"{name} ended without its file {wanted.name}: {lines[-1].strip()[:200]}")
+    return wanted

@@ -1,0 +1,45 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Whether weights fit the diffusion training that starts from them."""
+
+from __future__ import annotations
+
+from monai.networks.schedulers import Scheduler
+
+from scripts.core.errors import BundleError
+from scripts.diffusion.schedules import check_facts
+from scripts.networks.weights import Checkpoint
+
+
+def check_origin(checkpoint: Checkpoint | None, schedule: Scheduler, encoder_sha256: str) -> None:
+    """Refuse diffusion weights that were trained for another target, on another schedule, or on other latents.
+
+    The latents' scale, too, is that of the weights' own autoencoder. Files that do not state these facts, such as the
+    released weights, pass.
+
+    Args:
+        checkpoint: weights to start from, or None.
+        schedule: of the training that begins.
+        encoder_sha256: of what made its latents; see `scripts.networks.weights.encoder_sha256`.
+
+    Raises:
+        BundleError: naming the flag to give, or the autoencoder.
+    """
+    if checkpoint is None:
+        return
+    check_facts(checkpoint, schedule)
+    trained = checkpoint.facts.get("encoder_sha256", encoder_sha256)
+    if trained != encoder_sha256:
+        raise BundleError(
+            f"{checkpoint.path} was trained on latents of another autoencoder (SHA-256 of its encoder: "
+            f"{str(trained)[:12]}...) than those in --latents_dir ({encoder_sha256[:12]}...): encode the dataset with "
+            "the one that it knows"
+        )

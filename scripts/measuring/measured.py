@@ -1,0 +1,171 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Volumes of structures in the files of a folder by the bundle's own segmenter, and label maps of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from tqdm import tqdm
+
+from scripts.compute.devices import process_rank
+from scripts.compute.kept import Values, complete, identity
+from scripts.core.errors import BundleError
+from scripts.core.files import make_folder
+from scripts.core.tables import write_table
+from scripts.measuring.outlines import outlined
+from scripts.measuring.segmenter import INTRACRANIAL, Segmenter, summarised
+from scripts.volumes.folders import VolumeFolder
+from scripts.volumes.grid import Grid
+from scripts.volumes.labels import stem
+from scripts.volumes.nifti import UNREADABLE, write_labels, write_picture
+
+logger = logging.getLogger(__name__)
+
+OBLIQUE = 1e-3
+"""Largest share of a voxel's side by which an axis may lean."""
+
+
+def grid_of(path: Path) -> Grid:
+    """The grid of a volume's file.
+
+    Raises:
+        BundleError: if it cannot be read, or its axes are not those of the world.
+    """
+    try:
+        image: Any = nib.load(path)
+        affine = np.asarray(image.affine, np.float64)
+    except UNREADABLE as error:
+        raise BundleError(f"cannot read the volume {path}: it is damaged, cut short or no image ({error})") from error
+    steps = np.diag(affine)[:3]
+    if np.abs(affine[:3, :3] - np.diag(steps)).max() > OBLIQUE * np.abs(affine[:3, :3]).max():
+        raise BundleError(f"the axes of {path} are not left-right, back-front and up-down: prepare the scan first")
+    return Grid(image.shape, steps.tolist(), affine[:3, 3].tolist())
+
+
+class MeasuredVolumes:
+    """The volumes of structures in the files of a folder, kept by the hashes of file and weights.
+
+    Args:
+        folder: the files.
+        segmenter: makes the segmenter, when it is first needed.
+        values: where the numbers are kept.
+    """
+
+    def __init__(self, folder: VolumeFolder, segmenter: Callable[[], Segmenter], values: Values) -> None:
+        self.folder, self._make, self.values = folder, segmenter, values
+
+    @cached_property
+    def segmenter(self) -> Segmenter:
+        """What measures."""
+        return self._make()
+
+    @cached_property
+    def what(self) -> str:
+        """What the numbers are of."""
+        return identity("structures", self.segmenter, weights=self.segmenter.sha256, amp=str(self.segmenter.amp))
+
+    def known(self, index: int) -> dict[str, float] | None:
+        """Volume in mm3 of each class in file number `index`; None if it was not measured yet."""
+        numbers = self.values.get(self.what, self.folder.hashes[index])
+        return None if numbers is None else dict(zip(INTRACRANIAL, numbers))
+
+    def measure(self, index: int, label_map: Path | None = None) -> None:
+        """Segment file number `index` and keep its volumes; if a path is given, write label map and picture.
+
+        Raises:
+            BundleError: if the file cannot be read, or lies on no grid whose axes are the world's.
+        """
+        grid, volume = grid_of(self.folder.paths[index]), self.folder[index][0]
+        shares = self.segmenter.shares(volume, grid)
+        if label_map is not None:
+            labels = self.segmenter.labels(shares, grid)
+            picture = make_folder(label_map.parent / "figures") / f"{stem(self.folder.paths[index])}.png"
+            write_picture(picture, outlined(volume[0].numpy(), labels))
+            write_labels(label_map, labels, grid)
+        volumes = self.segmenter.volumes(shares, grid)
+        self.values.add(self.what, [self.folder.hashes[index]], [volumes[name] for name in INTRACRANIAL])
+
+    def complete(self, label_map: Callable[[int], Path] | None = None, alone: bool = False) -> None:
+        """Measure what is not known, and write label maps that are not there; under torchrun, each process its share.
+
+        Args:
+            label_map: where that of a file goes; None for no label maps.
+            alone: see `scripts.compute.kept.complete`.
+        """
+
+        def is_done(index: int) -> bool:
+            return self.known(index) is not None and (label_map is None or label_map(index).is_file())
+
+        def measure(missing: list[int]) -> None:
+            for index in tqdm(missing, "segmenting", unit="volume", disable=None):
+                self.measure(index, None if label_map is None else label_map(index))
+
+        label = f"segmented volumes of {self.folder.flag}"
+        complete(label, range(len(self.folder)), is_done, measure, self.values, alone)
+
+    def rows(self) -> list[dict[str, float]]:
+        """What `scripts.measuring.segmenter.summarised` makes of each file; zeros, with a warning, where there is no
+        brain.
+        """
+        found = []
+        for index in range(len(self.folder)):
+            volumes = self.known(index)
+            assert volumes is not None
+            try:
+                found.append({**summarised(volumes), **{f"{name}_mm3": v for name, v in volumes.items()}})
+            except BundleError:
+                logger.warning(f"{self.folder.paths[index]} shows no brain: its volumes are 0")
+                found.append(
+                    dict.fromkeys(["ventricular_vol_mm3", "brain_vol_mm3", "brain_mm3", "intracranial_mm3"], 0.0)
+                )
+        return found
+
+
+def segment_folder(
+    folder: VolumeFolder, segmenter: Callable[[], Segmenter], values: Values, output_dir: str | os.PathLike
+) -> None:
+    """The verb `segment`: a label map `NAME_dseg.nii.gz` of each volume of a folder, pictures, and `volumes.tsv`.
+
+    What is there already stays; under torchrun each process segments its share.
+
+    Args:
+        folder: the volumes.
+        segmenter, values: see `MeasuredVolumes`.
+        output_dir: where to write; not within the folder.
+
+    Raises:
+        BundleError: if no folder is given, two volumes have one name, or the label maps would lie among the volumes.
+    """
+    if folder.folder is None:
+        raise BundleError(f"there is nothing to segment: give --{folder.flag} FOLDER")
+    output = Path(str(output_dir))
+    if output.resolve().is_relative_to(folder.folder.resolve()):
+        raise BundleError(f"--output_dir {output} lies in --{folder.flag} {folder.folder}: give another")
+    names = [stem(path) for path in folder.paths]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise BundleError(f"two volumes in {folder.folder} are called {twice}, and so would be their label maps")
+    make_folder(output)
+    measurement = MeasuredVolumes(folder, segmenter, values)
+    measurement.complete(lambda index: output / f"{names[index]}_dseg.nii.gz")
+    if process_rank()[0] == 0:
+        rows = [{key: round(value, 1) for key, value in row.items()} for row in measurement.rows()]
+        table = output / "volumes.tsv"
+        write_table(table, [{"volume": folder.name(i), **row} for i, row in enumerate(rows)])
+        logger.info(f"wrote {len(rows)} label maps and {table}")

@@ -1,0 +1,364 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reading network weights from files, strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from scripts.conditions.conditions import Conditions
+from scripts.core.errors import BundleError
+from scripts.core.files import replacing
+from scripts.core.options import yes_or_no
+
+logger = logging.getLogger(__name__)
+
+FACTS = "facts"
+LATENT_DIFFUSION = "latent_diffusion"  # the family of all weights that do not state theirs
+NESTS = ("state_dict", "model")  # where other trainers put the weights: PyTorch Lightning, timm and the like
+ENCODER = ("encoder.", "quant_conv_")  # what an autoencoder's parts that make latents are called
+PREFIX = "module."  # which torch.nn.parallel.DistributedDataParallel puts before each name
+ALIGNMENT = 64  # bytes, of PyTorch's own memory: products of matrices may round otherwise where it is less
+LARGE = 2**20  # bytes of a weight above which a convolution brings it into an order of its own before it computes
+WAYS_OUT = (
+    "download the released weights with `python -m monai.bundle download_large_files --bundle_path .`, "
+    "or use the small model that ships with the bundle: "
+    "--config_file \"['configs/inference.json','configs/demo.yaml']\""
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a weights file holds.
+
+    Attributes:
+        path: the file.
+        state: state dict of one network, on the CPU.
+        facts: plain data that training stored with it: `latent_scale`, `conditions` and so on; empty
+            for the released weights.
+        sha256: of the file's bytes.
+        mapped: whether the tensors are pages of the file, in memory once they are used, and all float32.
+        stamp: of the file when it was read; see `file_stamp`.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+    mapped: bool = False
+    stamp: tuple[int, ...] = ()
+
+    @property
+    def latent_scale(self) -> float:
+        """Factor between the autoencoder's latents and those that the diffusion model saw; 1 if none was stored."""
+        scale = self.facts.get("latent_scale", 1.0)
+        if not isinstance(scale, (int, float)) or not 0.0 < scale < float("inf"):
+            raise BundleError(f"{self.path} holds a latent scale of {scale}, not a number above 0: it is damaged")
+        return float(scale)
+
+
+def read_checkpoint(path: str | os.PathLike, network: str, family: str | None = None) -> Checkpoint:
+    """Read a state dict from a `.pt`, `.pth` or `.safetensors` file without running any code in it.
+
+    Args:
+        path: a bare state dict, one under `state_dict` or `model`, or a training checkpoint of this bundle.
+            Where that has averaged weights, `autoencoder_ema` or `diffusion_ema`, they are taken. A prefix
+            `module.` of all names is removed.
+        network: which network of a training checkpoint to take: `autoencoder` or `diffusion`.
+        family: the one that it must be of, by its name in `families`; None takes any.
+
+    Raises:
+        BundleError: if the file is missing, truncated, holds code or is no checkpoint of that network, or of another
+            family.
+    """
+    path = Path(str(path))
+    if not path.is_file():
+        raise BundleError(f"no weights of the {network} at {path}: {WAYS_OUT}")
+    stamp = file_stamp(path)
+    state, facts = read_state(path, network, family=family)
+    mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+    mapped = mapped and all(tensor.dtype == torch.float32 for tensor in state.values())
+    return Checkpoint(path, state, facts, file_sha256(path), mapped, stamp)
+
+
+def read_state(
+    path: Path, network: str, say: Callable[[str], None] = logger.info, family: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and facts of `read_checkpoint`, without the hash, for which the whole file is read.
+
+    Args:
+        path, network, family: as there.
+        say: is told what was chosen.
+
+    Raises:
+        BundleError: as `read_checkpoint`.
+    """
+    content, facts = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    facts = content.get(FACTS, facts)
+    if family is not None and isinstance(facts, Mapping):
+        check_family(path, facts, family)
+    state = _without_prefix(_find_state(content, network, path, say), path, say)
+    if not _is_state_dict(state) or not isinstance(facts, Mapping):
+        parts = ", ".join(map(str, list(content)[:6])) or "nothing"
+        raise BundleError(f"{path} holds no weights of the {network}: it holds {parts}")
+    return dict(state), dict(facts)
+
+
+def file_stamp(path: str | os.PathLike) -> tuple[int, ...]:
+    """Device, inode, size and time of the last change: another one, another content."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _find_state(content: Mapping[str, Any], network: str, path: Path, say: Callable[[str], None]) -> Any:
+    average = content.get(f"{network}_ema")
+    if isinstance(average, Mapping) and "weights" in average:
+        say(f"{path}: took the average of the weights over the training")
+        return average["weights"]
+    if network in content:
+        return content[network]
+    nest = next((name for name in NESTS if isinstance(content.get(name), Mapping)), None)
+    if nest is None:
+        return content
+    say(f"{path}: took the weights under '{nest}'")
+    return content[nest]
+
+
+def _without_prefix(state: Any, path: Path, say: Callable[[str], None]) -> Any:
+    if not _is_state_dict(state) or not all(name.startswith(PREFIX) for name in state):
+        return state
+    say(f"{path}: left out the prefix '{PREFIX}' of the weights' names")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+
+
+def _is_state_dict(state: Any) -> bool:
+    if not isinstance(state, Mapping) or not state:
+        return False
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def encoder_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what an autoencoder's latents depend on: the weights of its encoder, in hexadecimal.
+
+    The file's format, names and order of the weights do not change it, nor does rounding to float16 as in files that
+    ship, nor a decoder that was trained on.
+
+    Args:
+        state: of an `AutoencoderKL`, of MONAI core or of monai-generative. Of a network without such parts, all counts.
+    """
+    parts = [tensor for name, tensor in state.items() if name.startswith(ENCODER)] or list(state.values())
+    digests = [hashlib.sha256(part.detach().cpu().half().contiguous().numpy().tobytes()).digest() for part in parts]
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get(FACTS, "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, facts
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BundleError(f"{path} is damaged or no safetensors file ({error}): copy or download it again") from error
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if "global" in str(error).lower():
+            raise BundleError(
+                f"{path} holds Python code besides weights, which could do anything when run, so it was not "
+                f"loaded: ask for a plain state dict or a safetensors file"
+            ) from error
+        raise BundleError(f"{path} is damaged or no PyTorch file: copy or download it again") from error
+    except Exception as error:  # bytes that are no checkpoint can fail anywhere in PyTorch's reader
+        raise BundleError(f"{path} is damaged or cut short: copy or download it again") from error
+    if not isinstance(content, Mapping):
+        raise BundleError(f"{path} holds a {type(content).__name__}, not a state dict")
+    return dict(content), {}
+
+
+def write_safetensors(
+    path: str | os.PathLike, checkpoint: str | os.PathLike, network: str, dtype: str = "float16"
+) -> None:
+    """Take one network out of a training checkpoint, small enough to ship; its facts go into the metadata.
+
+    Args:
+        path: the safetensors file to write.
+        checkpoint: what `train_autoencoder` or `train_diffusion` saved.
+        network: `autoencoder` or `diffusion`.
+        dtype: of the stored weights, `float16` or `float32`.
+
+    Raises:
+        BundleError: as `read_checkpoint`, or if the file cannot be written.
+    """
+    source = read_checkpoint(checkpoint, network)
+    state = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in source.state.items()}
+    with replacing(path) as temporary:
+        save_file(state, temporary, {FACTS: json.dumps(source.facts)})
+
+
+def load_network(
+    network: nn.Module,
+    checkpoint: Checkpoint,
+    load_old: Any = 0,
+    device: torch.device | str = "cpu",
+    conditions: Conditions | None = None,
+    take: bool = False,
+) -> nn.Module:
+    """Put a checkpoint's weights into a network, every one of them, and set it to evaluation mode.
+
+    Args:
+        network: MONAI core's `AutoencoderKL` or `DiffusionModelUNet`, or any module where `load_old` is 0.
+        checkpoint: from `read_checkpoint`.
+        load_old: 1 if the file has the names of the separate monai-generative package (as the released
+            weights do), 0 if it has the names of MONAI core. A file of MONAI core's names is taken with 1 too.
+        device: where to move the network.
+        conditions: what the network is going to be conditioned on; compared with what the checkpoint
+            says it was trained with, where it says so.
+        take: let the network have the checkpoint's tensors themselves, where that makes no difference to its output,
+            in the place of copies; nothing is left in the checkpoint's `state`.
+
+    Returns:
+        The same network.
+
+    Raises:
+        BundleError: if any weight is missing, left over, or of another shape, or the conditions differ.
+    """
+    check_conditions(checkpoint, conditions)
+    wanted = network.state_dict()
+    if yes_or_no(load_old, "load_old") and set(checkpoint.state) != set(wanted):
+        given = _renamed(network, checkpoint, wanted)
+    else:
+        given = _of_same_names(checkpoint, wanted)
+    _check_shapes(checkpoint, given, wanted)
+    if take:
+        checkpoint.state.clear()
+        given = {name: _taken(tensor, wanted[name]) for name, tensor in given.items()}
+    network.load_state_dict(given, strict=True, assign=take)
+    return network.to(device).eval()
+
+
+@torch.no_grad()
+def _taken(given: Tensor, own: Tensor) -> Tensor:
+    same = (given.dtype, given.device) == (own.dtype, own.device) and given.is_contiguous()
+    reordered = given.dim() > 2 and given.nbytes >= LARGE
+    return given if same and (reordered or is_aligned(given)) else own.copy_(given)
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether a tensor lies in memory as PyTorch's own do."""
+    return tensor.data_ptr() % ALIGNMENT == 0
+
+
+def check_family(path: Path, facts: Mapping[str, Any], family: str) -> None:
+    """Refuse weights of another family. Those whose facts state none are of latent diffusion.
+
+    Raises:
+        BundleError: naming the flag to give.
+    """
+    stated = facts.get("family", LATENT_DIFFUSION)
+    if stated != family:
+        raise BundleError(f"{path} is of the family {stated}, not {family}: give --family {stated}")
+
+
+def check_conditions(checkpoint: Checkpoint, conditions: Conditions | None) -> None:
+    """Refuse weights whose facts say that they were trained with other conditions.
+
+    Raises:
+        BundleError: if names, order or ranges differ.
+    """
+    trained = checkpoint.facts.get("conditions")
+    if conditions is not None and trained is not None and list(trained.items()) != list(conditions.as_dict().items()):
+        raise BundleError(
+            f"{checkpoint.path} was trained with other conditions, ranges or order of them than the configured ones: "
+            "where its ranges were learned from a dataset, add the dataset's conditions.json to --config_file"
+        )
+
+
+def _of_same_names(checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    missing = sorted(set(wanted) - set(checkpoint.state))
+    unexpected = sorted(set(checkpoint.state) - set(wanted))
+    if missing or unexpected:
+        _refuse(checkpoint, missing, unexpected, "; if it comes from the monai-generative package, use --load_old 1")
+    return dict(checkpoint.state)
+
+
+class _Renaming:
+    """Stands in for a network in MONAI's conversion of old names: keeps what it would load."""
+
+    def __init__(self, own: Mapping[str, Tensor]) -> None:
+        self.own, self.given = own, dict(own)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.own)
+
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
+        self.given.update(state)
+
+
+def _renamed(network: nn.Module, checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # MONAI's conversion drops projections, and leaves weights as they were, without an error. What it leaves in the
+    # dict was dropped; what is the network's own afterwards was not loaded.
+    left, renaming = dict(checkpoint.state), _Renaming(wanted)
+    try:
+        with redirect_stdout(StringIO()):
+            type(network).load_old_state_dict(renaming, left)  # type: ignore[attr-defined]
+    except KeyError as error:
+        _refuse(checkpoint, [str(error.args[0])], [])
+    given = renaming.given
+    missing = [name for name in wanted if given[name] is wanted[name]]
+    unexpected = [name for name in left if left[name] is not given.get(name)] + list(set(given) - set(wanted))
+    if missing or unexpected:
+        _refuse(checkpoint, missing, sorted(unexpected))
+    return given
+
+
+def _check_shapes(checkpoint: Checkpoint, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    for name, tensor in given.items():
+        if tensor.shape != wanted[name].shape:
+            raise BundleError(
+                f"{checkpoint.path} is of another model: its {name} is {tuple(tensor.shape)}, "
+                f"the configured network's is {tuple(wanted[name].shape)}"
+            )
+
+
+def _refuse(checkpoint: Checkpoint, missing: list[str], unexpected: list[str], hint: str = "") -> None:
+    counts = [
+        f"{len(names)} {kind} ({names[0]} ...)"
+        for names, kind in ((missing, "weights missing"), (unexpected, "not in the network"))
+        if names
+    ]
+    raise BundleError(f"{checkpoint.path} is of another model than the configured one: {', '.join(counts)}{hint}")

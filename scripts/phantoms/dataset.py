@@ -1,0 +1,185 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Phantoms as a prepared dataset on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from scripts.compute.devices import process_rank
+from scripts.conditions.conditions import Conditions, flags_or_table
+from scripts.core.errors import BundleError
+from scripts.core.files import make_folder, replacing, write_json
+from scripts.core.options import whole_number
+from scripts.core.tables import read_table, write_table
+from scripts.phantoms.making import Phantom, Phantoms
+from scripts.phantoms.population import RAW, Covariates, as_raw
+from scripts.volumes.nifti import SPACE, mid_planes, read_volume, write_labels, write_picture, write_volume
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+TABLE = "participants.tsv"
+
+
+class PhantomRequests:
+    """Which phantoms to make, and which of their covariates are given.
+
+    Args:
+        conditions: their flags are read from the configuration that this object stands in.
+        num_phantoms: how many; None is 10, or the rows of the table.
+        seed: of the run; phantoms are numbered from 0.
+        table: path of a table with one phantom a row; what a row leaves out is drawn.
+
+    Raises:
+        BundleError: for a bad flag or table, or a table together with flags.
+    """
+
+    def __init__(self, conditions: Conditions, num_phantoms: Any, seed: Any, table: str | None) -> None:
+        self.seed = whole_number(0 if seed is None else seed, "seed")
+        rows = flags_or_table((*conditions.flags(), RAW[-1]), table, "num_phantoms", num_phantoms, default=10)
+        if table is None:
+            self.fixed = [as_raw(conditions, rows[0])] * len(rows)
+        else:
+            self.fixed = [as_raw(conditions, row, f" in row {n} of {table}") for n, row in enumerate(rows, start=1)]
+
+
+class PhantomFolder:
+    """The `run` of configs/phantoms.yaml: phantoms written as `scripts.preparation.run` writes scans.
+
+    Under torchrun each process makes its share. A phantom whose sidecar says that it was made by the same settings is
+    kept, so that the same command goes on where it was interrupted.
+
+    Args:
+        phantoms: the maker.
+        conditions: for the words of codes.
+        requests: which phantoms.
+        output_dir: folder of the dataset.
+    """
+
+    def __init__(
+        self, phantoms: Phantoms, conditions: Conditions, requests: PhantomRequests, output_dir: str | os.PathLike
+    ) -> None:
+        self.phantoms, self.conditions, self.requests = phantoms, conditions, requests
+        self.folder = make_folder(output_dir)
+
+    def run(self) -> None:
+        """Make what is missing, then the dataset's table of all that is there.
+
+        Raises:
+            BundleError: if a phantom cannot be made; those before it are kept.
+        """
+        rank, processes = process_rank()
+        numbers = range(len(self.requests.fixed))
+        for number in tqdm(numbers[rank::processes], desc="phantoms", unit="phantom", disable=None):
+            if self._row(number) is None:
+                self._write(number, self.phantoms.make(self.requests.seed, number, self.requests.fixed[number]))
+        self._write_table(len(numbers))
+
+    def _write_table(self, total: int) -> None:
+        """Whichever process is last finds all sidecars; one that finds more after writing writes again."""
+        rows: list[dict[str, Any]] = []
+        while True:
+            found = [row for row in map(self._row, range(total)) if row is not None]
+            if rows and len(found) == len(rows):
+                break
+            rows = found
+            write_table(self.folder / TABLE, rows)
+        write_json(self.folder / "dataset_description.json", _description())
+        logger.info(f"{len(rows)} of {total} phantoms are in {self.folder}")
+
+    def _row(self, number: int) -> dict[str, Any] | None:
+        """The table's row of a phantom that is there, or None.
+
+        Raises:
+            BundleError: if a phantom of other settings has its place.
+        """
+        sidecar = self.folder / _path(number, "T1w.json")
+        try:
+            known = json.loads(sidecar.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if known.get("made_by") != self._made_by(number):
+            raise BundleError(
+                f"{sidecar} is of a phantom made by other settings: choose another --output_dir or --seed"
+            )
+        return known["row"]
+
+    def _made_by(self, number: int) -> dict[str, Any]:
+        settings = {"format": FORMAT, "seed": self.requests.seed, "number": number, **self.phantoms.settings()}
+        return json.loads(json.dumps({**settings, "fixed": self.requests.fixed[number]}))
+
+    def _write(self, number: int, phantom: Phantom) -> None:
+        """Volume, labels and picture; the sidecar comes last, so that what has one is complete."""
+        path, grid = self.folder / _path(number, "T1w.nii.gz"), self.phantoms.grid
+        make_folder(path.parent)
+        write_volume(path, phantom.image[0].numpy(), grid)
+        write_labels(self.folder / _path(number, "dseg.nii.gz"), phantom.labels[0].numpy(), grid)
+        figures = make_folder(self.folder / "figures")
+        write_picture(figures / f"{_name(number)}.png", picture(phantom.image[0].numpy(), phantom.labels[0].numpy()))
+        row = {
+            "participant_id": _name(number),
+            "path": _path(number, "T1w.nii.gz").as_posix(),
+            **self._in_words(phantom.measured),
+            "labels": _path(number, "dseg.nii.gz").as_posix(),
+            **{f"requested_{name}": round(getattr(phantom.requested, name), 1) for name in RAW[2:]},
+            **phantom.facts,
+        }
+        write_json(self.folder / _path(number, "T1w.json"), {"made_by": self._made_by(number), "row": row})
+
+    def _in_words(self, covariates: Covariates) -> dict[str, Any]:
+        words = {c.raw: {code: word for word, code in c.codes.items()} for c in self.conditions}
+        values = {name: getattr(covariates, name) for name in RAW}
+        return {name: words.get(name, {}).get(value, round(value, 3)) for name, value in values.items()}
+
+
+def picture(image: np.ndarray, labels: np.ndarray, height: int = 256) -> np.ndarray:
+    """The mid planes of a volume and below them its labels in grey levels: (2 * height, width) uint8."""
+    return np.concatenate([mid_planes(image, height), mid_planes(labels / np.float32(labels.max()), height)])
+
+
+def contact_sheet(dataset_dir: str | os.PathLike, path: str | os.PathLike | None, columns: int = 3) -> None:
+    """A picture of the mid planes of all phantoms of a dataset, in the order of its table; none if `path` is None."""
+    if path is None:
+        return
+    rows = read_table(Path(dataset_dir) / TABLE, ["path"])
+    tiles = [mid_planes(read_volume(Path(dataset_dir) / row["path"]), 144) for row in rows]
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+    sheet = np.concatenate([np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)])
+    with replacing(path) as temporary:
+        Image.fromarray(sheet).quantize(64).save(temporary, format="PNG", optimize=True)
+
+
+def _name(number: int) -> str:
+    return f"sub-{number:06d}"
+
+
+def _path(number: int, ending: str) -> Path:
+    return Path(_name(number), "anat", f"{_name(number)}_space-{SPACE}_{ending}")
+
+
+def _description() -> Mapping[str, Any]:
+    makers: Sequence[Mapping[str, str]] = [{"Name": "scripts.phantoms", "Description": "deformed real heads"}]
+    return {
+        "Name": "Digital head phantoms with known volumes",
+        "BIDSVersion": "1.9.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": makers,
+    }

@@ -1,0 +1,235 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Whether a scan shows the whole brain, lies upright on the template, and says plainly which side is left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from scripts.core.errors import BundleError
+from scripts.preparation.registration import (
+    Registration,
+    Template,
+    correlation,
+    resample,
+    resized_about,
+    seen_fraction,
+    thinned,
+)
+from scripts.volumes.nifti import UNREADABLE
+from scripts.volumes.scans import Scan
+
+SKULL_MM = 12.0
+VAULT_FROM_MM = -30.0
+CHECK_MM = 4.0
+DOUBTFUL_SIDES = -0.008
+FORM_DEGREES = 3.0
+FORM_MM = 3.0
+
+
+@dataclass(frozen=True)
+class FieldOfView:
+    """How much of a head the scan shows: fractions 0..1 of the template brought to the head's place and size.
+
+    Attributes:
+        brain: of the brain.
+        vault: of the brain and the 12 mm around it, above the skull's base (MNI z over -30 mm).
+    """
+
+    brain: float
+    vault: float
+
+    def flag(self, least_brain: float = 0.99, least_vault: float = 0.98) -> str:
+        """`cut` if a part of the brain is missing, `skull cut` if a part of what is around it is, else `whole`."""
+        if self.brain < least_brain:
+            return "cut"
+        return "skull cut" if self.vault < least_vault else "whole"
+
+
+def field_of_view(scan: Scan, found: Registration, template: Template) -> FieldOfView:
+    """What the scan shows of the head; constant planes at its ends are padding and show nothing.
+
+    Args:
+        scan: the raw scan.
+        found: how it lies on the template.
+        template: the head that it was registered to.
+    """
+    coarse = template.thinned
+    transform, affine = found.with_scale(template.centre), coarse.head.affine
+    heights = affine[2, 3] + affine[2, 2] * np.arange(coarse.head.data.shape[2])
+    vault = coarse.near_brain(SKULL_MM) & (heights > VAULT_FROM_MM)
+    return FieldOfView(
+        seen_fraction(scan, transform, coarse.in_brain, affine), seen_fraction(scan, transform, vault, affine)
+    )
+
+
+@dataclass(frozen=True)
+class Pose:
+    """How a prepared volume lies, by its correlation with the turned and with the mirrored template at 4 mm.
+
+    Attributes:
+        upright: correlation with the template as it is.
+        turned: the best correlation with the template after one of the 23 quarter or half turns.
+        sides: correlation with the template less that with its mirror image. The asymmetry of the average head
+            (the petalias) makes it positive in most heads and negative in most mirrored ones, but not in all.
+    """
+
+    upright: float
+    turned: float
+    sides: float
+
+    @property
+    def is_upright(self) -> bool:
+        """Whether no turn of the template fits better."""
+        return self.upright > self.turned
+
+    @property
+    def sides_are_doubtful(self) -> bool:
+        """Whether the mirrored template fits clearly better: a reason to look, and no proof."""
+        return self.sides < DOUBTFUL_SIDES
+
+
+def pose(volume: np.ndarray, affine: np.ndarray, scale: float, template: Template) -> Pose:
+    """Compare a prepared volume with the template in its place, turned, and mirrored.
+
+    Args:
+        volume: prepared, in the template's frame.
+        affine: of the volume.
+        scale: length in the head over length in the template.
+        template: the head that it was registered to.
+    """
+    coarse = Template(thinned(template.head, CHECK_MM), template.brain)
+    shape, grid = coarse.head.data.shape, coarse.head.affine
+    sized = resized_about(template.centre, scale)
+    moved = resample(thinned(Scan(volume, affine), CHECK_MM), sized, shape, grid, order=1)
+    near = coarse.near_brain(SKULL_MM)
+    turns = [_similarity(moved, coarse.head, _about(template.centre, turn), near) for turn in _quarter_turns()]
+    mirror = np.diag([-1.0, 1.0, 1.0, 1.0])
+    sides = turns[0] - _similarity(moved, coarse.head, mirror, near)
+    return Pose(turns[0], max(turns[1:]), sides)
+
+
+def _quarter_turns() -> list[np.ndarray]:
+    """The 24 rotations of a cube, the identity first."""
+    turns = Rotation.create_group("O")
+    return [turns[index].as_matrix() for index in np.argsort(turns.magnitude(), kind="stable")]
+
+
+def _about(centre: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = rotation, centre - rotation @ centre
+    return matrix
+
+
+def _similarity(moved: np.ndarray, head: Scan, transform: np.ndarray, near: np.ndarray) -> float:
+    to_voxels = np.linalg.inv(head.affine) @ transform @ head.affine
+    turned = ndimage.affine_transform(head.data, to_voxels[:3, :3], to_voxels[:3, 3], order=1)
+    return correlation(moved[near], turned[near])
+
+
+def header_findings(path: str | os.PathLike) -> list[str]:
+    """What makes a file's left and right, or its position, doubtful; empty if nothing does.
+
+    That a header is wrong as a whole cannot be seen from it.
+
+    Args:
+        path: a NIfTI file.
+
+    Returns:
+        One short sentence for each finding.
+
+    Raises:
+        BundleError: if the file cannot be read.
+    """
+    try:
+        image = nib.load(path)
+    except UNREADABLE as error:
+        raise BundleError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(image, nib.Nifti1Image):
+        return _analyze_findings(image)
+    return [*_form_findings(image), *_code_findings(image), *_unit_findings(image)]
+
+
+def _analyze_findings(image: nib.spatialimages.SpatialImage) -> list[str]:
+    if type(image) in (nib.AnalyzeImage, nib.Spm99AnalyzeImage, nib.Spm2AnalyzeImage):
+        return ["is an Analyze file: the format does not say which side is left"]
+    return []
+
+
+def _form_findings(image: nib.Nifti1Image) -> list[str]:
+    """Disagreement of the header's two affines, where both are set."""
+    (qform, qcode), (sform, scode) = image.get_qform(coded=True), image.get_sform(coded=True)
+    if not (qcode and scode):
+        return []
+    if np.linalg.det(qform[:3, :3]) * np.linalg.det(sform[:3, :3]) < 0:
+        return ["qform and sform are mirror images of each other: one of them has left and right wrong"]
+    if nib.aff2axcodes(qform) != nib.aff2axcodes(sform):
+        return [f"qform says the axes are {_codes(qform)}, sform {_codes(sform)}"]
+    if qcode != scode:
+        return []  # two frames, each with its own name
+    middle = np.append((np.asarray(image.shape[:3]) - 1) / 2, 1.0)
+    apart = float(np.linalg.norm((qform - sform) @ middle))
+    angle = _angle(qform, sform)
+    if angle > FORM_DEGREES or apart > FORM_MM:
+        return [f"qform and sform differ by {angle:.0f} degrees and {apart:.0f} mm, under one code"]
+    return []
+
+
+def _angle(one: np.ndarray, other: np.ndarray) -> float:
+    """Degrees between the axes of two affines of the same handedness."""
+    axes = [matrix[:3, :3] / np.linalg.norm(matrix[:3, :3], axis=0) for matrix in (one, other)]
+    cosine = (np.trace(axes[0].T @ axes[1]) - 1.0) / 2.0
+    return float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))))
+
+
+def _codes(affine: np.ndarray) -> str:
+    return "".join(nib.aff2axcodes(affine))
+
+
+def _code_findings(image: nib.Nifti1Image) -> list[str]:
+    header, found = image.header, []
+    codes = int(header["qform_code"]), int(header["sform_code"])
+    if codes == (0, 0):
+        found.append("has no orientation (sform and qform codes are 0): left and right are a guess")
+    if codes[0] and float(header["pixdim"][0]) not in (-1.0, 1.0):
+        found.append(
+            f"pixdim[0] is {float(header['pixdim'][0]):g}, not 1 or -1: the handedness of its qform is a guess"
+        )
+    if _came_from_analyze(image):
+        found.append("its axes are the array's, centred, as of a file converted from Analyze: check left and right")
+    return found
+
+
+def _came_from_analyze(image: nib.Nifti1Image) -> bool:
+    """Whether only an sform of unturned axes is there, whose origin is the middle of the array."""
+    header, affine = image.header, np.asarray(image.affine)
+    unturned = np.count_nonzero(np.abs(affine[:3, :3]) > 1e-6) == 3
+    middle = affine @ np.append((np.asarray(image.shape[:3]) - 1) / 2, 1.0)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0).max()
+    centred = bool(np.abs(middle[:3]).max() <= spacing)
+    return int(header["qform_code"]) == 0 and unturned and centred and int(header["sform_code"]) in (1, 2)
+
+
+def _unit_findings(image: nib.Nifti1Image) -> list[str]:
+    unit = image.header.get_xyzt_units()[0]
+    return [f"says that its lengths are in {unit}s: they are read as mm"] if unit in ("meter", "micron") else []
+
+
+def described(findings: Sequence[str]) -> str:
+    """The findings as one cell of a table; `none` if there are none."""
+    return "; ".join(findings) if findings else "none"

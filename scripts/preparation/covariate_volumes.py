@@ -1,0 +1,256 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Ventricular and brain volumes of prepared scans, measured where no table states them."""
+
+from __future__ import annotations
+
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import nibabel as nib
+import numpy as np
+
+from scripts.conditions.conditions import Conditions
+from scripts.core.errors import BundleError
+from scripts.core.options import is_absent
+from scripts.core.wheels import file_hash
+from scripts.measuring.tools import SegmentationTool, chosen_way
+from scripts.preparation.steps import Record, TargetSpace
+from scripts.volumes.labels import QUANTITIES, belongs, label_volumes, read_synthseg, stem
+from scripts.volumes.nifti import write_volume
+from scripts.volumes.scans import Scan, ScanError
+
+LABELS_COLUMN = "labels"
+BESIDE = ("_dseg", "_aseg", "_seg")
+ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh")
+
+
+class VolumeMethod(ABC):
+    """A way to the volumes of a scan."""
+
+    @abstractmethod
+    def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
+        """Volumes by the names of the conditions, `ventricular_vol` and `brain_vol`, in mm3; and the labels, if any.
+
+        The brain's is that of grey and white matter, normalised for the size of the head.
+
+        Raises:
+            BundleError: if they cannot be measured.
+        """
+
+    def reads(self, name: str, raw: Path, row: Mapping[str, str]) -> Path | None:
+        """The file besides the scan itself that holds its labels; None if there is none. See `MeasureVolumes.reads`."""
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """Plain data on which the volumes depend."""
+        return {}
+
+
+class LabelsBeside(VolumeMethod):
+    """Label maps in FreeSurfer's codes that lie beside the raw scans.
+
+    Named by the table's column `labels`, relative to the scan's folder; else the scan's own name with `_dseg`, `_aseg`
+    or `_seg` in place of `_T1w`, in NIfTI or MGH.
+    """
+
+    def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
+        """See `VolumeMethod`."""
+        found = self.reads(record.name, record.raw, record.row)
+        if found is None:
+            first = self._candidates(record.raw, record.row)[0].name
+            raise ScanError("no label map", f"there is no label map beside {record.raw}, such as {first}")
+        return normalised_for_head_size(label_volumes(found), record), None
+
+    def reads(self, name: str, raw: Path, row: Mapping[str, str]) -> Path | None:
+        """The scan's label map."""
+        return next((path for path in self._candidates(raw, row) if path.is_file()), None)
+
+    def _candidates(self, raw: Path, row: Mapping[str, str]) -> list[Path]:
+        named = row.get(LABELS_COLUMN, "")
+        if named not in ("", "n/a"):
+            return [raw.parent / named]
+        name = stem(raw).removesuffix("_T1w")
+        return [raw.with_name(f"{name}{word}{ending}") for word in BESIDE for ending in ENDINGS]
+
+
+class GivenVolumes(VolumeMethod):
+    """Label maps in a folder, or a table of SynthSeg, told by the scans' names.
+
+    Args:
+        path: as `--segmentations` of the evaluation.
+
+    Raises:
+        BundleError: if it is neither.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(str(path))
+        if self.path.is_file():
+            self.table, self.maps = read_synthseg(self.path), {}
+        elif self.path.is_dir():
+            self.table, self.maps = {}, {stem(file): file for file in self._files()}
+        else:
+            raise BundleError(f"--segmentations: there is no folder of label maps and no table {self.path}")
+
+    def _files(self) -> list[Path]:
+        files = sorted(file for file in self.path.rglob("*") if file.name.endswith(ENDINGS))
+        if not files:
+            raise BundleError(f"--segmentations: the folder {self.path} holds no label map in NIfTI or MGH")
+        return files
+
+    def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
+        """See `VolumeMethod`."""
+        found = self.table.get(self._name(record.name, self.table)) if self.table else None
+        if found is None and self.maps:
+            found = label_volumes(self.maps[self._name(record.name, self.maps)])
+        return normalised_for_head_size(found or {}, record), None
+
+    def reads(self, name: str, raw: Path, row: Mapping[str, str]) -> Path | None:
+        """The scan's label map in the folder; none where there is not one, which `measure` refuses."""
+        fitting = self._fitting(name, self.maps)
+        return self.maps[fitting[0]] if len(fitting) == 1 else None
+
+    def _fitting(self, name: str, known: Mapping[str, Any]) -> list[str]:
+        return [one for one in known if belongs(one, name) or belongs(one, name.removeprefix("sub-"))]
+
+    def _name(self, name: str, known: Mapping[str, Any]) -> str:
+        fitting = self._fitting(name, known)
+        if len(fitting) != 1:
+            raise ScanError("no label map", f"{self.path} has {len(fitting)} segmentations of {name}")
+        return fitting[0]
+
+    def settings(self) -> dict[str, Any]:
+        """The table's hash, or the folder's name."""
+        return {"path": self.path.name, "sha256": file_hash(self.path) if self.path.is_file() else None}
+
+
+class ByTool(VolumeMethod):
+    """A program that segments the prepared volume: `synthseg` or `samseg`; its label map is kept in the dataset.
+
+    Args:
+        segmenter: the program.
+    """
+
+    def __init__(self, segmenter: SegmentationTool) -> None:
+        self.segmenter = segmenter
+
+    def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
+        """See `VolumeMethod`."""
+        with tempfile.TemporaryDirectory(prefix="segmented-") as folder:
+            volume = Path(folder) / f"{record.name}.nii.gz"
+            write_volume(volume, record.on_grid(), space.grid)
+            self.segmenter.segment([volume], Path(folder))
+            found = self.segmenter.label_map(volume, Path(folder))
+            if not found.is_file():
+                raise BundleError(f"{self.segmenter.name} wrote no label map of {record.name}")
+            image: Any = nib.load(found)
+            labels = Scan(np.rint(np.asanyarray(image.dataobj)).astype(np.int16), image.affine)
+            return normalised_for_head_size(label_volumes(found), record), labels
+
+    def settings(self) -> dict[str, Any]:
+        """The program's name."""
+        return {"segmenter": self.segmenter.name}
+
+
+class OwnSegmenter(VolumeMethod):
+    """The bundle's own network; see `scripts.measuring.segmenter`."""
+
+    def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
+        """See `VolumeMethod`."""
+        from scripts.measuring.segmenter import brain_volumes  # type: ignore[import-not-found] # reads weights when imported
+
+        found = brain_volumes(record.on_grid(), space.grid)
+        return {name: found[f"{name}_mm3"] for name in QUANTITIES}, None
+
+    def settings(self) -> dict[str, Any]:
+        """The hash of the weights."""
+        from scripts.measuring.segmenter import SHIPPED
+
+        return {"weights_sha256": file_hash(SHIPPED) if SHIPPED.is_file() else None}
+
+
+class MeasureVolumes:
+    """The step that fills in the volumes that no table states; a scan that lacks none goes through unchanged.
+
+    Args:
+        space: the grid.
+        conditions: those called `ventricular_vol` and `brain_vol` are measured.
+        segment_with: name of a way in `ways`; None for none.
+        segmentations: folder of label maps or table of SynthSeg, which then is the way.
+        ways: name -> `VolumeMethod`.
+
+    Raises:
+        BundleError: if there is no way of that name, or both are given.
+    """
+
+    columns: ClassVar[Mapping[str, str]] = {"measured_volumes": "conditions that were measured, not read from a table"}
+
+    def __init__(
+        self,
+        space: TargetSpace,
+        conditions: Conditions,
+        segment_with: Any,
+        segmentations: Any,
+        ways: Mapping[str, VolumeMethod],
+    ) -> None:
+        self.space = space
+        self.names = {c.raw: c.name for c in conditions if c.name in QUANTITIES}
+        self.chosen = chosen_way(segment_with, segmentations, ways)
+        given = None if is_absent(segmentations) else GivenVolumes(segmentations)
+        self.way = given if self.chosen is None else ways[self.chosen]
+
+    def reads(self, name: str, raw: Path, row: Mapping[str, str], lacking: Sequence[str]) -> Path | None:
+        """The file besides the scan itself that a scan which lacks these conditions is measured by; None for none.
+
+        Args:
+            name: of the scan.
+            raw: the scan's file.
+            row: what the tables say of it, by column.
+            lacking: raw names of the conditions that no table states of it.
+        """
+        wanted = self.way is not None and any(raw_name in self.measures for raw_name in lacking)
+        return self.way.reads(name, raw, row) if self.way and wanted else None
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Raw names of the conditions that are measured where they lack."""
+        return tuple(self.names) if self.way else ()
+
+    def __call__(self, record: Record) -> Record:
+        """The record with its `covariates`.
+
+        Raises:
+            BundleError: if they cannot be measured.
+        """
+        lacking = [raw for raw in record.lacking if raw in self.measures]
+        if self.way is None or not lacking:
+            return record
+        volumes, labels = self.way.measure(record, self.space)
+        found = {raw: round(volumes[self.names[raw]], 1) for raw in lacking}
+        return replace(record.with_measured(measured_volumes=" ".join(lacking)), covariates=found, labels=labels)
+
+    def settings(self) -> dict[str, Any]:
+        """The way, and what it depends on."""
+        return {"segment_with": self.chosen, **(self.way.settings() if self.way else {})}
+
+
+def normalised_for_head_size(volumes: Mapping[str, float], record: Record) -> dict[str, float]:
+    """The volumes of a head with the brain's divided by the cube of the head's scale to the template.
+
+    That is how UK Biobank's field 25009 normalises for head size (Smith et al. 2002, SIENAX). The rigid motion onto
+    the grid changes no volume, so that label maps of the raw and of the prepared scan give the same.
+    """
+    return {**volumes, "brain_vol": volumes["brain_vol"] / record.registered().scale ** 3}

@@ -1,0 +1,66 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A list of scans that a person has found bad, as the quality page writes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from scripts.core.errors import BundleError
+
+
+class Exclusions:
+    """The names in a text file, one a line; what follows `#` is a remark.
+
+    A name is that of one scan (`sub-01_ses-2`) or of a participant (`sub-01`), all of whose scans it means.
+
+    Args:
+        path: the file; None excludes nothing.
+
+    Raises:
+        BundleError: if the file cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike | None) -> None:
+        self.path = path
+        self.remarks: dict[str, str] = {}
+        for line in _lines(path) if path is not None else []:
+            name, _, remark = line.partition("#")
+            if name.strip():
+                self.remarks[name.strip()] = remark.strip()
+
+    def reason(self, name: str, participant: str) -> str | None:
+        """The remark on a scan that is excluded, `excluded` where there is none; None if it is not excluded.
+
+        Args:
+            name: of the scan.
+            participant: whose scan it is.
+        """
+        for entry in (name, participant):
+            if entry in self.remarks:
+                return self.remarks[entry] or "excluded"
+        return None
+
+    def check(self, names: Iterable[str], participants: Iterable[str]) -> None:
+        """Raise `BundleError` for an entry that names no scan and no participant: it would exclude nothing."""
+        known = {*names, *participants}
+        for entry in self.remarks:
+            if entry not in known:
+                raise BundleError(f"{self.path} excludes '{entry}', but there is no such scan or participant")
+
+
+def _lines(path: str | os.PathLike) -> list[str]:
+    try:
+        return Path(str(path)).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"cannot read the list {path}: {getattr(error, 'strerror', None) or error}") from error

@@ -1,0 +1,146 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`python -m scripts.preparation.native_space`: a result on the bundle grid, such as a segmentation, carried back to
+the raw scan.
+
+    python -m scripts.preparation.native_space --volume labels.nii.gz --scan raw/sub-01_T1w.nii.gz \\
+        --sidecar dataset/sub-01/anat/sub-01_space-MNI152_T1w.json --output sub-01_labels.nii.gz --labels
+
+The sidecar, written by the preparation, holds the rigid motion between both frames. The result has the raw scan's
+voxels, in its order, so that it lies over it in every viewer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+from scripts.core.errors import BundleError
+from scripts.core.files import replacing
+from scripts.core.programs import errors_in_one_line
+from scripts.volumes.nifti import UNREADABLE
+
+KEY = "template_to_scan_mm"
+
+
+def to_native(
+    volume: np.ndarray,
+    affine: np.ndarray,
+    template_to_scan: np.ndarray,
+    shape: tuple[int, ...],
+    native_affine: np.ndarray,
+    labels: bool = False,
+) -> np.ndarray:
+    """Resample a volume of the template's frame onto the voxels of the raw scan, in one interpolation.
+
+    Args:
+        volume: 3D, on any grid in the template's frame.
+        affine: of the volume, to MNI152 mm.
+        template_to_scan: 4 x 4 rigid motion from MNI152 mm to the scan's world mm, as the sidecar holds it.
+        shape, native_affine: of the raw scan as it is stored.
+        labels: take the nearest voxel and keep the type; else interpolate linearly, as float32.
+
+    Returns:
+        Array of `shape`; 0 where the volume does not reach.
+    """
+    to_voxels = np.linalg.inv(template_to_scan @ affine) @ native_affine
+    data = volume if labels else volume.astype(np.float32)
+    return ndimage.affine_transform(
+        data, to_voxels[:3, :3], to_voxels[:3, 3], tuple(shape[:3]), order=0 if labels else 1, output=data.dtype
+    )
+
+
+def read_transform(sidecar: str | os.PathLike) -> np.ndarray:
+    """The rigid motion that a prepared scan's sidecar holds.
+
+    Raises:
+        BundleError: if the file is unreadable or holds no such matrix.
+    """
+    try:
+        matrix = np.asarray(json.loads(Path(sidecar).read_text(encoding="utf-8"))[KEY], np.float64)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{sidecar} is no sidecar of a prepared scan: it has no readable '{KEY}'") from error
+    if matrix.shape != (4, 4) or abs(abs(np.linalg.det(matrix[:3, :3])) - 1.0) > 1e-3:
+        raise BundleError(f"'{KEY}' of {sidecar} is not a rigid 4 x 4 matrix")
+    return matrix
+
+
+def carry_back(
+    volume: str | os.PathLike,
+    scan: str | os.PathLike,
+    sidecar: str | os.PathLike,
+    output: str | os.PathLike,
+    labels: bool = False,
+) -> None:
+    """Write a volume of the template's frame onto the voxels of a raw scan.
+
+    Args:
+        volume: what to carry back.
+        scan: the raw scan that was prepared.
+        sidecar: the JSON file beside the prepared volume.
+        output: the file to write, .nii or .nii.gz.
+        labels: whether the volume holds labels and not intensities.
+
+    Raises:
+        BundleError: if a file cannot be read or written.
+    """
+    transform = read_transform(sidecar)
+    image, native = _load(volume), _load(scan)
+    data = np.asanyarray(image.dataobj)
+    if labels and not np.array_equal(data, np.rint(data)):
+        raise BundleError(f"{volume} holds no labels: its values are not whole numbers; leave out --labels")
+    stored = np.rint(data).astype(np.int32 if np.abs(data).max(initial=0) > 32767 else np.int16) if labels else data
+    moved = to_native(stored, image.affine, transform, native.shape, native.affine, labels)
+    result = nib.Nifti1Image(moved, native.affine)
+    if isinstance(native, nib.Nifti1Image):
+        result.header["sform_code"], result.header["qform_code"] = (
+            native.header["sform_code"],
+            native.header["qform_code"],
+        )
+    with replacing(output) as temporary:
+        nib.save(result, temporary)
+
+
+def _load(path: str | os.PathLike) -> Any:
+    try:
+        image: Any = nib.load(path)
+        np.asanyarray(image.dataobj)
+    except UNREADABLE as error:
+        raise BundleError(f"cannot read {path}: {str(error).strip().splitlines()[0]}") from error
+    if len([n for n in image.shape if n > 1]) != 3:
+        raise BundleError(f"{path} has shape {image.shape}, not three axes")
+    return image
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.preparation.native_space", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--volume", required=True, help="volume or label map on the bundle grid")
+    parser.add_argument("--scan", required=True, help="the raw scan")
+    parser.add_argument("--sidecar", required=True, help="the JSON file beside the prepared scan")
+    parser.add_argument("--output", required=True, help="file to write")
+    parser.add_argument("--labels", action="store_true", help="take the nearest voxel: the volume holds labels")
+    flags = parser.parse_args()
+    carry_back(flags.volume, flags.scan, flags.sidecar, flags.output, flags.labels)
+
+
+if __name__ == "__main__":
+    with errors_in_one_line():
+        main()

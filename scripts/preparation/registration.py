@@ -1,0 +1,407 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Rigid registration of a head to the template, and resampling onto another grid."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from scipy import ndimage, optimize
+from scipy.spatial.transform import Rotation
+from skimage.filters import threshold_otsu
+
+from scripts.core.errors import BundleError
+from scripts.volumes.scans import Scan, load_scan
+
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+COARSE_MM = 6.0
+FINE_MM = 2.0
+SCALE = 0.93
+LIKELY_LOG_SCALE = 0.12
+SHIFTS_MM = (-30.0, -15.0, 0.0, 15.0, 30.0)
+LIKELY_STARTS = 12
+FINISHED_STARTS = 2
+ROUGH = 7
+FOREGROUND_STEP = 101
+_SIMPLEX = np.vstack([np.zeros(7), np.diag([0.15, 0.15, 0.15, 8.0, 8.0, 8.0, 0.05])])
+SKULL_MARGIN_MM = 10.0
+SCALP_MARGIN_MM = 20.0
+HEAD_HEIGHT_MM = 180.0
+
+
+@dataclass(frozen=True)
+class Template:
+    """The head that scans are registered to, in MNI152 millimetres.
+
+    Attributes:
+        head: the average head, skull and scalp included.
+        brain: 1 inside the brain (ventricles included), on any grid in the same millimetres.
+    """
+
+    head: Scan
+    brain: Scan
+
+    @cached_property
+    def thinned(self) -> Template:
+        """The same template on a grid of 2 mm."""
+        return Template(thinned(self.head, FINE_MM), self.brain)
+
+    @cached_property
+    def in_brain(self) -> np.ndarray:
+        """The brain as a boolean array on the head's own grid."""
+        return self.brain_on(self.head.data.shape, self.head.affine)
+
+    @cached_property
+    def centre(self) -> np.ndarray:
+        """The brain's centroid in mm."""
+        return centroid(self.in_brain, self.head.affine)
+
+    def near_brain(self, margin: float) -> np.ndarray:
+        """The brain and what lies within `margin` mm of it, on the head's own grid."""
+        return ndimage.distance_transform_edt(~self.in_brain, sampling=self.head.spacing) <= margin
+
+    def brain_on(self, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+        """The brain as a boolean array on another grid in MNI152 millimetres."""
+        return resample(self.brain, np.eye(4), shape, affine, order=1) > 0.5
+
+
+@dataclass(frozen=True)
+class Registration:
+    """How a head lies on the template.
+
+    Attributes:
+        rigid: 4 x 4 matrix from template world to scan world (RAS+, mm), without any change of size.
+        scale: length in the head over length in the template.
+        similarity: correlation of head and template inside the template's brain at 2 mm, the head brought to
+            the template's size.
+    """
+
+    rigid: np.ndarray
+    scale: float
+    similarity: float
+
+    def with_scale(self, centre: np.ndarray) -> np.ndarray:
+        """4 x 4 matrix from template world to scan world that brings the template to the head's size as well.
+
+        Args:
+            centre: of the template's brain, in mm, which `rigid` takes to the head's.
+        """
+        return self.rigid @ resized_about(centre, self.scale)
+
+    @property
+    def tilt(self) -> float:
+        """The angle of the rigid motion, 0 to 180 degrees."""
+        return float(np.degrees(_rotation(self.rigid).magnitude()))
+
+
+def load_template(head: str | os.PathLike, brain: str | os.PathLike) -> Template:
+    """Read the template and its brain mask.
+
+    Raises:
+        BundleError: if either is unreadable, or the mask has no voxel inside the head's image.
+    """
+    template = Template(load_scan(head), load_scan(brain))
+    if not template.in_brain.any():
+        raise BundleError(f"the brain mask {brain} does not overlap the template {head}: both must be in MNI152 mm")
+    return template
+
+
+def resample(scan: Scan, transform: np.ndarray, shape: tuple[int, ...], affine: np.ndarray, order: int) -> np.ndarray:
+    """A scan on another grid, in one interpolation.
+
+    Args:
+        scan: the image to read.
+        transform: 4 x 4 matrix from the grid's world to the scan's world (RAS+, mm).
+        shape, affine: the grid.
+        order: 1 for linear, 3 for cubic B-splines. Cubic interpolation rings, so the result is cut to the
+            range of the scan.
+
+    Returns:
+        Float32 array of `shape`; 0 outside the scan's field of view.
+    """
+    to_voxels = np.linalg.inv(scan.affine) @ transform @ affine
+    values = ndimage.affine_transform(scan.data, to_voxels[:3, :3], to_voxels[:3, 3], tuple(shape), order=order)
+    return np.clip(values, min(0.0, scan.data.min()), scan.data.max())
+
+
+def blurred(scan: Scan, spacing: float) -> Scan:
+    """The scan blurred along axes finer than `spacing` mm, so that sampling it at that step does not alias.
+
+    A box of `spacing` is wider than the scan's voxel by a variance of (spacing^2 - voxel^2) / 12, which the
+    Gaussian supplies. Axes within a fifth of `spacing` are left alone.
+    """
+    fine = scan.spacing < 0.8 * spacing
+    variance = np.where(fine, (spacing**2 - scan.spacing**2) / 12.0, 0.0)
+    if not fine.any():
+        return scan
+    return Scan(ndimage.gaussian_filter(scan.data, np.sqrt(variance) / scan.spacing), scan.affine)
+
+
+def thinned(scan: Scan, spacing: float) -> Scan:
+    """Every n-th voxel of the blurred scan, n such that no step exceeds `spacing` mm unless it did before."""
+    step = np.maximum(1, np.floor(spacing / scan.spacing + 1e-3)).astype(int)
+    data = blurred(scan, spacing).data[:: step[0], :: step[1], :: step[2]]
+    return Scan(np.ascontiguousarray(data), scan.affine @ np.diag([*step, 1.0]))
+
+
+def seen_fraction(scan: Scan, transform: np.ndarray, mask: np.ndarray, affine: np.ndarray) -> float:
+    """Fraction of the voxels of `mask` (on the grid `affine`) that lie inside the scan's field of view.
+
+    Planes at the array's ends that are constant do not count as seen: they are padding.
+    """
+    voxels = _apply(np.linalg.inv(scan.affine) @ transform @ affine, np.argwhere(mask))
+    first, last = signal_box(scan.data)
+    inside = (voxels >= first - 0.5) & (voxels <= last + 0.5)
+    return float(inside.all(axis=1).mean())
+
+
+def signal_box(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last index along each axis of the planes that hold more than the array's minimum.
+
+    The whole array where it is constant.
+    """
+    above = data > data.min()
+    if not above.any():
+        return np.zeros(3, int), np.asarray(data.shape) - 1
+    profiles = (np.flatnonzero(above.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3))
+    ends = [(profile[0], profile[-1]) for profile in profiles]
+    return np.array([first for first, _ in ends]), np.array([last for _, last in ends])
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson correlation of two arrays of one shape; 0 where either is constant."""
+    a, b = a.astype(np.float64) - a.mean(), b.astype(np.float64) - b.mean()
+    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum()) / scale if scale else 0.0
+
+
+def register(scan: Scan, template: Template, seed: int, enough: float) -> Registration:
+    """Find the rigid motion that lays a head on the template.
+
+    A coarse search over rotations and shifts about the centre of the head gives two starts. From each, ANTs refines
+    rotation, shift and one scale (Avants et al. 2011): the mutual information of Mattes et al. (2003) in the template's
+    brain and up to its scalp, at 4 and then 2 mm. The more similar one is taken. The scale is left out of the result:
+    without it a small brain would have no clear place in the large template, and with a scale for each axis the brain
+    is pulled over its own rim. If the similarity stays below `enough`, this is done again over every rotation, for
+    files whose header names the axes wrongly. One thread and a fixed seed make the result the same each time.
+
+    Args:
+        scan: the head.
+        template: where it should lie.
+        seed: of the points at which ANTs samples the metric, above 0.
+        enough: similarity that needs no second search.
+
+    """
+    scan = thinned(without_highlights(scan), FINE_MM)
+    template = template.thinned
+    search = _CoarseSearch(scan, template)
+    found = [_refined(scan, template, seed, start) for start in search.best(NODS)]
+    if max(similarity for _, similarity in found) < enough:
+        found += [_refined(scan, template, seed, start) for start in search.best(ALL_ROUND)]
+    fitted, similarity = max(found, key=lambda one: one[1])
+    rigid = _rigid_part(fitted, template.centre)
+    return Registration(rigid, float(np.cbrt(np.linalg.det(fitted[:3, :3]))), similarity)
+
+
+def _refined(scan: Scan, template: Template, seed: int, start: np.ndarray) -> tuple[np.ndarray, float]:
+    fitted = _ants_similarity(scan, template, seed, start)
+    moved = resample(scan, fitted, template.head.data.shape, template.head.affine, order=1)
+    return fitted, correlation(moved[template.in_brain], template.head.data[template.in_brain])
+
+
+def _rotation(matrix: np.ndarray) -> Rotation:
+    left, _, right = np.linalg.svd(matrix[:3, :3])
+    return Rotation.from_matrix(left @ right)
+
+
+def _rigid_part(fitted: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """The map without its scale: the same rotation, and the same image of the brain's centre."""
+    rigid = np.eye(4)
+    rigid[:3, :3] = _rotation(fitted).as_matrix()
+    rigid[:3, 3] = _apply(fitted, centre) - rigid[:3, :3] @ centre
+    return rigid
+
+
+def _tilts(*angles: Sequence[int]) -> list[Rotation]:
+    """Rotations by every combination of the angles, in degrees, about x, y and z."""
+    return [Rotation.from_euler("xyz", three, degrees=True) for three in itertools.product(*angles)]
+
+
+NODS = _tilts(range(-60, 61, 20), range(-40, 41, 20), range(-40, 41, 20))
+"""How heads lie in a scanner whose header is right, and more."""
+ALL_ROUND = [turn * tilt for turn in Rotation.create_group("O") for tilt in _tilts(*[(-30, 0, 30)] * 3)]
+"""Every rotation there is, in steps of some 30 degrees."""
+
+
+class _CoarseSearch:
+    """Compares head and template at 6 mm, at the points of the template's brain and near it, for many starts."""
+
+    def __init__(self, scan: Scan, template: Template) -> None:
+        coarse = Template(thinned(template.head, COARSE_MM), template.brain)
+        near = coarse.near_brain(SKULL_MARGIN_MM)
+        self.points = _apply(coarse.head.affine, np.argwhere(near))
+        self.wanted = coarse.head.data[near]
+        self.scan = thinned(scan, COARSE_MM)
+        self.pivot = _head_centre(_foreground_points(template.head), Rotation.identity())
+        self.head = _foreground_points(scan)
+
+    def best(self, rotations: Iterable[Rotation]) -> list[np.ndarray]:
+        """The best starts, template world to scan world: the likeliest of the grid, each improved, then compared.
+
+        They are often nearly the same, and yet ANTs goes from them to places that lie up to 2.5 mm apart.
+        """
+        nearest = [min(self._starts(rotation), key=self._rough_loss) for rotation in rotations]
+        likely = sorted(nearest, key=self._rough_loss)[:LIKELY_STARTS]
+        improved = sorted((self._improved(start, 120) for start in likely), key=lambda found: found.fun)
+        return [self._start(self._improved(found.x, 400).x) for found in improved[:FINISHED_STARTS]]
+
+    def _starts(self, rotation: Rotation) -> list[np.ndarray]:
+        """Places for one rotation: where the head's centre is if it lies so, and up, down, forwards and back."""
+        centre = _head_centre(self.head, rotation)
+        moves = rotation.apply([[0.0, y, z] for y, z in itertools.product(SHIFTS_MM, SHIFTS_MM)])
+        return [np.concatenate([rotation.as_rotvec(), centre + move, [0.0]]) for move in moves]
+
+    def _improved(self, start: np.ndarray, evaluations: int) -> optimize.OptimizeResult:
+        options = {"maxfev": evaluations, "xatol": 0.02, "fatol": 1e-4, "initial_simplex": start + _SIMPLEX}
+        return optimize.minimize(self._loss, start, method="Nelder-Mead", options=options)
+
+    def _start(self, parameters: np.ndarray) -> np.ndarray:
+        start = np.eye(4)
+        start[:3, :3] = SCALE * np.exp(parameters[6]) * Rotation.from_rotvec(parameters[:3]).as_matrix()
+        start[:3, 3] = parameters[3:6] - start[:3, :3] @ self.pivot
+        return start
+
+    def _seen(self, parameters: np.ndarray, every: int = 1) -> np.ndarray:
+        voxels = _apply(np.linalg.inv(self.scan.affine) @ self._start(parameters), self.points[::every])
+        return ndimage.map_coordinates(self.scan.data, voxels.T, order=1)
+
+    def _loss(self, parameters: np.ndarray) -> float:
+        """Less the correlation, and a wall about sizes of no head: a brain can be laid on a scalp of 1.2 its size."""
+        unlikely = max(0.0, abs(parameters[6]) - LIKELY_LOG_SCALE)
+        return 10.0 * unlikely**2 - correlation(self._seen(parameters), self.wanted)
+
+    def _rough_loss(self, parameters: np.ndarray) -> float:
+        return -correlation(self._seen(parameters, ROUGH), self.wanted[::ROUGH])
+
+
+def foreground(data: np.ndarray) -> np.ndarray:
+    """What is brighter than the background, by the threshold of Otsu (1979)."""
+    return data > threshold_otsu(np.minimum(data, np.percentile(data, 99.5))[::2, ::2, ::2])
+
+
+def without_highlights(scan: Scan) -> Scan:
+    """The scan cut a little above white matter: fat and vessels would take up most of the metric's range."""
+    white = np.percentile(scan.data[foreground(scan.data)], 75)
+    return Scan(np.clip(scan.data, 0.0, 1.15 * white), scan.affine)
+
+
+def _foreground_points(scan: Scan) -> np.ndarray:
+    """World millimetres, (n, 3), of a part of the voxels that are brighter than the background."""
+    return _apply(scan.affine, np.argwhere(foreground(scan.data))[::FOREGROUND_STEP])
+
+
+def _head_centre(points: np.ndarray, rotation: Rotation) -> np.ndarray:
+    """Centroid, in mm, of the top 180 mm of the head, if it is turned by `rotation` from upright."""
+    upright = rotation.inv().apply(points)
+    top = np.percentile(upright[:, 2], 99.5)
+    return rotation.apply(upright[upright[:, 2] > top - HEAD_HEIGHT_MM].mean(axis=0))
+
+
+def centroid(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Mean position, in mm, of the voxels of a mask."""
+    return _apply(affine, np.argwhere(mask)).mean(axis=0)
+
+
+def resized_about(centre: np.ndarray, factor: float) -> np.ndarray:
+    """The 4 x 4 matrix that makes everything larger by `factor` and leaves `centre` (mm) where it is."""
+    matrix = np.diag([factor] * 3 + [1.0])
+    matrix[:3, 3] = centre - factor * centre
+    return matrix
+
+
+def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    return points @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def deterministic_ants(seed: int) -> ModuleType:
+    """The ants package, set to one thread and a fixed seed: the same input gives the same output.
+
+    Raises:
+        BundleError: if it is not installed.
+    """
+    ants = _ants()
+    ants.config.set_ants_deterministic(True, seed)
+    return ants
+
+
+def _ants() -> ModuleType:
+    try:
+        import ants
+    except ImportError as error:
+        raise BundleError("scans are registered by the package antspyx: pip install antspyx") from error
+    return ants
+
+
+def as_ants_image(scan: Scan) -> Any:
+    """The scan as an `ants.ANTsImage`, whose world is LPS."""
+    affine = LPS @ scan.affine
+    left, _, right = np.linalg.svd(affine[:3, :3] / scan.spacing)
+    return _ants().from_numpy(scan.data, list(affine[:3, 3]), list(scan.spacing), left @ right)
+
+
+def _ants_similarity(scan: Scan, template: Template, seed: int, start: np.ndarray) -> np.ndarray:
+    ants = deterministic_ants(seed)
+    near = template.near_brain(SCALP_MARGIN_MM)
+    with tempfile.TemporaryDirectory() as folder:
+        found = ants.registration(
+            fixed=as_ants_image(template.head),
+            moving=as_ants_image(scan),
+            type_of_transform="Similarity",
+            initial_transform=[write_ants_map(start, Path(folder) / "start.mat")],
+            outprefix=os.path.join(folder, "fitted"),
+            mask=as_ants_image(Scan(near.astype(np.float32), template.head.affine)),
+            mask_all_stages=True,
+            aff_iterations=(500, 100),
+            aff_shrink_factors=(2, 1),
+            aff_smoothing_sigmas=(1, 0),
+            aff_random_sampling_rate=0.25,
+        )
+        return _ants_matrix([ants.read_transform(path) for path in found["fwdtransforms"]])
+
+
+def write_ants_map(start: np.ndarray, path: Path) -> str:
+    """Write a 4 x 4 matrix (RAS+, mm) as a transform file of ANTs; the path as text."""
+    ants, matrix = _ants(), LPS @ start @ LPS
+    parameters = [*matrix[:3, :3].ravel(), *matrix[:3, 3]]
+    transform = ants.create_ants_transform(
+        transform_type="AffineTransform", parameters=parameters, fixed_parameters=[0.0, 0.0, 0.0]
+    )
+    ants.write_transform(transform, str(path))
+    return str(path)
+
+
+def _ants_matrix(transforms: list) -> np.ndarray:
+    """The matrix (RAS+) of ITK transforms that are applied to a point one after the other."""
+    points = np.vstack([np.zeros(3), np.eye(3)])
+    for transform in transforms:
+        points = np.array([transform.apply_to_point(list(point)) for point in points])
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = (points[1:] - points[0]).T, points[0]
+    return LPS @ matrix @ LPS

@@ -1,0 +1,238 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The `prepare` verb: raw T1-weighted scans and what is known of them in, a dataset on the bundle grid out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from scripts.compute.devices import process_rank
+from scripts.compute.pool import results
+from scripts.compute.processes import arrive
+from scripts.conditions.conditions import Conditions
+from scripts.core.errors import BundleError
+from scripts.core.files import make_folder
+from scripts.core.options import is_absent, whole_number, yes_or_no
+from scripts.preparation.covariates import Columns, Covariates
+from scripts.preparation.exclusions import Exclusions
+from scripts.preparation.prepared_dataset import FAILURES, PreparedDataset, Scan, Splits, Tables, by_reason
+from scripts.preparation.prepared_scan import (
+    FAILED,
+    KEPT,
+    PREPARED,
+    Outcome,
+    PreparedFiles,
+    ScanPreparer,
+    Work,
+    write_failure,
+)
+from scripts.preparation.sources import Source, find_sources
+from scripts.preparation.steps import Step, TargetSpace
+from scripts.volumes.scans import ScanError
+
+logger = logging.getLogger(__name__)
+
+SHARD = re.compile(r"(\d+)/(\d+)")
+LINES = 50
+
+
+class Preparation:
+    """Prepares scans, each independently of the others, in any number of processes on any number of machines.
+
+    Args:
+        space: the template and the grid.
+        steps: name -> step, in their order.
+        conditions: the covariates to carry over into the dataset's table.
+        input_dir, input_table: see `scripts.preparation.sources.find_sources`.
+        dataset_dir: folder to write.
+        columns, words, plausible: see `scripts.preparation.covariates.Covariates`.
+        splits: fractions of the subjects; see `scripts.preparation.prepared_dataset.Splits`.
+        split_seed: for another division.
+        exclude: file with names of scans or participants to leave out of the tables; see
+            `scripts.preparation.exclusions`.
+        learn_ranges: whether to write the conditions' ranges in the training split.
+        num_workers: processes besides this one; 0 works in this one.
+        shard: `3/20` for the third of twenty parts; None for all, or under torchrun the part of this process.
+        assemble: only write the tables, from what is there.
+        overwrite: prepare again what is already prepared.
+
+    Raises:
+        BundleError: if the input or the options cannot be used.
+    """
+
+    def __init__(
+        self,
+        space: TargetSpace,
+        steps: Mapping[str, Step],
+        conditions: Conditions,
+        input_dir: str | os.PathLike | None,
+        input_table: str | os.PathLike | None,
+        dataset_dir: str | os.PathLike,
+        columns: Columns,
+        words: Mapping[str, Mapping[Any, Any]] | None = None,
+        plausible: Mapping[str, Sequence[float]] | None = None,
+        splits: Mapping[str, Any] | None = None,
+        split_seed: Any = 0,
+        exclude: str | os.PathLike | None = None,
+        learn_ranges: Any = False,
+        num_workers: Any = 0,
+        shard: Any = None,
+        assemble: Any = False,
+        overwrite: Any = False,
+    ) -> None:
+        self.part, self.parts = _part(shard)
+        self.num_workers = whole_number(num_workers, "num_workers")
+        self.only_assemble = yes_or_no(assemble, "assemble")
+        division = Splits(
+            splits or {"train": 1.0, "validation": 0.0, "test": 0.0}, whole_number(split_seed, "split_seed")
+        )
+        sources = find_sources(input_dir, input_table)
+        covariates = Covariates(conditions, columns, words, plausible, sources)
+        self.scans = [_known(source, covariates) for source in sources]
+        exclusions = Exclusions(exclude)
+        exclusions.check([source.name for source in sources], [source.participant for source in sources])
+        self.dataset_dir = make_folder(dataset_dir)
+        self.preparer = ScanPreparer(space, steps, self.dataset_dir, yes_or_no(overwrite, "overwrite"))
+        ranges, origin = yes_or_no(learn_ranges, "learn_ranges"), Path(str(input_dir or input_table))
+        self.dataset = PreparedDataset(
+            self.dataset_dir, self.preparer, conditions, division, exclusions, ranges, origin
+        )
+
+    def run(self) -> None:
+        """Prepare this process's share, and write the dataset's tables if nothing is left to do by others.
+
+        Raises:
+            BundleError: after all good scans are written, if any scan failed; at once if there is no room on the disk.
+        """
+        share, where = self.scans[self.part - 1 :: self.parts], self.dataset_dir / "logs"
+        failed = [] if self.only_assemble else self._prepare(share)
+        if self.only_assemble or self.dataset.is_complete(self.scans):
+            share, where = self.scans, self.dataset_dir / FAILURES
+            failed = self._conclude(self.dataset.assemble(self.scans))
+        else:
+            logger.info("other parts are not finished: the last one writes the tables, or --assemble 1")
+        arrive("prepared")
+        _raise_if(failed, len(share), where)
+
+    def _conclude(self, tables: Tables) -> list[dict[str, Any]]:
+        left_out = f", {len(tables.excluded)} of them excluded from the table" if tables.excluded else ""
+        logger.info(f"{len(tables.rows)} scans prepared in {self.dataset_dir}{left_out}; look at quality.html there")
+        if tables.missing:
+            count, first = len(tables.missing), tables.missing[0]
+            others = "or by other settings: they are not in the tables"
+            logger.warning(f"{count} scans are not prepared yet, {first} the first, {others}")
+        return tables.failures
+
+    def _prepare(self, scans: Sequence[Scan]) -> list[dict[str, Any]]:
+        """The failures among some scans, after all of them were tried."""
+        failed = [_noted(scan.source, *scan.fault) for scan in scans if scan.fault]
+        work = [Work(scan.source, scan.lacking) for scan in scans if not scan.fault]
+        progress = _Progress(len(work))
+        for failure in failed:
+            progress.say(f"failed: {failure['participant_id']}: {failure['message']}")
+        for position, outcome in results(self.preparer, work, self.num_workers, self._died):
+            source = work[position].source
+            progress.advance(source, outcome)
+            if outcome.no_room:
+                raise BundleError(
+                    f"{outcome.message}: make room; what is prepared is kept, and the same command goes on"
+                )
+            if outcome.state == FAILED:
+                failed.append(_noted(source, outcome.reason, outcome.message))
+        progress.close()
+        return failed
+
+    def _died(self, work: Work, how: str) -> Outcome:
+        outcome = Outcome(FAILED, "its process died", f"the process that prepared it ended with {how}")
+        write_failure(PreparedFiles(self.dataset_dir, work.source), work.source, outcome)
+        return outcome
+
+
+class _Progress:
+    """A bar on a terminal, else now and then a line: scans an hour and the time left, not counting what was there."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.since = total, time.monotonic()
+        self.counts = dict.fromkeys((PREPARED, KEPT, FAILED), 0)
+        self.bar = tqdm(
+            total=total, desc="preparing", unit="scan", disable=None, bar_format="{l_bar}{bar}| {n}/{total}{postfix}"
+        )
+
+    def say(self, line: str) -> None:
+        tqdm.write(line)
+
+    def advance(self, source: Source, outcome: Outcome) -> None:
+        self.counts[outcome.state] += 1
+        for warning in outcome.warnings:
+            self.say(f"warning: {source.name}: {warning}")
+        if outcome.state == FAILED:
+            self.say(f"failed: {source.name}: {outcome.message}")
+        self.bar.set_postfix_str(self._pace(), refresh=False)
+        self.bar.update()
+        done = sum(self.counts.values())
+        if not sys.stderr.isatty() and (done * LINES // self.total > (done - 1) * LINES // self.total):
+            logger.info(f"{done} of {self.total} scans: {self._pace()}")
+
+    def _pace(self) -> str:
+        done, computed = sum(self.counts.values()), self.counts[PREPARED] + self.counts[FAILED]
+        seconds = (time.monotonic() - self.since) / max(1, computed)
+        left = timedelta(seconds=round(seconds * (self.total - done)))
+        counted = ", ".join(f"{count} {state}" for state, count in self.counts.items() if count)
+        return f"{counted}, {3600 / max(seconds, 1e-3):.0f} scans/h, {left} left" if computed else counted
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _part(shard: Any) -> tuple[int, int]:
+    """This process's part, from 1, and how many there are."""
+    rank, processes = process_rank()
+    if is_absent(shard):
+        return rank + 1, processes
+    match = SHARD.fullmatch(str(shard).strip())
+    part, parts = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= part <= parts:
+        raise BundleError(f"--shard must be like 3/20, from 1/20 to 20/20, got '{shard}'")
+    if processes > 1:
+        raise BundleError("--shard and torchrun both say which part to prepare: use one of them")
+    return part, parts
+
+
+def _known(source: Source, covariates: Covariates) -> Scan:
+    if source.fault:
+        return Scan(source, {}, source.fault)
+    try:
+        return Scan(source, covariates.of(source))
+    except ScanError as error:
+        return Scan(source, {}, (error.reason, str(error)))
+
+
+def _noted(source: Source, reason: str, message: str) -> dict[str, Any]:
+    return {"participant_id": source.participant, "reason": reason, "message": message}
+
+
+def _raise_if(failures: Sequence[Mapping[str, Any]], total: int, where: Path) -> None:
+    if not failures:
+        return
+    names = list(dict.fromkeys(str(failure["participant_id"]) for failure in failures))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    counted = by_reason([str(failure["reason"]) for failure in failures])
+    raise BundleError(f"{len(failures)} of {total} scans failed: {counted} ({', '.join(names[:5])}{more}); see {where}")

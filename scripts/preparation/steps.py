@@ -1,0 +1,328 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The steps from a raw scan to a volume on the grid: each takes one record and returns it changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from scipy import ndimage
+
+from scripts.core.wheels import file_hash
+from scripts.preparation.registration import Registration, Template, blurred, load_template, register, resample
+from scripts.volumes.grid import Grid
+from scripts.volumes.scans import Scan, ScanError, canonical
+
+DEEP_MM = 8.0
+TILTED_DEGREES = 60.0
+FORMER_PATHS = (
+    "scripts.preparation_steps.Reorient",
+    "scripts.preparation_steps.FromDarkest",
+    "scripts.preparation_steps.Register",
+    "scripts.preparation_steps.Resample",
+    "scripts.preparation_steps.ScaleIntensities",
+    "scripts.optional_steps.SuperResolve",
+    "scripts.optional_steps.CorrectBiasField",
+    "scripts.optional_steps.StripSkull",
+    "scripts.check_step.CheckScan",
+    "scripts.covariate_volumes.MeasureVolumes",
+)
+"""What the sidecars of version 2.0.0 call this package's steps."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One scan on its way through the steps.
+
+    Attributes:
+        name: what its results are called.
+        scan: the scan, in its own millimetres.
+        original: the scan as it was read.
+        lacking: raw names of the conditions that no table states of it.
+        row: what the tables say of it, by column.
+        raw: the file that was read.
+        found: how the scan lies on the template, once it is registered.
+        volume: intensities on the grid, once it is resampled; 0 to 1, once it is scaled.
+        labels: a label map in the template's millimetres, if a step made one.
+        skull_stripped: whether a step has removed what is not brain.
+        measured: columns for the dataset's table.
+        covariates: raw name of a condition -> its measured value.
+        warnings: what the user should look at.
+    """
+
+    name: str
+    scan: Scan
+    original: Scan
+    lacking: tuple[str, ...] = ()
+    row: Mapping[str, str] = field(default_factory=dict)
+    raw: Path = Path()
+    found: Registration | None = None
+    volume: np.ndarray | None = None
+    labels: Scan | None = None
+    skull_stripped: bool = False
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    covariates: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def updated(self, **changes: Any) -> Record:
+        """The record with other attributes."""
+        return dataclasses.replace(self, **changes)
+
+    def with_measured(self, **columns: Any) -> Record:
+        """The record with further columns."""
+        return self.updated(measured={**self.measured, **columns})
+
+    def warned(self, condition: bool, message: str) -> Record:
+        """The record, with a further warning if the condition holds."""
+        return self.updated(warnings=(*self.warnings, message)) if condition else self
+
+    def registered(self) -> Registration:
+        """How the scan lies on the template.
+
+        Raises:
+            ScanError: if no step has registered it.
+        """
+        if self.found is None:
+            raise ScanError("wrong steps", "`steps` uses the registration of a scan before it is registered")
+        return self.found
+
+    def on_grid(self) -> np.ndarray:
+        """The volume.
+
+        Raises:
+            ScanError: if no step has resampled it.
+        """
+        if self.volume is None:
+            raise ScanError("wrong steps", "`steps` uses the volume on the grid before the scan is resampled")
+        return self.volume
+
+
+Step = Callable[[Record], Record]
+
+
+class TargetSpace:
+    """Where scans shall lie: the template and the grid, both in MNI152 millimetres.
+
+    Args:
+        grid: of the volumes.
+        template, template_brain: the head to register to, and its brain mask.
+    """
+
+    def __init__(self, grid: Grid, template: str | os.PathLike, template_brain: str | os.PathLike) -> None:
+        self.grid, self.files = grid, {"template": template, "template_brain": template_brain}
+
+    @cached_property
+    def template(self) -> Template:
+        """The template, read once."""
+        return load_template(self.files["template"], self.files["template_brain"])
+
+    @cached_property
+    def brain(self) -> np.ndarray:
+        """The template's brain on the grid, boolean."""
+        return self.template.brain_on(self.grid.shape, self.grid.affine)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Plain data for the sidecars; what decides where a prepared volume lies."""
+        files = {name: {"name": Path(path).name, "sha256": file_hash(path)} for name, path in self.files.items()}
+        return {**files, "grid": {"shape": list(self.grid.shape), "affine": self.grid.affine.tolist()}}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"grid": self.grid, "files": self.files}
+
+
+def step_settings(step: Any) -> dict[str, Any]:
+    """Plain data that decide what a step does: its numbers and words.
+
+    A step that has more to say has a method `settings`.
+    """
+    stated = getattr(step, "settings", None)
+    if stated is not None:
+        return json.loads(json.dumps(stated()))
+    if isinstance(step, functools.partial):
+        return _plain(step.keywords)
+    if dataclasses.is_dataclass(step):
+        return _plain({f.name: getattr(step, f.name) for f in dataclasses.fields(step)})
+    return _plain(getattr(step, "__dict__", {}))
+
+
+def step_identity(step: Any) -> dict[str, Any]:
+    """What the sidecars say of a step, under its name in `steps`; a scan of which they say another is prepared again.
+
+    It is the step's settings and its `version`, an attribute of the class or function, 1 where there is none: whoever
+    changes what a step does counts it up. The import path counts for a step from outside this package alone.
+    """
+    made = step.func if isinstance(step, functools.partial) else step if hasattr(step, "__qualname__") else type(step)
+    outside = made.__module__.partition(".")[0] != __name__.partition(".")[0]
+    path = {"step": f"{made.__module__}.{made.__qualname__}"} if outside else {}
+    return {"version": getattr(made, "version", 1), **path, **step_settings(step)}
+
+
+def recognised(steps: Any) -> dict[str, Any]:
+    """The steps of a sidecar as `step_identity` has them, whichever version wrote it; empty if they are none.
+
+    Version 2.0.0 wrote import paths of this package's steps and no versions.
+    """
+    if not isinstance(steps, Mapping) or not all(isinstance(step, Mapping) for step in steps.values()):
+        return {}
+    return {
+        name: {"version": 1, **{k: v for k, v in step.items() if k != "step" or v not in FORMER_PATHS}}
+        for name, step in steps.items()
+    }
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str, type(None)))}
+
+
+@dataclass(frozen=True)
+class Reorient:
+    """Permutes and flips the axes so that they run nearest to right, front and up; no voxel changes its value."""
+
+    def __call__(self, record: Record) -> Record:
+        """The record with its scan turned."""
+        return record.updated(scan=canonical(record.scan))
+
+
+@dataclass(frozen=True)
+class FromDarkest:
+    """Makes the scan's darkest value 0, what lies below it included: offsets and single voxels far off have no say.
+
+    Args:
+        percentile: 0..100, of all voxels, that counts as the darkest.
+    """
+
+    percentile: float = 0.1
+
+    def __call__(self, record: Record) -> Record:
+        """The record with its scan from 0 up."""
+        scan = record.scan
+        lowest = np.float32(np.percentile(scan.data, self.percentile))
+        return record.updated(scan=Scan(np.maximum(scan.data - lowest, 0.0), scan.affine))
+
+
+@dataclass(frozen=True)
+class Register:
+    """Finds the rigid motion onto the template; see `scripts.preparation.registration.register`.
+
+    Args:
+        space: the template.
+        seed: of the points at which ANTs samples its metric, above 0.
+        enough_similarity: below this it is tried from more starts.
+        min_similarity: below this after all starts the scan is refused.
+    """
+
+    space: TargetSpace
+    seed: int = 1
+    enough_similarity: float = 0.4
+    min_similarity: float = 0.25
+
+    columns: ClassVar[Mapping[str, str]] = {
+        "similarity": "correlation with the template in the brain, after a fit with one scale",
+        "head_scale": "length in the head over length in the template",
+    }
+
+    def __call__(self, record: Record) -> Record:
+        """The record with `found`.
+
+        Raises:
+            ScanError: if the scan does not match the template.
+        """
+        found = register(record.scan, self.space.template, self.seed, self.enough_similarity)
+        if found.similarity < self.min_similarity:
+            message = (
+                f"does not match the template (similarity {found.similarity:.2f}, at least {self.min_similarity:g} "
+                "needed): is it a T1-weighted head?"
+            )
+            raise ScanError("no match", message)
+        tilt = f"it was turned by {found.tilt:.0f} degrees: check its header, left and right"
+        record = record.updated(found=found).warned(found.tilt > TILTED_DEGREES, tilt)
+        return record.with_measured(similarity=round(found.similarity, 4), head_scale=round(found.scale, 4))
+
+
+@dataclass(frozen=True)
+class Resample:
+    """Brings the scan onto the grid in one interpolation, after a blur against aliasing; 0 outside its field of view.
+
+    Args:
+        space: the grid.
+        order: 3 for cubic B-splines, 1 for linear.
+    """
+
+    space: TargetSpace
+    order: int = 3
+
+    def __call__(self, record: Record) -> Record:
+        """The record with `volume`."""
+        grid = self.space.grid
+        finest = float(np.abs(grid.spacing).min())
+        scan = blurred(record.scan, finest)
+        volume = resample(scan, record.registered().rigid, grid.shape, grid.affine, order=self.order)
+        return record.updated(volume=volume)
+
+
+@dataclass(frozen=True)
+class ScaleIntensities:
+    """Scales the volume to 0..1; see `scale_intensities`."""
+
+    space: TargetSpace
+    percentile: float = 99.8
+    level: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not (0 < self.percentile <= 100 and 0 < self.level <= 1):
+            raise ScanError(
+                "wrong steps",
+                f"`steps::scale` needs a percentile in 0..100 and a level in 0..1, got {self.percentile:g} and "
+                f"{self.level:g}",
+            )
+
+    def __call__(self, record: Record) -> Record:
+        """The record with its volume from 0 to 1."""
+        space = self.space
+        scaled = scale_intensities(record.on_grid(), space.brain, space.grid, self.percentile, self.level)
+        return record.updated(volume=scaled)
+
+
+def scale_intensities(image: np.ndarray, brain: np.ndarray, grid: Grid, percentile: float, level: float) -> np.ndarray:
+    """Intensities 0..1, the same tissue at nearly the same value in every head.
+
+    0 is the image's minimum. `level` is a high percentile deep in the brain (at least 8 mm inside the
+    template's), which is white matter: fat and vessels, whose brightness varies with the protocol, have no say,
+    and what of them exceeds 1 is cut.
+
+    Args:
+        image: shape of the grid, any unit.
+        brain: boolean, same shape.
+        grid: for its voxel size.
+        percentile: 0..100, of the voxels deep in the brain.
+        level: the value that this percentile becomes, up to 1.
+
+    Returns:
+        Float32 array of the same shape.
+
+    Raises:
+        ScanError: if the deep brain is no brighter than the minimum.
+    """
+    deep = ndimage.distance_transform_edt(brain, sampling=np.abs(grid.spacing)) > DEEP_MM
+    low, high = float(image.min()), float(np.percentile(image[deep], percentile))
+    if high <= low:
+        raise ScanError("no match", "is dark where the template has its brain: is it a T1-weighted head?")
+    return np.clip((image - low) * (level / (high - low)), 0.0, 1.0).astype(np.float32)

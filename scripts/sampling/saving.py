@@ -1,0 +1,185 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Running the sampler over all requests and keeping what it makes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch.utils.data import DataLoader
+
+from scripts.compute.devices import process_rank
+from scripts.compute.writer import BackgroundWriter, HostCopy
+from scripts.conditions.conditions import Conditions
+from scripts.core.errors import BundleError
+from scripts.core.files import make_folder, write_json
+from scripts.core.options import whole_number
+from scripts.sampling.requests import SampleRequests
+from scripts.volumes.grid import Grid
+from scripts.volumes.nifti import DTYPES, mid_planes, write_picture, write_volume
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "monai", "numpy", "nibabel")
+
+
+class SampleSaver:
+    """Handler that writes each sampled volume: NIfTI, JSON sidecar and a picture of the three mid planes.
+
+    The sidecar comes last, so that a volume with a sidecar is complete. Other threads compress and write, while the
+    device samples the next batch: `finish` waits for them.
+
+    Args:
+        output_dir: folder to write to.
+        grid: where the voxels lie.
+        conditions: to state them in both units.
+        facts: what the sidecar says of the model; see `scripts.sampling.family.ModelFamily.facts`.
+        dtype: of the voxels on disk; see `scripts.volumes.nifti.write_volume`.
+        write_threads: how many volumes are written at the same time; 0 writes before the next batch is sampled.
+
+    Raises:
+        BundleError: if the folder is not writable, the dtype not known, or the number of threads not whole.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        grid: Grid,
+        conditions: Conditions,
+        facts: Mapping[str, Any],
+        dtype: str = "uint8",
+        write_threads: Any = 0,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise BundleError(f"--output_dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
+        self.folder = make_folder(output_dir)
+        self.grid = grid
+        self.conditions = conditions
+        self.writer = BackgroundWriter(write_threads)
+        self.facts = {**facts, "grid": {"shape": list(grid.shape), "affine": grid.affine.tolist()}, "dtype": dtype}
+
+    def attach(self, engine: Engine) -> None:
+        """Save after every batch of a MONAI evaluator."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self.finish)
+
+    def __call__(self, engine: Engine) -> None:
+        """Have the batch saved that the engine has just sampled.
+
+        Raises:
+            BundleError: if a volume of an earlier batch could not be written.
+        """
+        batch, volumes = engine.state.batch, engine.state.output["pred"]
+        for position, volume in enumerate(volumes):
+            request = {key: values[position] for key, values in batch.items()}
+            self.writer.submit(
+                self._save_copied,
+                HostCopy(volume[0]),
+                int(request["seed"]),
+                int(request["index"]),
+                request["condition"],
+            )
+
+    def finish(self) -> None:
+        """Wait until all that was sampled is written.
+
+        Raises:
+            BundleError: if a volume could not be written.
+        """
+        self.writer.finish()
+
+    def _save_copied(self, volume: HostCopy, seed: int, index: int, vector: torch.Tensor) -> None:
+        self.save(volume.wait().numpy(), seed, index, vector)
+
+    def save(self, volume: Any, seed: int, index: int, vector: torch.Tensor) -> None:
+        """Write one volume of the grid's shape with its sidecar and picture."""
+        stem = self.stem(seed, index)
+        write_volume(f"{stem}.nii.gz", volume, self.grid, self.facts["dtype"])
+        write_picture(f"{stem}.png", mid_planes(volume))
+        write_json(f"{stem}.json", self._sidecar(seed, index, vector))
+        logger.info(f"wrote {stem}.nii.gz, its .json and its .png")
+
+    def is_done(self, seed: int, index: int, vector: torch.Tensor) -> bool:
+        """Whether this very sample is there already.
+
+        Raises:
+            BundleError: if another one has its name: it would be lost. Also if its sidecar is damaged.
+        """
+        volume, sidecar = (Path(f"{self.stem(seed, index)}.{ending}") for ending in ("nii.gz", "json"))
+        if not (volume.exists() and sidecar.exists()):
+            return False
+        if _same_sample(sidecar, self._sidecar(seed, index, vector)):
+            return True
+        raise BundleError(f"{sidecar} is of a sample made with other settings: choose another --output_dir or --seed")
+
+    def stem(self, seed: int, index: int) -> str:
+        """Path of a sample's files without their endings."""
+        return str(self.folder / f"sample_seed-{seed}_{index:06d}")
+
+    def _sidecar(self, seed: int, index: int, vector: torch.Tensor) -> dict[str, Any]:
+        return {
+            "conditions": self.conditions.in_both_units(vector),
+            "seed": seed,
+            "index": index,
+            **self.facts,
+            "versions": {package: version(package) for package in PACKAGES},
+        }
+
+
+def _same_sample(sidecar: Path, wanted: Mapping[str, Any]) -> bool:
+    try:
+        found = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{sidecar} is damaged ({error}): remove it, and its sample is made again") from error
+    if not isinstance(found, Mapping):
+        return False
+    return {k: v for k, v in found.items() if k != "versions"} == {k: v for k, v in wanted.items() if k != "versions"}
+
+
+def sample_all(evaluator: Engine, requests: SampleRequests, saver: SampleSaver) -> None:
+    """Sample what is requested and not there yet; under torchrun, each process its share.
+
+    What was sampled before an interruption or an error is still written.
+
+    Raises:
+        BundleError: if a sample of other settings stands where one of these would be written, or one cannot be written.
+    """
+    requests.start()
+    if requests.fixed_seed is None:
+        logger.info(f"seed {requests.seed}: give --seed {requests.seed} to sample the same volumes again")
+    done = [i for i in requests.rows if saver.is_done(requests.seed, i, requests.vectors[i])]
+    if done:
+        logger.info(f"{len(done)} of {len(requests)} samples are in {saver.folder} already and are kept")
+    rank, processes = process_rank()
+    # Shared out before what is done is left out: processes that look at the folder at other times still agree.
+    requests.rows = [i for i in requests.rows[rank::processes] if i not in set(done)]
+    if requests.rows:
+        evaluator.state.epoch_length = len(evaluator.data_loader)
+        try:
+            evaluator.run()
+        finally:
+            saver.finish()
+
+
+def loader(requests: SampleRequests, batch_size: Any) -> DataLoader:
+    """Batches of requests, in their order.
+
+    Raises:
+        BundleError: unless `batch_size` is a whole number above 0.
+    """
+    return DataLoader(requests, batch_size=whole_number(batch_size, "batch_size", least=1))

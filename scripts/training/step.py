@@ -1,0 +1,77 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One iteration of any training: what is minimised is its `Loss`, and all else is the same."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+from ignite.engine import Engine
+from torch import Tensor, nn
+
+from scripts.compute.processes import all_means
+from scripts.training.ema import ExponentialMovingAverage
+from scripts.training.optimisation import Batch, Optimisation
+
+
+class Loss(ABC):
+    """What a training minimises, and what it does besides after each step."""
+
+    inputs: ClassVar[tuple[str, ...]]
+    """The entries of a batch that it needs: tensors that have the batch's size in common."""
+
+    @abstractmethod
+    def __call__(self, network: nn.Module, part: Batch, epoch: int) -> dict[str, Tensor]:
+        """The terms for a part of a batch, each a mean over it; `loss` is what is minimised.
+
+        Args:
+            network: in training mode, from `scripts.compute.processes.parallel`.
+            part: the `inputs`, on the network's device.
+            epoch: which is going on, from 1.
+        """
+
+    def after_step(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
+        """What follows a step on the whole batch, such as that of a discriminator; more terms to report."""
+        return {}
+
+
+class TrainingStep:
+    """One iteration: the `iteration_update` of MONAI's `Trainer`.
+
+    Nothing random is drawn here: noise, timesteps and the like come with the batch, so that they depend neither on the
+    number of processes nor on where a training was stopped.
+
+    Args:
+        optimisation: minimises with the network.
+        loss: what it minimises.
+        average: follows the weights, if not None.
+    """
+
+    def __init__(self, optimisation: Optimisation, loss: Loss, average: ExponentialMovingAverage | None = None) -> None:
+        self.optimisation, self.loss, self.average = optimisation, loss, average
+
+    def __call__(self, engine: Engine, batch: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        """Train on one batch.
+
+        Returns:
+            `losses`: all terms, and norms of gradients; means over the batch and over all processes.
+        """
+        device, epoch = engine.state.device, engine.state.epoch
+        inputs = {name: batch[name].to(device=device, non_blocking=True) for name in self.loss.inputs}
+        network = self.optimisation.network.train()
+        losses = self.optimisation(inputs, partial(self.loss, network, epoch=epoch))
+        losses |= self.loss.after_step(inputs, epoch)
+        if self.average is not None:
+            self.average.update()
+        return {"losses": all_means(losses)}

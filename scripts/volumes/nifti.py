@@ -1,0 +1,166 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Volumes on disk and on paper: NIfTI with the bundle grid's affine, and pictures of them."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from PIL import Image
+
+from scripts.core.errors import BundleError
+from scripts.core.files import replacing
+from scripts.volumes.grid import Grid
+
+SPACE = "MNI152"
+
+MNI152 = 4
+INTEGER_DTYPES = ("uint8", "uint16", "int16")
+DTYPES = (*INTEGER_DTYPES, "float32")
+UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, TypeError, OverflowError, zlib.error)
+
+
+def write_volume(path: str | os.PathLike, volume: np.ndarray, grid: Grid, dtype: str = "uint8") -> None:
+    """Write intensities 0..1 as NIfTI, its sform and qform the grid's affine with the MNI152 code.
+
+    Args:
+        path: ends in `.nii` or `.nii.gz`.
+        volume: of the grid's shape. Integer types hold 0..1 on a fixed scale (the header's slope brings it
+            back), so that volumes stay comparable; what lies outside is clipped. float32 is kept as it is.
+        grid: where the voxels lie.
+        dtype: one of `DTYPES`.
+
+    Raises:
+        BundleError: for another dtype or shape, NaN, or a file that cannot be written.
+    """
+    if dtype not in DTYPES:
+        raise BundleError(f"--output_dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
+    if volume.shape != grid.shape:
+        raise BundleError(f"{path} would not be on the grid: the volume is {volume.shape}, the grid {grid.shape}")
+    if not np.isfinite(volume).all():
+        raise BundleError(f"{path} was not written: the volume holds NaN or infinite values")
+    image = _quantised(volume, grid, dtype) if dtype in INTEGER_DTYPES else _image(volume.astype(dtype), grid)
+    with replacing(path) as temporary:
+        nib.save(image, temporary)
+
+
+def write_labels(path: str | os.PathLike, labels: np.ndarray, grid: Grid) -> None:
+    """Write a label map of the grid's shape as uint8 NIfTI.
+
+    Raises:
+        BundleError: if the file cannot be written.
+    """
+    with replacing(path) as temporary:
+        nib.save(_image(labels.astype(np.uint8), grid), temporary)
+
+
+def _image(data: np.ndarray, grid: Grid) -> nib.Nifti1Image:
+    image = nib.Nifti1Image(data, grid.affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(grid.affine, MNI152)
+    image.set_qform(grid.affine, MNI152)
+    return image
+
+
+def _quantised(volume: np.ndarray, grid: Grid, dtype: str) -> nib.Nifti1Image:
+    top = np.iinfo(dtype).max
+    image = _image(np.rint(np.clip(volume, 0.0, 1.0) * top).astype(dtype), grid)
+    image.header.set_slope_inter(_slope(top), 0.0)
+    return image
+
+
+def _slope(top: int) -> np.float32:
+    # The header holds it as float32; rounded up, `top` would read back as more than 1.
+    slope = np.float32(1.0 / top)
+    return slope if float(slope) * top <= 1.0 else np.nextafter(slope, np.float32(0.0))
+
+
+def read_volume(path: str | os.PathLike, shape: tuple[int, int, int] | None = None) -> np.ndarray:
+    """The intensities of a 3D volume as float32.
+
+    Args:
+        path: a NIfTI or MGH file.
+        shape: what its shape must be; None takes any.
+
+    Raises:
+        BundleError: if the file is missing, unreadable, cut short, complex or coloured, not 3D, of another
+            shape, or holds NaN.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BundleError(f"there is no volume at {path}")
+    try:
+        stored = np.asanyarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
+        volume = stored.astype(np.float32, casting="same_kind")
+    except UNREADABLE as error:
+        raise BundleError(f"cannot read the volume {path}: it is damaged, cut short or no image ({error})") from error
+    _check_shape(path, volume.shape, shape)
+    if not np.isfinite(volume).all():
+        raise BundleError(f"the volume {path} holds NaN or infinite values: prepare the scan again")
+    return volume
+
+
+def check_header(path: str | os.PathLike, shape: tuple[int, int, int] | None = None) -> None:
+    """Refuse a volume by its header alone, without reading its voxels.
+
+    Args:
+        path, shape: as `read_volume`.
+
+    Raises:
+        BundleError: if the file is missing, has no header that can be read, or another shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BundleError(f"there is no volume at {path}")
+    try:
+        found = nib.load(path).shape  # type: ignore[attr-defined]
+    except UNREADABLE as error:
+        raise BundleError(f"cannot read the volume {path}: it is damaged, cut short or no image ({error})") from error
+    _check_shape(path, found, shape)
+
+
+def _check_shape(path: Path, found: tuple[int, ...], shape: tuple[int, int, int] | None) -> None:
+    if len(found) != 3 or (shape is not None and found != tuple(shape)):
+        wanted = "3D" if shape is None else str(tuple(shape))
+        raise BundleError(f"the volume {path} has shape {found}, not {wanted}: prepare the scan first")
+
+
+def mid_planes(volume: np.ndarray, height: int = 256) -> np.ndarray:
+    """The sagittal, coronal and axial planes through the middle of a volume, side by side.
+
+    Args:
+        volume: on the bundle grid (x right to left, y back to front, z bottom to top), 0..1.
+        height: of the picture in pixels.
+
+    Returns:
+        (height, width) uint8. Coronal and axial planes are as radiologists look at them: the subject's
+        right is on the left of the picture.
+    """
+    x, y, z = (n // 2 for n in volume.shape)
+    planes = [volume[x, ::-1, ::-1].T, volume[:, y, ::-1].T, volume[:, ::-1, z].T]
+    return np.concatenate([_resized(plane, height) for plane in planes], axis=1)
+
+
+def _resized(plane: np.ndarray, height: int) -> np.ndarray:
+    image = Image.fromarray(np.rint(np.clip(plane, 0.0, 1.0) * 255.0).astype(np.uint8))
+    return np.asarray(image.resize((round(height * plane.shape[1] / plane.shape[0]), height), Image.Resampling.BICUBIC))
+
+
+def write_picture(path: str | os.PathLike, pixels: np.ndarray) -> None:
+    """Write (height, width) or (height, width, 3) uint8 pixels as PNG."""
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")

@@ -1,0 +1,130 @@
+# Copyright (c) Brain LDM contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pictures of volumes in rows, for looking at a training while it runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from scripts.volumes.nifti import mid_planes, write_picture
+
+FOLDER = "figures"
+DPI = 100
+LARGEST_DIFFERENCE = 0.2
+_PLANE_HEIGHT = 192  # pixels of a row's planes before they are drawn
+_ROW_INCHES = 1.6
+_LABEL_WIDTH = 0.5  # of that of the planes
+
+
+def figure_path(run_dir: str | os.PathLike, name: str, iteration: int) -> Path:
+    """Where the picture `name` of an iteration lies in a run folder."""
+    return Path(run_dir) / FOLDER / f"{name}_iteration-{iteration:06d}.png"
+
+
+def figures_of(run_dir: str | os.PathLike, iteration: int) -> dict[str, Path]:
+    """Name -> file of every picture that was drawn at an iteration."""
+    end = figure_path(run_dir, "", iteration).name
+    return {path.name.removesuffix(end): path for path in sorted((Path(run_dir) / FOLDER).glob(f"*{end}"))}
+
+
+def reconstruction_picture(
+    names: Sequence[str], originals: Sequence[np.ndarray], copies: Sequence[np.ndarray]
+) -> np.ndarray:
+    """A row for each volume: three middle planes of it, of its reconstruction, and of their absolute difference.
+
+    Args:
+        names: of the volumes.
+        originals, copies: strips of planes as `scripts.volumes.nifti.mid_planes` makes them, (height, width) uint8,
+            alike in shape. Differences are of these 8-bit intensities, and shown from 0 to 0.2.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    figure, rows = _grid(len(names), (1.0, 1.0, 1.0), originals[0].shape)
+    for axes, name, original, copy in zip(rows, names, originals, copies, strict=True):
+        difference = np.abs(original.astype(np.float32) - copy) / 255.0
+        _show(axes[0], original, name)
+        _show(axes[1], copy, "reconstruction")
+        _show(axes[2], difference, f"difference, 0 to {LARGEST_DIFFERENCE}", "inferno", LARGEST_DIFFERENCE)
+    return _pixels(figure)
+
+
+def sample_picture(labels: Sequence[str], planes: Sequence[np.ndarray]) -> np.ndarray:
+    """A row for each sample: its label, then its three middle planes.
+
+    Args:
+        labels: a few short lines each.
+        planes: strips of planes as `scripts.volumes.nifti.mid_planes` makes them, (height, width) uint8.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    figure, rows = _grid(len(labels), (_LABEL_WIDTH, 1.0), planes[0].shape)
+    for axes, label, plane in zip(rows, labels, planes, strict=True):
+        where = {"ha": "right", "va": "center", "transform": axes[0].transAxes}
+        axes[0].text(1.0, 0.5, label, fontsize=8, parse_math=False, **where)
+        axes[0].set_axis_off()
+        _show(axes[1], plane, "")
+    return _pixels(figure)
+
+
+def pair_figure(
+    labels: Sequence[tuple[str, str]], firsts: Sequence[np.ndarray], seconds: Sequence[np.ndarray]
+) -> Figure:
+    """A row for each pair of volumes: the three middle planes of both, side by side.
+
+    Args:
+        labels: of the two volumes of each pair.
+        firsts, seconds: strips of planes as `scripts.volumes.nifti.mid_planes` makes them, (height, width) uint8.
+    """
+    figure, rows = _grid(len(labels), (1.0, 1.0), firsts[0].shape)
+    for axes, pair, *strips in zip(rows, labels, firsts, seconds, strict=True):
+        for axis, label, planes in zip(axes, pair, strips, strict=True):
+            _show(axis, planes, label)
+    return figure
+
+
+def strip(volume: np.ndarray) -> np.ndarray:
+    """The three middle planes of a volume (X, Y, Z), as the pictures take them."""
+    return mid_planes(volume, _PLANE_HEIGHT)
+
+
+def write(run_dir: str | os.PathLike, name: str, iteration: int, pixels: np.ndarray) -> Path:
+    """Write a picture of an iteration into the run folder, as PNG."""
+    path = figure_path(run_dir, name, iteration)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_picture(path, pixels)
+    return path
+
+
+def _grid(rows: int, widths: Sequence[float], shape: tuple[int, ...]) -> tuple[Figure, np.ndarray]:
+    size = sum(widths) * _ROW_INCHES * shape[1] / shape[0], rows * (_ROW_INCHES + 0.25)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    return figure, figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
+
+
+def _show(axes: Axes, plane: np.ndarray, title: str, colours: str = "gray", top: float = 255.0) -> None:
+    axes.imshow(plane, cmap=colours, vmin=0.0, vmax=top)
+    axes.set_title(title, fontsize=8, parse_math=False)  # names of files may have a dollar
+    axes.set_axis_off()
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
