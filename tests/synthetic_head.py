@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from scripts.core.tables import write_table
-from scripts.phantoms.heads import LABELS, SeedHead, build_head
+from scripts.phantoms.heads import SeedHead, build_head
 from scripts.volumes.grid import Grid
+from scripts.volumes.labels import LABELS
 
 GRID = Grid((56, 76, 56), (-3.0, 3.0, 3.0), (82.5, -112.5, -60.0))
 LEVELS = (0.0, 0.3, 0.1, 0.45, 0.65, 0.1, 0.1, 0.1)

@@ -30,13 +30,14 @@ from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError, find_bundle_error
 from scripts.core.tables import read_table
 from scripts.phantoms.deformation import cosine_field, smooth_coefficients
-from scripts.phantoms.heads import LABELS, SeedHead, count_volumes, load_head
+from scripts.phantoms.heads import SeedHead, count_volumes, load_head
 from scripts.phantoms.looks import aged
 from scripts.phantoms.making import Phantoms
 from scripts.phantoms.population import RAW, Population
 from scripts.phantoms.shapes import Pose, Shape, Target, deform
 from scripts.tools.phantom_labels import STRUCTURES, label_map
 from scripts.volumes.head_size import reference_intracranial_mm3
+from scripts.volumes.labels import LABELS
 from scripts.volumes.scans import Scan
 
 CONFIG = yaml.safe_load((ROOT / "configs/phantoms.yaml").read_text())

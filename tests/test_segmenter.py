@@ -49,10 +49,11 @@ from scripts.measuring.segmenter import (
 )
 from scripts.measuring.segmenter_training import random_contrast, targets_of, volume_error
 from scripts.networks.weights import file_sha256
-from scripts.phantoms.heads import LABELS, count_volumes
+from scripts.phantoms.heads import count_volumes
 from scripts.volumes.folders import VolumeFolder
 from scripts.volumes.grid import Grid
 from scripts.volumes.head_size import normalised_brain, reference_intracranial_mm3
+from scripts.volumes.labels import LABELS
 from scripts.volumes.nifti import read_volume, write_labels, write_volume
 
 TRAIN, SEGMENT, EVALUATE = (f"configs/{name}.yaml" for name in ("train_segmenter", "segment", "evaluate"))

@@ -34,9 +34,9 @@ from scripts.compute.precision import autocast
 from scripts.core.errors import BundleError
 from scripts.core.paths import MODELS
 from scripts.networks.weights import load_network, read_checkpoint
-from scripts.phantoms.heads import LABELS
 from scripts.volumes.grid import Grid
 from scripts.volumes.head_size import normalised_brain
+from scripts.volumes.labels import LABELS
 
 NETWORK = "segmenter"
 SHIPPED = MODELS / "segmenter" / "segmenter.safetensors"
