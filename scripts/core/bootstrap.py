@@ -136,6 +136,7 @@ def bootstrapped(
             samples,
             statistic,
             n_resamples=REPEATS,
+            batch=1 if len(samples) > 1 and not paired else None,  # sets are drawn in turn, as version 2.0.0 drew them
             vectorized=vectorized,
             paired=paired,
             method="percentile",
