@@ -164,6 +164,13 @@ def test_targets_of_version_2_0_0(target: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("old, new", RENAMED.items())
+def test_what_has_another_name_is_the_same_object(old: str, new: str) -> None:
+    found = locate(f"scripts.{old}")
+    assert found is not None and found is locate(f"scripts.{new}")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("target, new", REPLACED.items())
 def test_what_is_no_more_names_what_does_its_work(target: str, new: str) -> None:
     assert f"scripts.{target}" in TARGETS and locate(f"scripts.{new}") is not None
