@@ -102,7 +102,7 @@ OLD_NAMES: dict[str, tuple[str, ...]] = {
     "options": ("core.options",),
     "outlines": ("measuring.outlines",),
     "overlap": ("evaluation.overlap",),
-    "packages": ("core.wheels",),
+    "packages": ("core.wheels", "core.files"),
     "pairs": ("evaluation.pairs",),
     "paper_figures": ("sampling.paper_figures",),
     "patching": ("networks.patching",),
@@ -165,6 +165,7 @@ OLD_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Module of version 2.0.0 -> the modules that hold what was in it, the first of them its successor."""
 RENAMED: dict[str, str] = {
+    "checkpoints.file_sha256": "core.files.file_hash",
     "training.arranged": "training.engine.prepare_for_training",
     "brain_age.aged_participants": "measuring.brain_age.read_ages",
     "diffusion_validation.sampled": "training.ema.network_to_sample",
