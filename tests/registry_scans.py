@@ -32,8 +32,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from scripts.core.files import make_folder
-from scripts.core.wheels import Package, file_hash
+from scripts.core.files import file_hash, make_folder
+from scripts.core.wheels import Package
 from scripts.tools.example_data import EXAMPLES
 
 FOLDER = ROOT / "data" / "registry"

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
-from scripts.networks.weights import Checkpoint, file_sha256, load_network, read_checkpoint, write_safetensors
+from scripts.core.files import file_hash
+from scripts.networks.weights import Checkpoint, load_network, read_checkpoint, write_safetensors
 
 State = dict[str, Tensor]
 
@@ -232,7 +233,7 @@ def test_both_of_pytorchs_own_formats_load(zipped: bool, tmp_path: Path) -> None
     read = read_checkpoint(path, "diffusion")
     assert all(torch.equal(read.state[name], value) for name, value in tensors().items())
     assert read.facts == {} and read.latent_scale == 1.0
-    assert read.sha256 == file_sha256(path)
+    assert read.sha256 == file_hash(path)
 
 
 # Training checkpoints.

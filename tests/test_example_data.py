@@ -30,8 +30,9 @@ import torch
 from scripts.autoencoder.perceptual import BLOCKS, CHANNELS, LPIPS
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
+from scripts.core.files import file_hash
 from scripts.core.tables import read_table
-from scripts.core.wheels import Package, file_hash
+from scripts.core.wheels import Package
 from scripts.tools import example_data, perceptual_weights
 from scripts.tools.example_data import EXAMPLES, TABLE, Example
 

@@ -33,6 +33,7 @@ from trained import content, difference
 
 from scripts.compute.kept import Values
 from scripts.conditions.conditions import Conditions
+from scripts.core.files import file_hash
 from scripts.core.tables import read_table, write_table
 from scripts.evaluation.segmentations import OwnSegmentations
 from scripts.measuring.outlines import COLOURS
@@ -48,7 +49,6 @@ from scripts.measuring.segmenter import (
     working_shape,
 )
 from scripts.measuring.segmenter_training import random_contrast, targets_of, volume_error
-from scripts.networks.weights import file_sha256
 from scripts.phantoms.heads import count_volumes
 from scripts.volumes.folders import VolumeFolder
 from scripts.volumes.grid import Grid
@@ -337,7 +337,7 @@ def test_evaluation_measures_with_it_by_default(
     write_table(samples / "participants.tsv", rows)
     run_here([BASE, EVALUATE], **common)
     report = json.loads((tmp_path / "report" / "evaluation.json").read_text())["measures"]["volumetry"]
-    assert report["segmentations"] == "own" and report["weights_sha256"] == file_sha256(weights)
+    assert report["segmentations"] == "own" and report["weights_sha256"] == file_hash(weights)
     single = read_table(tmp_path / "report" / "volumetry.tsv")
     image = read_volume(samples / "sub-2_T1w.nii.gz")
     expected = brain_volumes(image, GRID, load_segmenter(weights))["brain_vol_mm3"]

@@ -521,7 +521,7 @@ def test_labels_say_both_units() -> None:
     assert low_and_high(CONDITIONS) == [{"age": 0.0}, {"age": 1.0}, {"sex": 0.0}, {"sex": 1.0}]
     assert label(CONDITIONS, torch.tensor([0.25, 1.0])) == "age 0.25 (50 years)\nsex 1 (male)"
     volume = Conditions(brain={"raw": "mm3", "unit": "mm3", "minimum": 1144240, "maximum": 1793910})
-    assert label(volume, torch.tensor([0.5])) == "brain 0.5 (1,469,075 mm3)"
+    assert label(volume, torch.tensor([0.5])) == "brain 0.5 (1469 mL)"
 
 
 def test_requests_of_samples_may_be_given(tmp_path: Path) -> None:

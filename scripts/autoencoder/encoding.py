@@ -32,10 +32,10 @@ from scripts.autoencoder.latents import ENCODING, Posteriors, array_sha256, read
 from scripts.compute.devices import process_rank
 from scripts.compute.precision import autocast
 from scripts.core.errors import BundleError
-from scripts.core.files import make_folder, write_json
+from scripts.core.files import file_hash, make_folder, write_json
 from scripts.core.options import whole_number
 from scripts.core.tables import write_table
-from scripts.networks.weights import Checkpoint, encoder_sha256, file_sha256
+from scripts.networks.weights import Checkpoint, encoder_sha256
 from scripts.volumes.datasets import TABLE
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ class Volumes(Dataset):
         """Number of the latent, SHA-256 of its volume's file, and the volume (1, X, Y, Z), or None if encoded."""
         row = self.rows[number]
         scan, version = self.scans[row // self.versions], row % self.versions
-        sha256 = bytes.fromhex(file_sha256(scan["image"]))
+        sha256 = bytes.fromhex(file_hash(scan["image"]))
         if sha256 == self.volumes[row].tobytes():
             return row, sha256, None
         sample = self.load(scan)

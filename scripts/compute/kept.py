@@ -24,8 +24,7 @@ from typing import Any, TypeVar
 from scripts.compute.devices import process_rank
 from scripts.compute.processes import wait_for_all_processes
 from scripts.core.errors import BundleError
-from scripts.core.files import make_folder
-from scripts.core.wheels import file_hash
+from scripts.core.files import file_hash, make_folder
 
 logger = logging.getLogger(__name__)
 

@@ -60,6 +60,12 @@ class Condition:
         """Map 0..1 to raw units: the inverse of `normalise`."""
         return self.minimum + value * (self.maximum - self.minimum)
 
+    def describe(self, raw: float) -> str:
+        """A raw value as people write it: its word, millilitres for mm3, else the number with its unit."""
+        word = next((word for word, code in self.codes.items() if code == raw), None)
+        number = f"{raw / 1000:.4g} mL" if self.unit == "mm3" else f"{raw:.4g} {self.unit}".strip()
+        return number if word is None else word
+
     def in_words(self) -> str:
         """The training range for messages, such as `44 to 82 years`."""
         return f"{self.minimum:g} to {self.maximum:g} {self.unit}".strip()

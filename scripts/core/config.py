@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +19,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-import yaml
 from monai.bundle import ConfigParser
 from monai.bundle.properties import InferProperties, MetaProperties, TrainProperties
 
@@ -132,16 +130,9 @@ def _refuse(name: str, known: Mapping[str, str]) -> NoReturn:
 
 def _declared() -> set[str]:
     files = [f for f in sorted(CONFIGS.iterdir()) if f.suffix in (".json", ".yaml") and f.stem != "metadata"]
-    ids = {name for f in files for name in _ids(_load(f))}
+    ids = {name for f in files for name in _ids(load_config(f))}
     properties = (TrainProperties, InferProperties, MetaProperties)
     return ids | {str(p["id"]) for one in properties for p in one.values()}
-
-
-@functools.cache
-def _load(path: Path) -> dict[str, Any]:
-    """By libyaml, where PyYAML has it: MONAI's way takes a second for all the files together, at each command."""
-    text, loader = path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return json.loads(text) if path.suffix == ".json" else yaml.load(text, loader)
 
 
 def _ids(config: Mapping[str, Any], section: str = "") -> Iterator[str]:

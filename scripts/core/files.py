@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import tempfile
@@ -39,6 +40,22 @@ def make_folder(path: str | os.PathLike) -> Path:
     except OSError as error:
         raise BundleError(f"cannot write to the folder {folder}: {error.strerror or error}") from error
     return folder
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        BundleError: if the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror or error}") from error
+    return digest.hexdigest()
 
 
 @contextmanager

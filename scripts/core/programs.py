@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,31 +55,31 @@ def find_program(command: str, source: str) -> str:
     return found
 
 
-def run_program(command: Sequence[str], wanted: Path) -> Path:
+def run_program(command: Sequence[str], wanted: Path | None = None, log: Path | None = None) -> None:
     """Run a program in silence, and check that it wrote what it should.
 
     Args:
         command: the program and its arguments.
-        wanted: the file that it should write.
-
-    Returns:
-        `wanted`.
+        wanted: the file that it should write, if that is known.
+        log: where its output goes; None keeps the last line alone, for an error.
 
     Raises:
         BundleError: if the program cannot be started, fails, or ends without the file; with its last line of output.
     """
     name = Path(command[0]).name
-    logger.info(f"running {' '.join(command)}")
+    logger.info(f"running {' '.join(command)}{f'; its output goes to {log}' if log else ''}")
     environment = {key: value for key, value in os.environ.items() if key not in FOREIGN}
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
-        )
+        with open(log, "w+b") if log else tempfile.TemporaryFile() as output:
+            done = subprocess.run(
+                command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+            )
+            output.seek(0)
+            lines = output.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
     except OSError as error:
         raise BundleError(f"{name} could not be started: {error.strerror or error}") from error
-    lines = done.stdout.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+    said = f"{lines[-1].strip()[:200]}{f'. All of it: {log}' if log else ''}"
     if done.returncode:
-        raise BundleError(f"{name} failed with exit status {done.returncode}: {lines[-1].strip()[:200]}")
-    if not wanted.is_file():
-        raise BundleError(f"{name} ended without its file {wanted.name}: {lines[-1].strip()[:200]}")
-    return wanted
+        raise BundleError(f"{name} failed with exit status {done.returncode}: {said}")
+    if wanted is not None and not wanted.is_file():
+        raise BundleError(f"{name} ended without its file {wanted.name}: {said}")

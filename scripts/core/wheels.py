@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.core.errors import BundleError
-from scripts.core.files import make_folder, replacing
+from scripts.core.files import file_hash, make_folder, replacing
 
 
 @dataclass(frozen=True)
@@ -79,18 +78,6 @@ class Package:
         if found != self.sha256:
             raise BundleError(f"{archive.name} has the SHA-256 {found} where {self.sha256} was expected")
         return archive
-
-
-def file_hash(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal.
-
-    Raises:
-        BundleError: if the file cannot be read.
-    """
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise BundleError(f"{path}: {error.strerror or error}") from error
 
 
 def _member(archive: Path, member: str) -> bytes:

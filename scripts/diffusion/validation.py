@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from scripts.compute.processes import is_main, rank, world_size
-from scripts.conditions.conditions import Condition, Conditions
+from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
 from scripts.training.validation import Evaluation, HeldOut, Network, in_order
 from scripts.volumes import pictures
@@ -180,10 +180,4 @@ def low_and_high(conditions: Conditions) -> list[dict[str, float]]:
 def label(conditions: Conditions, vector: Tensor) -> str:
     """A line for each condition of a vector (n,): its name, its value 0..1, and that in raw units or as a word."""
     values = conditions.in_both_units(vector)
-    return "\n".join(f"{c.name} {values[c.name]:g} ({_in_words(c, values[c.raw])})" for c in conditions)
-
-
-def _in_words(condition: Condition, raw: float) -> str:
-    word = next((word for word, code in condition.codes.items() if code == raw), "")
-    number = f"{raw:,.0f}" if abs(raw) >= 1000.0 else f"{raw:g}"
-    return word or f"{number} {condition.unit}".rstrip()
+    return "\n".join(f"{c.name} {values[c.name]:g} ({c.describe(values[c.raw])})" for c in conditions)

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Iterable
 
 from scripts.core.errors import BundleError
-from scripts.core.wheels import file_hash
+from scripts.core.files import file_hash
 from scripts.evaluation.measures import Measure
 from scripts.evaluation.samples import FLAG, Samples
 from scripts.volumes.folders import VolumeFolder

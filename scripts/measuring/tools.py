@@ -13,9 +13,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import subprocess
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
@@ -31,12 +29,10 @@ from scripts.compute.devices import process_rank
 from scripts.core.errors import BundleError
 from scripts.core.files import replacing
 from scripts.core.options import is_absent
+from scripts.core.programs import run_program
 from scripts.volumes.labels import stem
 
 logger = logging.getLogger(__name__)
-
-FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-"""Environment variables that would lead a tool with a Python of its own to the modules of this one."""
 
 
 class SegmentationTool(ABC):
@@ -104,7 +100,7 @@ class SynthSeg(SegmentationTool):
                 "--threads",
                 _threads(),
             ]
-            _run(self.name, [program, *options], output_dir / f"synthseg{_of_process()}.log")
+            run_program([program, *options], log=output_dir / f"synthseg{_of_process()}.log")
 
     def table(self, output_dir: Path) -> Path:
         """See `SegmentationTool`; it has the volumes of the last run of this process alone."""
@@ -123,12 +119,11 @@ class Samseg(SegmentationTool):
         for volume in tqdm(volumes, "samseg", unit="volume", disable=None):
             with tempfile.TemporaryDirectory(dir=output_dir, prefix=".samseg-") as folder:
                 options = ["--input", str(volume), "--output", folder, "--threads", _threads()]
-                _run(self.name, [program, *options], output_dir / f"{stem(volume)}_samseg.log")
-                self._convert(Path(folder) / "seg.mgz", self.label_map(volume, output_dir))
+                found = Path(folder) / "seg.mgz"
+                run_program([program, *options], found, output_dir / f"{stem(volume)}_samseg.log")
+                self._convert(found, self.label_map(volume, output_dir))
 
     def _convert(self, found: Path, label_map: Path) -> None:
-        if not found.is_file():
-            raise BundleError(f"samseg ended without {found.name}: see the .log files in {label_map.parent}")
         image: Any = nib.load(found)
         codes = np.rint(np.asanyarray(image.dataobj)).astype(np.int16)
         with replacing(label_map) as temporary:
@@ -143,18 +138,6 @@ def _of_process() -> str:
 
 def _threads() -> str:
     return str(torch.get_num_threads())
-
-
-def _run(name: str, command: Sequence[str], log: Path) -> None:
-    logger.info(f"running {' '.join(command)}; its output goes to {log}")
-    environment = {key: value for key, value in os.environ.items() if key not in FOREIGN}
-    with open(log, "w", encoding="utf-8") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
-    if done.returncode:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
-        raise BundleError(
-            f"{name} failed with exit status {done.returncode}: {lines[-1].strip()[:200]}. All of it: {log}"
-        )
 
 
 def chosen_way(segment_with: Any, segmentations: Any, ways: Collection[str], default: str | None = None) -> str | None:

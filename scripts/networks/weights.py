@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
-from scripts.core.files import replacing
+from scripts.core.files import file_hash, replacing
 from scripts.core.options import yes_or_no
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def read_checkpoint(path: str | os.PathLike, network: str, family: str | None = 
     state, facts = read_state(path, network, family=family)
     mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
     mapped = mapped and all(tensor.dtype == torch.float32 for tensor in state.values())
-    return Checkpoint(path, state, facts, file_sha256(path), mapped, stamp)
+    return Checkpoint(path, state, facts, file_hash(path), mapped, stamp)
 
 
 def read_state(
@@ -159,15 +159,6 @@ def _is_state_dict(state: Any) -> bool:
     if not isinstance(state, Mapping) or not state:
         return False
     return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def encoder_sha256(state: Mapping[str, Tensor]) -> str:

@@ -24,8 +24,8 @@ import numpy as np
 
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
+from scripts.core.files import file_hash
 from scripts.core.options import is_absent
-from scripts.core.wheels import file_hash
 from scripts.measuring.tools import SegmentationTool, chosen_way
 from scripts.preparation.steps import Record, TargetSpace
 from scripts.volumes.labels import QUANTITIES, belongs, label_volumes, read_synthseg, stem

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.core.errors import BundleError
+from scripts.core.files import file_hash
 from scripts.core.options import is_absent, whole_number, yes_or_no
-from scripts.core.wheels import file_hash
 from scripts.preparation.bias_field import without_bias_field
 from scripts.preparation.skull_stripping import Stripper, TemplateStripper
 from scripts.preparation.steps import Record, TargetSpace, step_settings

@@ -27,8 +27,7 @@ import nibabel as nib
 import numpy as np
 
 from scripts.core.errors import BundleError
-from scripts.core.files import make_folder, remove_leftovers, replacing, write_json, write_text
-from scripts.core.wheels import file_hash
+from scripts.core.files import file_hash, make_folder, remove_leftovers, replacing, write_json, write_text
 from scripts.preparation.quality_page import FIGURES
 from scripts.preparation.quality_pictures import QualityPictures
 from scripts.preparation.registration import LPS

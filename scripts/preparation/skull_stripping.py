@@ -110,7 +110,8 @@ class CommandStripper(Stripper):
             write_volume(image, volume, grid, "float32")
             names = {"image": str(image), "mask": str(mask), "folder": folder}
             arguments = [argument.format(**names) for argument in self.arguments]
-            return _checked(_read_mask(run_program([program, *arguments], mask), grid))
+            run_program([program, *arguments], mask)
+            return _checked(_read_mask(mask, grid))
 
 
 def _read_mask(path: Path, grid: Grid) -> np.ndarray:

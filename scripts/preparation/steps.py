@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 from scipy import ndimage
 
-from scripts.core.wheels import file_hash
+from scripts.core.files import file_hash
 from scripts.preparation.registration import Registration, Template, blurred, load_template, register, resample
 from scripts.volumes.grid import Grid
 from scripts.volumes.scans import Scan, ScanError, canonical

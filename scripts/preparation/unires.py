@@ -63,4 +63,5 @@ class UniRes:
             raw = write_scan(Path(folder) / "scan.nii.gz", scan)
             settings = ["--vx", f"{self.voxel:g}", "--dir_out", folder, "--prefix", "u_", "--device", self.device]
             found = Path(folder) / f"u_{raw.name}"
-            return load_scan(run_program([program, *settings, *self.options, str(raw)], found))
+            run_program([program, *settings, *self.options, str(raw)], found)
+            return load_scan(found)

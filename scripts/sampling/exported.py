@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
-from scripts.networks.weights import Checkpoint, check_conditions, check_family, file_sha256
+from scripts.core.files import file_hash
+from scripts.networks.weights import Checkpoint, check_conditions, check_family
 from scripts.sampling.exporting import RECORD, needed_package
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -47,7 +48,7 @@ def read_exported(folder: str, network: str, family: str | None = None) -> Check
         raise BundleError(f"{record} is damaged: export the networks again") from error
     if family is not None:
         check_family(path, facts, family)
-    return Checkpoint(path, {}, facts, file_sha256(path))
+    return Checkpoint(path, {}, facts, file_hash(path))
 
 
 class OnnxNetwork(nn.Module):

@@ -175,16 +175,8 @@ def _label(cell: Cell, conditions: Conditions, axis: str) -> str:
     for flag, value in cell.items():
         _, condition = _condition(flag, conditions, axis)
         normalised = condition.parse(flag, value, f" in --{axis}")
-        lines.append(f"{condition.name}\n{_in_words(condition, normalised)} ({normalised:.3g})")
+        lines.append(f"{condition.name}\n{condition.describe(condition.denormalise(normalised))} ({normalised:.3g})")
     return "\n".join(lines)
-
-
-def _in_words(condition: Condition, normalised: float) -> str:
-    raw = condition.denormalise(normalised)
-    word = next((word for word, code in condition.codes.items() if code == raw), None)
-    if word is not None:
-        return word
-    return f"{raw / 1000:.4g} mL" if condition.unit == "mm3" else f"{raw:.4g} {condition.unit}".strip()
 
 
 def draw_grid(requests: GridRequests, saver: SampleSaver, name: str) -> None:

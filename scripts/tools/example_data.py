@@ -25,10 +25,10 @@ from monai.bundle import run
 from tqdm import tqdm
 
 from scripts.core.errors import BundleError, find_bundle_error
-from scripts.core.files import make_folder, write_json
+from scripts.core.files import file_hash, make_folder, write_json
 from scripts.core.paths import CONFIGS, ROOT
 from scripts.core.tables import read_table, write_table
-from scripts.core.wheels import Package, file_hash
+from scripts.core.wheels import Package
 
 TABLE = ROOT / "docs" / "example_data.tsv"
 COLUMNS = ("participant_id", "age_years", "sex", "ventricular_vol_mm3", "brain_vol_mm3")

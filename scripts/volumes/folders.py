@@ -26,9 +26,9 @@ import torch
 
 from scripts.compute.kept import Values
 from scripts.core.errors import BundleError
+from scripts.core.files import file_hash
 from scripts.core.inputs import Input
 from scripts.core.tables import read_table
-from scripts.core.wheels import file_hash
 from scripts.volumes.nifti import UNREADABLE, read_volume
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from scripts.core.errors import BundleError
+from scripts.core.files import file_hash
 from scripts.core.options import whole_number
-from scripts.core.wheels import Package, file_hash
+from scripts.core.wheels import Package
 from scripts.evaluation.metrics.features import Extractor, load_strictly, read_weights
 
 PACKAGE = Package(

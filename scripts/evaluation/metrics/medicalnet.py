@@ -25,7 +25,7 @@ import torch
 from monai.networks.nets import ResNet, resnet50
 
 from scripts.core.errors import BundleError
-from scripts.core.wheels import file_hash
+from scripts.core.files import file_hash
 from scripts.evaluation.metrics.features import Extractor, load_strictly, read_weights
 
 SOURCE = (

@@ -104,7 +104,8 @@ def accelerate_unet(network: nn.Module, fast: bool = True, amp: Any = False, com
     if fast and on_gpu:
         _for_gpu(network, half_precision(amp))
     if yes_or_no(compiled, "compile"):
-        network.compile(mode="reduce-overhead" if on_gpu else None)
+        # Each size for itself: for sizes as variables, the compiler cannot lower the convolutions of `doubled`.
+        network.compile(mode="reduce-overhead" if on_gpu else None, dynamic=False)
     return network
 
 
