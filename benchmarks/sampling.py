@@ -1,13 +1,5 @@
-# Copyright (c) Brain LDM contributors
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#     http://www.apache.org/licenses/LICENSE-2.0
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: Brain LDM contributors
+# SPDX-License-Identifier: Apache-2.0
 """Times sampling as the original does it, as MONAI core does, and as this bundle does, side by side in one process.
 
 `original` is monai-generative's networks in float32 with its DDIM timesteps; `monai` MONAI core's networks as they
