@@ -46,7 +46,7 @@ BASE = "configs/inference.json"
 EVALUATE = "configs/evaluate.yaml"
 DISTANCES = {"latent_rmse": "of latents", "volume_rmse": "of volumes, 0..1"}
 MEASURES = ("fid", "volumetry")
-DRAWN = re.compile(r"fid (?!.*(_floor|_halves)$)|volumetry .*pearson")
+DRAWN = re.compile(r"FID \([^)]*\)$|Pearson's r of ")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

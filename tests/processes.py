@@ -98,7 +98,8 @@ def _run(words: Sequence[str], folder: str, environment: Mapping[str, str], text
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.path[:] = [folder, *(path for path in sys.path if Path(path).resolve() not in (HERE, ROOT))]
+    added = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = [folder, *added, *(path for path in sys.path if Path(path).resolve() not in (HERE, ROOT))]
     sys.argv[:] = words[1:] if words[0] == "-m" else words
     try:
         if words[0] == "-m":

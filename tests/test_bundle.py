@@ -34,7 +34,7 @@ else:
 CONFIGS = ROOT / "configs"
 METADATA = json.loads((CONFIGS / "metadata.json").read_text())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LICENCE = "".join((ROOT / "scripts" / "__init__.py").read_text().splitlines(keepends=True)[:10])
+LICENCE = "# SPDX-FileCopyrightText: Brain LDM contributors\n# SPDX-License-Identifier: Apache-2.0\n"
 
 OVERLAYS = sorted(file.name for file in CONFIGS.glob("*.yaml"))
 MODELS = ["demo.yaml", "tiny.yaml"]

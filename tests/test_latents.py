@@ -316,7 +316,7 @@ def test_killed_at_any_step(first: list[int], left: list[int], tmp_path: Path) -
 def test_only_what_is_in_flight_is_lost(tmp_path: Path) -> None:
     scans, missing = write_scans(tmp_path / "scans", [0, 1, 2, 3]), str(tmp_path / "scans" / "2.npy")
     os.rename(missing, missing + "x")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(BundleError, match="2.npy: No such file"):
         encode(scans, tmp_path / "latents")
     os.rename(missing + "x", missing)
     assert encode(scans, tmp_path / "latents") == 2

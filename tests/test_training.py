@@ -76,11 +76,11 @@ def test_sampling_takes_what_was_trained(done: Pipeline, run_here: RunHere, tmp_
     scale = content(done.diffusion / "diffusion.pt")["facts"]["latent_scale"]
     flags = {**done.trained(), "diffusion_path": str(done.diffusion / "diffusion.pt"), "num_inference_steps": 2}
     workflow = run_here([BASE, TINY], output_dir=str(tmp_path), seed=1, **flags)
-    inferer = workflow.parser.get_parsed_content("inferer")
+    family = workflow.parser.get_parsed_content("chosen_family")
     latent = torch.randn(1, *workflow.parser.get_parsed_content("latent_shape"))
     with torch.no_grad():
-        expected = inferer.autoencoder.decode_stage_2_outputs(latent / scale)
-    assert scale != 1.0 and torch.equal(inferer.decode(latent), expected)
+        expected = family.autoencoder.decode_stage_2_outputs(latent / scale)
+    assert scale != 1.0 and torch.equal(family.decode(latent), expected)
     assert f'"latent_scale": {scale}' in (tmp_path / "sample_seed-1_000000.json").read_text()
 
 
