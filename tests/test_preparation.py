@@ -22,7 +22,7 @@ from stand_ins import Holds, KnownPose, Way, pass_on
 
 from scripts.core.errors import BundleError
 from scripts.core.tables import read_table, write_table
-from scripts.preparation.optional_steps import SuperResolve
+from scripts.preparation.optional_steps import SuperResolve, UniRes
 from scripts.preparation.registration import Registration, Scan, load_template, register, resample, seen_fraction
 from scripts.preparation.run import Preparation
 from scripts.preparation.steps import (
@@ -34,7 +34,6 @@ from scripts.preparation.steps import (
     scale_intensities,
     step_identity,
 )
-from scripts.preparation.unires import UniRes
 from scripts.volumes.grid import Grid
 from scripts.volumes.scans import load_scan
 
