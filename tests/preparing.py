@@ -13,7 +13,7 @@ import numpy as np
 from stand_ins import KnownPose
 
 from scripts.conditions.conditions import Conditions
-from scripts.preparation.check_step import CheckScan
+from scripts.preparation.checks import CheckScan
 from scripts.preparation.run import Preparation
 from scripts.preparation.steps import FromDarkest, Reorient, Resample, ScaleIntensities, TargetSpace
 from scripts.volumes.grid import Grid

@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -50,3 +50,27 @@ class FailsOn:
         if record.name == self.name:
             raise ZeroDivisionError("division by zero")
         return record
+
+
+@dataclass(frozen=True)
+class Holds:
+    """Changes nothing; it holds what a test gives it."""
+
+    held: Any = None
+
+    def __call__(self, record: Record) -> Record:
+        return record
+
+
+class Way:
+    """Says what it does."""
+
+    def __init__(self, strength: int) -> None:
+        self.tool, self.strength = object(), strength
+
+    def settings(self) -> dict[str, Any]:
+        return {"strength": self.strength}
+
+
+def pass_on(record: Record, *held: Any, **named: Any) -> Record:
+    return record

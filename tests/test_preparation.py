@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,22 @@ from conftest import ROOT
 from nibabel.affines import apply_affine
 from preparing import CONDITIONS, save, steps
 from scipy.spatial.transform import Rotation
-from stand_ins import KnownPose
+from stand_ins import Holds, KnownPose, Way, pass_on
 
 from scripts.core.errors import BundleError
 from scripts.core.tables import read_table, write_table
+from scripts.preparation.optional_steps import SuperResolve, UniRes
 from scripts.preparation.registration import Registration, Scan, load_template, register, resample, seen_fraction
 from scripts.preparation.run import Preparation
-from scripts.preparation.steps import FromDarkest, Record, Register, TargetSpace, scale_intensities, step_identity
+from scripts.preparation.steps import (
+    FromDarkest,
+    Record,
+    Register,
+    Reorient,
+    TargetSpace,
+    scale_intensities,
+    step_identity,
+)
 from scripts.volumes.grid import Grid
 from scripts.volumes.scans import load_scan
 
@@ -292,3 +303,54 @@ def test_a_step_is_known_by_its_settings_and_version_and_one_from_outside_by_its
     assert step_identity(KnownPose()) == {"version": 1, "step": "stand_ins.KnownPose", "scale": 1.0}
     monkeypatch.setattr(FromDarkest, "version", 2, raising=False)
     assert step_identity(FromDarkest(0.2)) == {"version": 2, "percentile": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        ((1, 99), [1, 99]),
+        ([[0.5, None], ("a", True)], [[0.5, None], ["a", True]]),
+        ({"low": {1: np.int16(2)}, "high": [np.float32(0.5)]}, {"low": {"1": 2}, "high": [0.5]}),
+        (np.bool_(True), True),
+        (Way(3), {"class": "Way", "version": 1, "step": "stand_ins.Way", "strength": 3}),
+    ],
+)
+def test_all_that_a_step_from_outside_holds_stands_in_its_settings(held: Any, told: Any) -> None:
+    as_field, as_keyword = step_identity(Holds(held)), step_identity(functools.partial(pass_on, named=held))
+    assert as_field == {"version": 1, "step": "stand_ins.Holds", "held": told}
+    assert as_keyword == {"version": 1, "step": "stand_ins.pass_on", "named": told}
+    assert step_identity(functools.partial(pass_on, held))["args"] == [told]
+    assert step_identity(Holds(held).__call__)["held"] == told
+    assert json.loads(json.dumps(as_field)) == as_field
+
+
+@pytest.mark.parametrize("held", [np.zeros(2), {"inner": [Path("a")]}, {1, 2}, pass_on, Way, 1j, Reorient()])
+def test_a_step_from_outside_that_holds_what_cannot_be_told_is_refused(held: Any) -> None:
+    with pytest.raises(BundleError, match=r"stand_ins\.Holds: .*`held`.* a method settings\(\)"):
+        step_identity(Holds(held))
+
+
+def test_the_space_of_a_step_is_told_by_the_sidecar_itself(coarse: dict[str, Path]) -> None:
+    space = TargetSpace(GRID, coarse["template"], coarse["template_brain"])
+    assert step_identity(Holds(space)) == {"version": 1, "step": "stand_ins.Holds"}
+    assert step_identity(Register(space)).keys() == {"version", "seed", "enough_similarity", "min_similarity"}
+
+
+def test_what_a_step_keeps_of_its_work_is_no_setting() -> None:
+    class Keeps:
+        def __init__(self, size: int) -> None:
+            self.size = size
+
+        @functools.cached_property
+        def table(self) -> np.ndarray:
+            return np.zeros(self.size)
+
+    step = Keeps(2)
+    before = step_identity(step)
+    assert step.table.size == before["size"] == 2 and step_identity(step) == before
+
+
+def test_steps_of_the_package_keep_the_settings_that_they_had() -> None:
+    resolver = UniRes(options=["--reg_scl", "10"])
+    settings = {"version": 1, "method": "unires", "command": "unires", "device": "cuda", "voxel": 1.0}
+    assert step_identity(SuperResolve("unires", {"unires": resolver})) == settings

@@ -33,7 +33,7 @@ from stand_ins import FailsOn, KilledOn, KnownPose
 
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
-from scripts.core.files import make_folder, replacing
+from scripts.core.files import make_folder, replacing, write_json
 from scripts.core.tables import read_table, write_table
 from scripts.preparation.optional_steps import CorrectBiasField, StripSkull, SuperResolve
 from scripts.preparation.registration import write_ants_map
@@ -461,6 +461,29 @@ def test_words_of_a_table_are_translated(prepare: Prepare, tmp_path: Path) -> No
         prepare(input_dir=raw, columns=columns, words={"sex": {1: "male", 2: "female"}}) / "participants.tsv"
     )
     assert [(row["sex"], row["age_years"]) for row in rows] == [("male", "50"), ("female", "51.5")]
+
+
+def test_another_order_of_the_steps_prepares_again_and_one_of_settings_does_not(
+    prepare: Prepare, target: TargetSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, calls = write_bids(tmp_path / "raw", 1), counted(monkeypatch)
+    dataset = prepare(input_dir=raw)
+    sidecar = dataset / "sub-00/anat/sub-00_space-MNI152_T1w.json"
+    written = json.loads(sidecar.read_text())
+    old = {name: dict(reversed(step.items())) for name, step in written["steps"].items()}
+    old["check"]["step"] = "scripts.check_step.CheckScan"  # as version 2.0.0 wrote it
+    del old["check"]["version"]
+    write_json(sidecar, {**dict(reversed(written.items())), "steps": old})
+    prepare(input_dir=raw)
+    assert len(calls) == 1
+    moved = steps(target)
+    moved = {"register": moved.pop("register"), **moved}
+    prepare(input_dir=raw, steps=moved)
+    assert len(calls) == 2 and list(json.loads(sidecar.read_text())["steps"]) == list(moved)
+    prepare(input_dir=raw, steps=moved)
+    assert len(calls) == 2
+    prepare(input_dir=raw)
+    assert len(calls) == 3
 
 
 class TopHalf(Stripper):

@@ -19,8 +19,8 @@ from scipy.spatial.transform import Rotation
 
 from scripts.core.errors import BundleError
 from scripts.preparation import registration
-from scripts.preparation.bias_field import without_bias_field
 from scripts.preparation.checks import field_of_view, header_findings, pose
+from scripts.preparation.optional_steps import UniRes, without_bias_field
 from scripts.preparation.registration import (
     Registration,
     Template,
@@ -33,7 +33,6 @@ from scripts.preparation.registration import (
 from scripts.preparation.skull_stripping import CommandStripper, SynthStrip, TemplateStripper
 from scripts.preparation.steps import FromDarkest, Record, Register, Reorient, Resample, ScaleIntensities, TargetSpace
 from scripts.preparation.synthstrip import StripNet, brain_mask, fetch, load_strip_net
-from scripts.preparation.unires import UniRes
 from scripts.volumes.grid import Grid
 from scripts.volumes.scans import Scan, load_scan
 

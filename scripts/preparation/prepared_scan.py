@@ -113,10 +113,11 @@ class ScanPreparer:
         return outcome
 
     def known(self, files: PreparedFiles, lacking: Sequence[str]) -> dict[str, Any] | None:
-        """The sidecar of a scan that these very steps have prepared; None if there is none."""
+        """The sidecar of a scan that these very steps have prepared, in this order; None if there is none."""
         known = read_json(files.sidecar)
-        made_by = self._made_by(lacking)
-        same = {**{key: known.get(key) for key in made_by}, "steps": recognised(known.get("steps"))} == made_by
+        made_by, steps = self._made_by(lacking), recognised(known.get("steps"))
+        alike = {**{key: known.get(key) for key in made_by}, "steps": steps} == made_by
+        same = alike and list(steps) == list(made_by["steps"])
         there = all(path.is_file() for path in (files.volume, files.transform, files.picture))
         return known if same and there else None
 

@@ -11,12 +11,15 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral, Real
 from pathlib import Path
+from types import MethodType
 from typing import Any, ClassVar
 
 import numpy as np
 from scipy import ndimage
 
+from scripts.core.errors import BundleError
 from scripts.core.files import file_hash
 from scripts.preparation.registration import Registration, Template, blurred, load_template, register, resample
 from scripts.volumes.grid import Grid
@@ -24,6 +27,7 @@ from scripts.volumes.scans import Scan, ScanError, canonical
 
 DEEP_MM = 8.0
 TILTED_DEGREES = 60.0
+PLAIN = (bool, int, float, str, type(None))
 FORMER_PATHS = (
     "scripts.preparation_steps.Reorient",
     "scripts.preparation_steps.FromDarkest",
@@ -143,16 +147,25 @@ class TargetSpace:
 def step_settings(step: Any) -> dict[str, Any]:
     """Plain data that decide what a step does: its numbers and words.
 
-    A step that has more to say has a method `settings`.
+    A step that has more to say has a method `settings`. Of a step from outside this package all counts that it holds:
+    lists and mappings too, and what has such a method itself; only a `TargetSpace` does not, whose facts stand in the
+    sidecars already.
+
+    Raises:
+        BundleError: if a step from outside holds something else, and has no such method.
     """
     stated = getattr(step, "settings", None)
     if stated is not None:
-        return json.loads(json.dumps(stated()))
-    if isinstance(step, functools.partial):
-        return _plain(step.keywords)
-    if dataclasses.is_dataclass(step):
-        return _plain({f.name: getattr(step, f.name) for f in dataclasses.fields(step)})
-    return _plain(getattr(step, "__dict__", {}))
+        return json.loads(json.dumps(_told(stated(), step, "settings()")))
+    made = _made(step)
+    if not _is_outside(made):
+        return _plain(_held(step))
+    if isinstance(step, MethodType) and not isinstance(step.__self__, type):
+        return step_settings(step.__self__)
+    if made is step:  # a function, which its path and its version tell
+        return _plain(_held(step))
+    held = {name: value for name, value in _held(step).items() if not isinstance(value, TargetSpace)}
+    return json.loads(json.dumps({name: _told(value, step, name) for name, value in held.items()}))
 
 
 def step_identity(step: Any) -> dict[str, Any]:
@@ -161,9 +174,8 @@ def step_identity(step: Any) -> dict[str, Any]:
     It is the step's settings and its `version`, an attribute of the class or function, 1 where there is none: whoever
     changes what a step does counts it up. The import path counts for a step from outside this package alone.
     """
-    made = step.func if isinstance(step, functools.partial) else step if hasattr(step, "__qualname__") else type(step)
-    outside = made.__module__.partition(".")[0] != __name__.partition(".")[0]
-    path = {"step": f"{made.__module__}.{made.__qualname__}"} if outside else {}
+    made = _made(step)
+    path = {"step": _path(made)} if _is_outside(made) else {}
     return {"version": getattr(made, "version", 1), **path, **step_settings(step)}
 
 
@@ -180,8 +192,52 @@ def recognised(steps: Any) -> dict[str, Any]:
     }
 
 
+def _made(step: Any) -> Any:
+    """The function or class that a step is of."""
+    return step.func if isinstance(step, functools.partial) else step if hasattr(step, "__qualname__") else type(step)
+
+
+def _path(made: Any) -> str:
+    return f"{made.__module__}.{made.__qualname__}"
+
+
+def _is_outside(made: Any) -> bool:
+    return made.__module__.partition(".")[0] != __name__.partition(".")[0]
+
+
+def _held(step: Any) -> dict[str, Any]:
+    """What a step was given; a property that it keeps follows from the rest."""
+    if isinstance(step, functools.partial):
+        return {**({"args": step.args} if step.args else {}), **step.keywords}
+    if dataclasses.is_dataclass(step):
+        return {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}
+    held = getattr(step, "__dict__", {})
+    return {n: value for n, value in held.items() if not isinstance(getattr(type(step), n, None), cached_property)}
+
+
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str, type(None)))}
+    return {name: value for name, value in values.items() if isinstance(value, PLAIN)}
+
+
+def _told(value: Any, step: Any, name: str) -> Any:
+    """A value that a step holds under some name, as what JSON can say."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, (list, tuple)):
+        return [_told(one, step, name) for one in value]
+    if isinstance(value, Mapping):
+        return {str(_told(key, step, name)): _told(one, step, name) for key, one in value.items()}
+    if callable(getattr(value, "settings", None)) and not isinstance(value, type):
+        return {"class": type(value).__name__, **step_identity(value)}
+    raise BundleError(
+        f"the step {_path(_made(step))}: a rerun would not notice another `{name}`, since a sidecar cannot hold a "
+        f"{type(value).__name__}; give the step a method settings() that returns what its result depends on, as "
+        "numbers, words, lists and mappings"
+    )
 
 
 @dataclass(frozen=True)
