@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from scripts.core.paths import ROOT
-from scripts.core.verbs import BASE, SAMPLE, STARTS, additions, is_read, load_config, merge, used_ids, verbs
+from scripts.core.verbs import (
+    BASE,
+    OF_OVERLAYS,
+    SAMPLE,
+    STARTS,
+    additions,
+    is_read,
+    load_config,
+    merge,
+    used_ids,
+    verbs,
+)
 
 OPTIONS = ROOT / "docs" / "configuration.md"
 INDENT, TEXT = 2, 26
@@ -98,7 +109,7 @@ def describe_verb(verb: str, files: Sequence[Path], width: int | None = None) ->
 def option_names(verb: str) -> list[str]:
     """The options of a verb by name: what it uses and that is a plain value, or that a table describes."""
     config = merge(verbs()[verb])
-    used = {name for name in used_ids(config) - set(STARTS) if "::" not in name}
+    used = {name for name in used_ids(config) - set(STARTS) - OF_OVERLAYS if "::" not in name}
     listed = {name for options in option_tables().values() for option in options for name in option.names}
     return sorted(name for name in used if name in listed or not isinstance(config.get(name), (dict, list)))
 

@@ -33,6 +33,8 @@ FOR_MONAI = {
     *("tracking_uri", "experiment_name", "run_name", "save_execute_config"),
 }
 """What MONAI itself takes or reads, whatever a configuration refers to."""
+OF_OVERLAYS = {"stage", "stage_weights", "facts"}
+"""Plain ids that a training's file sets for the rest of the configuration: no options, and in no table of them."""
 
 
 @functools.cache
