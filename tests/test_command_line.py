@@ -17,7 +17,16 @@ import yaml
 from conftest import BASE, ROOT, TINY, RunBundle
 from monai.bundle import ConfigParser
 
-from scripts.core.command_help import Option, first_sentence, opening, option_tables, parse_comment, programs, tools
+from scripts.core.command_help import (
+    Option,
+    as_configured,
+    first_sentence,
+    opening,
+    option_tables,
+    parse_comment,
+    programs,
+    tools,
+)
 from scripts.core.command_line import main
 from scripts.core.errors import BundleError
 from scripts.core.verbs import OF_OVERLAYS, additions, merge, read_flags, refuse_foreign_flags, used_by, verbs
@@ -106,6 +115,29 @@ def test_defaults_are_those_that_hold(shown: Shown) -> None:
     tiny = shown("train", "diffusion", "--with", "tiny", "--help")
     assert re.search(r"--lr +highest learning rate \(default 0\.001\)", tiny)
     assert re.search(r"--target[^-]*\(default velocity\)", shown("sample", "--with", "demo", "--help"))
+
+
+def test_help_follows_the_maps_of_the_configuration(shown: Shown, tmp_path: Path) -> None:
+    overlay = tmp_path / "own.yaml"
+    overlay.write_text(
+        "+conditions:\n  education: {raw: education_years, unit: years, minimum: 7, maximum: 20, default: 0.3}\n"
+        "+samplers: {renoising: {_target_: own.Sampler}}\n+families: {average: {_target_: own.Family}}\n"
+    )
+    own = " ".join(shown("sample", "--with", "demo", str(overlay), "--help").split())
+    assert "--brain_vol, --education conditions" in own and "(default 0.5, 0.3 of --education)" in own
+    assert "--brain_vol_mm3, --education_years the same in raw units" in own
+    assert "--sex female or male, --age_years 44 to 82 years" in own and "--education_years 7 to 20 years" in own
+    assert "--brain_vol_mm3 1150000 to 1550000 mm3" in own
+    assert "(one of: ddim, ddpm, dpm, unipc, flow, midpoint, renoising)" in own
+    assert "(one of: latent_diffusion, average)" in own
+    base = " ".join(shown("sample", "--help").split())
+    assert "education" not in base and "--brain_vol_mm3 1144240 to 1793910 mm3" in base
+
+
+def test_help_has_conditions_that_the_tables_lack() -> None:
+    base = merge(verbs()["sample"])
+    for head, flags in (("--gender, --age", "--ventricular_vol, --brain_vol"), ("--sex", "--age_years")):
+        assert flags in as_configured(Option(head, "them"), base).head
 
 
 def test_help_of_a_training_resolves_what_is_said_elsewhere(shown: Shown) -> None:

@@ -112,8 +112,13 @@ def references(value: Any) -> Iterator[str]:
 
 def condition_flags(config: Mapping[str, Any]) -> list[str]:
     """Both flags of each condition, normalised and raw."""
-    entries = {name: entry for name, entry in config["conditions"].items() if isinstance(entry, dict)}
+    entries = condition_entries(config)
     return [flag for name, entry in entries.items() for flag in (name, str(entry.get("raw", name)))]
+
+
+def condition_entries(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name -> the rest of its entry, of each condition."""
+    return {name: entry for name, entry in config["conditions"].items() if isinstance(entry, dict)}
 
 
 def used_ids(config: Mapping[str, Any], starts: Iterable[str] = STARTS) -> set[str]:
