@@ -254,8 +254,10 @@ def _range(entry: Mapping[str, Any]) -> str:
     """A condition's raw values in words: its codes, or its range; empty where expressions say it."""
     if entry.get("codes"):
         return " or ".join(entry["codes"])
-    ends = entry.get("minimum"), entry.get("maximum")
-    return range_in_words(*ends, entry.get("unit", "")) if all(isinstance(end, (int, float)) for end in ends) else ""
+    least, most = entry.get("minimum"), entry.get("maximum")
+    if not isinstance(least, (int, float)) or not isinstance(most, (int, float)):
+        return ""
+    return range_in_words(least, most, entry.get("unit", ""))
 
 
 def default_in_words(config: Mapping[str, Any], name: str) -> str | None:
