@@ -307,13 +307,41 @@ def other_order() -> Conditions:
     return Conditions(**dict(reversed(entries.items())))
 
 
-@pytest.mark.parametrize("other", [other_range, other_order, lambda: Conditions()], ids=["range", "order", "none"])
-def test_other_conditions_than_in_training_are_refused(other: Callable[[], Conditions]) -> None:
+def other_unit() -> Conditions:
+    return two_conditions(age={"raw": "age_months", "unit": "months", "minimum": 528, "maximum": 984})
+
+
+def one_more() -> Conditions:
+    return two_conditions(bmi={"raw": "bmi_kg_m2", "unit": "kg/m2", "minimum": 15, "maximum": 40})
+
+
+@pytest.mark.parametrize(
+    ("other", "told", "way_out"),
+    [
+        (other_range, ["age (age_years, 44 to 82 years)", "age (age_years, 18 to 90 years)"], "conditions.json"),
+        (other_unit, ["44 to 82 years", "age_months, 528 to 984 months"], "as they were"),
+        (other_order, ["with age, gender;", "order gender, age"], "--with finetune"),
+        (one_more, ["with age, gender;", "is also bmi:", "leave out bmi"], "--with finetune"),
+        (lambda: Conditions(), ["with age, gender;", "lacks age, gender:", "give age, gender"], "--with finetune"),
+    ],
+    ids=["range", "unit", "order", "more", "none"],
+)
+def test_other_conditions_than_in_training_are_refused(
+    other: Callable[[], Conditions], told: list[str], way_out: str
+) -> None:
     network = nn.ModuleDict({"a": nn.Linear(4, 3)})
     trained = checkpoint(tensors(), conditions=two_conditions().as_dict())
-    assert "other conditions" in message(load_network, network, trained, 0, conditions=other())
+    refusal = message(load_network, network, trained, 0, conditions=other())
+    assert all(part in refusal for part in [*told, way_out])
+    assert ("conditions.json" in refusal) == (way_out == "conditions.json")
     load_network(network, trained, 0, conditions=two_conditions())
     load_network(network, checkpoint(tensors()), 0, conditions=other())
+
+
+@pytest.mark.parametrize("stated", [["age", "gender"], {"age": {}}, {"age": 44}])
+def test_conditions_that_are_no_ranges_are_refused(stated: Any) -> None:
+    given = checkpoint(tensors(), conditions=stated)
+    assert "damaged" in message(load_network, nn.ModuleDict(), given, 0, conditions=two_conditions())
 
 
 def test_conditions_survive_both_formats(tmp_path: Path) -> None:

@@ -17,10 +17,19 @@ import yaml
 from conftest import BASE, ROOT, TINY, RunBundle
 from monai.bundle import ConfigParser
 
-from scripts.core.command_help import Option, first_sentence, opening, option_tables, parse_comment, programs, tools
+from scripts.core.command_help import (
+    Option,
+    as_configured,
+    first_sentence,
+    opening,
+    option_tables,
+    parse_comment,
+    programs,
+    tools,
+)
 from scripts.core.command_line import main
 from scripts.core.errors import BundleError
-from scripts.core.verbs import additions, merge, read_flags, refuse_foreign_flags, used_by, verbs
+from scripts.core.verbs import OF_OVERLAYS, additions, merge, read_flags, refuse_foreign_flags, used_by, verbs
 
 VERBS = list(verbs())
 Shown = Callable[..., str]
@@ -104,12 +113,37 @@ def test_help_names_no_option_twice_and_none_without_use(verb: str, shown: Shown
 def test_defaults_are_those_that_hold(shown: Shown) -> None:
     assert "(default 2.5e-05)" in shown("train", "diffusion", "--help")
     tiny = shown("train", "diffusion", "--with", "tiny", "--help")
-    assert re.search(r"--lr +highest rate \(default 0\.001\)", tiny)
+    assert re.search(r"--lr +highest learning rate \(default 0\.001\)", tiny)
     assert re.search(r"--target[^-]*\(default velocity\)", shown("sample", "--with", "demo", "--help"))
 
 
+def test_help_follows_the_maps_of_the_configuration(shown: Shown, tmp_path: Path) -> None:
+    overlay = tmp_path / "own.yaml"
+    overlay.write_text(
+        "+conditions:\n  education: {raw: education_years, unit: years, minimum: 7, maximum: 20, default: 0.3}\n"
+        "+samplers: {renoising: {_target_: own.Sampler}}\n+families: {average: {_target_: own.Family}}\n"
+    )
+    own = " ".join(shown("sample", "--with", "demo", str(overlay), "--help").split())
+    assert "--brain_vol, --education conditions" in own and "(default 0.5, 0.3 of --education)" in own
+    assert "--brain_vol_mm3, --education_years the same in raw units" in own
+    assert "--sex female or male, --age_years 44 to 82 years" in own and "--education_years 7 to 20 years" in own
+    assert "--brain_vol_mm3 1150000 to 1550000 mm3" in own
+    assert "(one of: ddim, ddpm, dpm, unipc, flow, midpoint, renoising)" in own
+    assert "(one of: latent_diffusion, average)" in own
+    base = " ".join(shown("sample", "--help").split())
+    assert "education" not in base and "--brain_vol_mm3 1144240 to 1793910 mm3" in base
+
+
+def test_help_has_conditions_that_the_tables_lack() -> None:
+    base = merge(verbs()["sample"])
+    for head, flags in (("--gender, --age", "--ventricular_vol, --brain_vol"), ("--sex", "--age_years")):
+        assert flags in as_configured(Option(head, "them"), base).head
+
+
 def test_help_of_a_training_resolves_what_is_said_elsewhere(shown: Shown) -> None:
-    assert re.search(r"--freeze +parts that keep their weights", shown("train", "diffusion", "--help"))
+    text = shown("train", "diffusion", "--help")
+    assert re.search(r"--trained_conditions +conditions of a file", text)
+    assert re.search(r"--freeze +parts that keep their weights", text)
 
 
 def test_parts_of_a_comment() -> None:
@@ -132,7 +166,7 @@ def plain_options() -> list[str]:
 
 def test_tables_describe_every_plain_option_of_the_base() -> None:
     described = {name for options in option_tables().values() for option in options for name in option.names}
-    assert set(plain_options()) <= described
+    assert set(plain_options()) - described == OF_OVERLAYS
 
 
 def test_stated_defaults_are_those_of_the_configuration() -> None:
@@ -288,7 +322,7 @@ def test_command_is_quiet_and_ends_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "scripts", "sample", "--with", "tiny", "--autoencoder_path", "no.pt"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Warning" not in done.stdout + done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and "no.pt" in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and "no weights of the" in done.stderr
 
 
 def test_help_needs_no_pytorch() -> None:

@@ -94,7 +94,7 @@ def test_record_says_what_a_program_needs(bundle: Path) -> None:
     [
         ("export.json", {}, "export the networks with configs/export.yaml"),
         ("decoder.onnx", {}, "export the networks with configs/export.yaml"),
-        (None, {"conditions::age::maximum": 90}, "was trained with other conditions"),
+        (None, {"conditions::age::maximum": 90}, "was trained with age (age_years, 44 to 82 years)"),
         (None, {"target": "velocity"}, "give --target epsilon"),
         (None, {"export_dir": "nowhere"}, "there is no nowhere/export.json"),
     ],

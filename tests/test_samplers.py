@@ -69,9 +69,7 @@ def test_samplers_of_the_base() -> None:
     assert len(choose_sampler(samplers, "ddim").timesteps) == 50
     assert len(choose_sampler(samplers, "ddpm").timesteps) == 1000
     assert choose_sampler(samplers, "ddpm", "25").timesteps == list(range(960, -1, -40))
-    with pytest.raises(
-        BundleError, match="--sampler must be one of ddim, ddpm, dpm, unipc, flow, midpoint, got 'plms'"
-    ):
+    with pytest.raises(BundleError, match="--sampler must be one of .*, got 'plms'"):
         choose_sampler(samplers, "plms")
 
 

@@ -16,7 +16,7 @@ import torch
 
 from scripts.core.config import current_config
 from scripts.core.errors import BundleError
-from scripts.core.options import whole_number
+from scripts.core.options import range_in_words, whole_number
 from scripts.core.tables import MISSING, read_table
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Condition:
 
     def in_words(self) -> str:
         """The training range for messages, such as `44 to 82 years`."""
-        return f"{self.minimum:g} to {self.maximum:g} {self.unit}".strip()
+        return range_in_words(self.minimum, self.maximum, self.unit)
 
     def parse(self, flag: str, value: Any, where: str = "") -> float:
         """A finite normalised value from what was given as `flag`, the name of either form.

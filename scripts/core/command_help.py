@@ -14,8 +14,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from scripts.core.options import range_in_words
 from scripts.core.paths import ROOT
-from scripts.core.verbs import BASE, SAMPLE, STARTS, additions, is_read, load_config, merge, used_ids, verbs
+from scripts.core.verbs import (
+    BASE,
+    OF_OVERLAYS,
+    SAMPLE,
+    STARTS,
+    additions,
+    condition_entries,
+    condition_flags,
+    is_read,
+    load_config,
+    merge,
+    used_ids,
+    verbs,
+)
 
 OPTIONS = ROOT / "docs" / "configuration.md"
 INDENT, TEXT = 2, 26
@@ -26,6 +40,8 @@ POINTER = re.compile(r"see (\w+)\.yaml")
 MONAI_COMMAND = re.compile(r"-m monai\.bundle run(.*?) --config_file (?:\"(\[.*?\])\"|([^\s\[]\S*))")
 STATED_DEFAULT = re.compile(r" \(default:? [^();,]*\)")
 SENTENCE = re.compile(r"(.*?)(?:\.(?=\s)|[.:]?$)", re.DOTALL)
+MAPS = {"sampler": "samplers", "family": "families"}
+"""Option -> the map of the configuration that it names an entry of."""
 USAGE = "usage: python -m scripts {verb} [--with NAME ...] [--OPTION VALUE ...] [--print]"
 OF_THE_COMMAND = {
     "--with NAME ...": "more configurations, in this order: names from above, or YAML and JSON files of your own",
@@ -83,7 +99,8 @@ def describe_verb(verb: str, files: Sequence[Path], width: int | None = None) ->
     described = {name for part in (*parts, *added) if isinstance(part, Option) for name in part.described}
     sections: dict[str, list[Option]] = {"Options of what --with adds": [one for one in added if one not in parts]}
     for title, options in option_tables().items():
-        rows = [replace(one, head=", ".join(f"--{n}" for n in one.names if n in used - described)) for one in options]
+        rows = [as_configured(option, config) for option in options]
+        rows = [replace(one, head=_head([name for name in one.names if name in used - described])) for one in rows]
         sections[title] = [row for row in rows if row.head]
     lines = [USAGE.format(verb=verb), *_show_comment(parts, config, width)]
     for title, options in sections.items():
@@ -98,7 +115,7 @@ def describe_verb(verb: str, files: Sequence[Path], width: int | None = None) ->
 def option_names(verb: str) -> list[str]:
     """The options of a verb by name: what it uses and that is a plain value, or that a table describes."""
     config = merge(verbs()[verb])
-    used = {name for name in used_ids(config) - set(STARTS) if "::" not in name}
+    used = {name for name in used_ids(config) - set(STARTS) - OF_OVERLAYS if "::" not in name}
     listed = {name for options in option_tables().values() for option in options for name in option.names}
     return sorted(name for name in used if name in listed or not isinstance(config.get(name), (dict, list)))
 
@@ -113,7 +130,7 @@ def _comment(path: Path, verb: str) -> Iterator[str | Option | tuple[str]]:
             ]
             found = {name: one for one in other for name in one.described}
             yield from dict.fromkeys(found[name] for name in part.names if name in found)
-            part = Option(", ".join(f"--{name}" for name in part.names if name not in found), part.text)
+            part = Option(_head([name for name in part.names if name not in found]), part.text)
         if not isinstance(part, Option) or (part.names and part.text):  # named alone: the tables say what it is
             yield part
 
@@ -207,6 +224,40 @@ def option_tables() -> dict[str, list[Option]]:
             head, default = (cells[header.index(name)].replace("`", "") for name in ("option", "default"))
             tables.setdefault(title, []).append(Option(head, re.sub(r"\[.*?\]\((.*?)\)", r"docs/\1", text), default))
     return tables
+
+
+def as_configured(option: Option, config: Mapping[str, Any]) -> Option:
+    """A table's row, which knows the base, for a configuration that may have more conditions, samplers or families.
+
+    The row of the normalised conditions names those there are, and that of the raw ones their ranges as well; the row
+    of an option that names an entry of a map has the entries, where it does not say of each what it is.
+    """
+    flags, entries = condition_flags(config), condition_entries(config)
+    of_base = condition_flags(merge([BASE]))
+    if set(option.names) & set(of_base[::2]):
+        own = [f"{entry['default']} of --{name}" for name, entry in entries.items() if "default" in entry]
+        return Option(_head(flags[::2]), option.text, ", ".join([option.default, *own]))
+    if set(option.names) & set(of_base[1::2]):
+        ranges = [f"--{raw} {said}" for raw, entry in zip(flags[1::2], entries.values()) if (said := _range(entry))]
+        return Option(_head(flags[1::2]), f"{option.text}: {', '.join(ranges)}", option.default)
+    names = [name for one in option.names if one in MAPS for name in config.get(MAPS[one], ())]
+    if set(names) <= set(re.findall(r"`(\w+)`", option.text)):
+        return option
+    return replace(option, text=f"{option.text} (one of: {', '.join(names)})")
+
+
+def _head(names: Sequence[str]) -> str:
+    return ", ".join(f"--{name}" for name in names)
+
+
+def _range(entry: Mapping[str, Any]) -> str:
+    """A condition's raw values in words: its codes, or its range; empty where expressions say it."""
+    if entry.get("codes"):
+        return " or ".join(entry["codes"])
+    least, most = entry.get("minimum"), entry.get("maximum")
+    if not isinstance(least, (int, float)) or not isinstance(most, (int, float)):
+        return ""
+    return range_in_words(least, most, entry.get("unit", ""))
 
 
 def default_in_words(config: Mapping[str, Any], name: str) -> str | None:

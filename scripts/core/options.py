@@ -87,6 +87,11 @@ def probability(value: Any, flag: str) -> float:
         raise BundleError(f"--{flag} must be from 0 to 1, got '{value}'") from error
 
 
+def range_in_words(least: float, most: float, unit: str) -> str:
+    """A range for messages, such as `44 to 82 years`."""
+    return f"{least:.7g} to {most:.7g} {unit}".strip()
+
+
 def is_absent(value: Any) -> bool:
     """Whether an option is left out: None, or the `null` that the command line hands over as text."""
     return str(value).strip().lower() in ABSENT

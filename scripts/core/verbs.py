@@ -33,6 +33,8 @@ FOR_MONAI = {
     *("tracking_uri", "experiment_name", "run_name", "save_execute_config"),
 }
 """What MONAI itself takes or reads, whatever a configuration refers to."""
+OF_OVERLAYS = {"stage", "stage_weights", "facts"}
+"""Plain ids that a training's file sets for the rest of the configuration: no options, and in no table of them."""
 
 
 @functools.cache
@@ -110,8 +112,13 @@ def references(value: Any) -> Iterator[str]:
 
 def condition_flags(config: Mapping[str, Any]) -> list[str]:
     """Both flags of each condition, normalised and raw."""
-    entries = {name: entry for name, entry in config["conditions"].items() if isinstance(entry, dict)}
+    entries = condition_entries(config)
     return [flag for name, entry in entries.items() for flag in (name, str(entry.get("raw", name)))]
+
+
+def condition_entries(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name -> the rest of its entry, of each condition."""
+    return {name: entry for name, entry in config["conditions"].items() if isinstance(entry, dict)}
 
 
 def used_ids(config: Mapping[str, Any], starts: Iterable[str] = STARTS) -> set[str]:

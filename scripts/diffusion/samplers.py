@@ -42,7 +42,10 @@ class Sampler(ABC):
 
     @property
     def timesteps(self) -> list[int]:
-        """The timesteps of the trajectory, falling."""
+        """One entry for each call of the network, in order; a level visited twice stands twice.
+
+        Their number is the bar's total, and `num_inference_steps` in the sidecars.
+        """
         return self.schedule.timesteps.tolist()
 
     @torch.no_grad()
@@ -50,7 +53,7 @@ class Sampler(ABC):
         """Walk a whole trajectory, with a bar on a terminal.
 
         Args:
-            denoise: is called once at each of `timesteps`.
+            denoise: is called once for each entry of `timesteps`, in their order.
             noise: standard normal, (B, C, x, y, z).
             generators: of the batch's samples.
 

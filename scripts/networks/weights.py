@@ -10,7 +10,7 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
 from scripts.core.files import file_hash, replacing
-from scripts.core.options import yes_or_no
+from scripts.core.options import range_in_words, yes_or_no
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ LARGE = 2**20  # bytes of a weight above which a convolution brings it into an o
 WAYS_OUT = (
     "download the released weights with `python -m monai.bundle download_large_files --bundle_path .`, "
     "or use the small model that ships with the bundle: "
-    "--config_file \"['configs/inference.json','configs/demo.yaml']\""
+    "--config_file \"['configs/inference.json','configs/demo.yaml']\"; "
+    "networks of other sizes, such as tiny.yaml's, need weights of a training of their own"
 )
 
 
@@ -281,14 +282,47 @@ def check_conditions(checkpoint: Checkpoint, conditions: Conditions | None) -> N
     """Refuse weights whose facts say that they were trained with other conditions.
 
     Raises:
-        BundleError: if names, order or ranges differ.
+        BundleError: naming what differs: names, order or ranges; or if the facts are damaged.
     """
     trained = checkpoint.facts.get("conditions")
-    if conditions is not None and trained is not None and list(trained.items()) != list(conditions.as_dict().items()):
-        raise BundleError(
-            f"{checkpoint.path} was trained with other conditions, ranges or order of them than the configured ones: "
-            "where its ranges were learned from a dataset, add the dataset's conditions.json to --config_file"
-        )
+    if conditions is None or trained is None:
+        return
+    entries = trained.values() if isinstance(trained, Mapping) else [trained]
+    if not all(isinstance(entry, Mapping) and {"minimum", "maximum"} <= set(entry) for entry in entries):
+        raise BundleError(f"{checkpoint.path} states its conditions as {trained}, not as ranges: it is damaged")
+    configured = conditions.as_dict()
+    if list(trained.items()) != list(configured.items()):
+        difference = _other_names(list(trained), list(configured)) or _other_entries(trained, configured)
+        raise BundleError(f"{checkpoint.path} was trained with {difference}")
+
+
+def _other_names(trained: Sequence[str], configured: Sequence[str]) -> str:
+    """How the names of conditions, or their order, differ, and what to do; empty if they do not."""
+    new = ", ".join(name for name in configured if name not in trained)
+    gone = ", ".join(name for name in trained if name not in configured)
+    found = [f"{verb} {names}" for verb, names in (("is also", new), ("lacks", gone)) if names]
+    ways = [f"{verb} {names}" for verb, names in (("leave out", new), ("give", gone)) if names]
+    if not found and list(trained) != list(configured):
+        found, ways = [f"in the order {', '.join(configured)}"], ["give them in the first order"]
+    told = f"{', '.join(trained)}; configured {' and '.join(found)}: {' and '.join(ways)} in `conditions`, or "
+    return told + "fine-tune with --with finetune" if found else ""
+
+
+def _other_entries(trained: Mapping[str, Any], configured: Mapping[str, Any]) -> str:
+    """How entries of the same names differ, and what to do."""
+    differing = [name for name in configured if trained[name] != configured[name]]
+    were, are = (", ".join(f"{name} ({_entry(of[name])})" for name in differing) for of in (trained, configured))
+    ranges_alone = all({**trained[name], **_ends(configured[name])} == configured[name] for name in differing)
+    hint = "; ranges that were learned from a dataset are in its conditions.json, for --with" if ranges_alone else ""
+    return f"{were}; configured is {are}: give them as they were{hint}"
+
+
+def _ends(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {end: entry[end] for end in ("minimum", "maximum")}
+
+
+def _entry(entry: Mapping[str, Any]) -> str:
+    return f"{entry.get('raw')}, {range_in_words(entry['minimum'], entry['maximum'], entry.get('unit', ''))}"
 
 
 def _of_same_names(checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
