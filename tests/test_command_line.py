@@ -201,6 +201,20 @@ def test_defaults_in_a_comment_are_those_of_the_configuration(verb: str) -> None
         ("sample --with dmeo", "did you mean demo?"),
         ("sample --with xyzzy", "there are coarse, demo"),
         ("sample --with", "--with what?"),
+        ("sample --with=", "--with what?"),
+        ("sample --with demo,,tiny", "--with what?"),
+        ("sample --with demo tiny demo", "demo is given twice"),
+        ("sample --with demo configs/demo.yaml", "configs/demo.yaml is given twice"),
+        ("sample --with configs", "that is no .yaml or .json file"),
+        ("sample --with elsewhere/demo.yaml", "did you mean demo?"),
+        ("sample --with configs/train_diffusion.yaml", "`python -m scripts train diffusion`"),
+        ("sample --with configs/inference.json", "`python -m scripts sample`"),
+        ("sample --config_file configs/demo.yaml", "--with adds configurations"),
+        ("sample --args_file no.yaml", "--args_file no.yaml: there is no such file"),
+        ("sample --output_dir --seed 1", "--output_dir what?"),
+        ("sample --seed 1 --conditions_table", "--conditions_table what?"),
+        ("sample --output_dir - --seed 1", "a lone - is no value"),
+        ("sample --output_dir -- --seed 1", "a lone -- is no value"),
         ("sample --with train_diffusion", "a verb of its own"),
         ("sample --with finetune", "finetune has no effect on `sample`"),
         ("sample --gendr 1", "unknown flag --gendr: did you mean --gender?"),
@@ -225,6 +239,7 @@ def test_what_cannot_be_is_refused_in_one_line(words: str, told: str, refused: S
         ("train_diffusion --lr 1e-4 --with tiny", ["inference.json", "train_diffusion.yaml", "tiny.yaml"], "--lr 1e-4"),
         ("train diffusion --with demo,finetune --target=flow", None, "--target=flow"),
         ("encode latents --with demo tiny --flip 0", None, "--flip 0"),
+        ("encode-latents", ["inference.json", "encode_latents.yaml"], ""),
         ("side by side --count 2", ["inference.json", "side_by_side.yaml"], "--count 2"),
         ("phantoms --intracranial_mm3 1500000", ["inference.json", "phantoms.yaml"], "--intracranial_mm3 1500000"),
         ("train diffusion --tracking mlflow --run_name x", None, "--tracking mlflow --run_name x"),
@@ -240,6 +255,42 @@ def test_printed_command_is_the_same_in_long(words: str, files: list[str] | None
     assert files is None or named == files
     assert all((ROOT / "configs" / name).is_file() for name in named)
     assert rest[1:] == flags.split()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("1: 2", "is no map of ids to values"),
+        ("+num_samples: 3", "+num_samples fits nothing"),
+        ("num_samples::b: 1", "num_samples::b fits nothing"),
+        ("train_diffusion::lr: 1", "train_diffusion::lr fits nothing"),
+        ("conditions: 3", "conditions must be a map"),
+    ],
+)
+def test_own_file_that_fits_nothing_is_refused(
+    content: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.yaml").write_text(content)
+    try:
+        assert main(["sample", "--with", str(tmp_path / "own.yaml"), "--print"]) == 2
+        said = capsys.readouterr().err
+    except BundleError as error:
+        said = str(error)
+    assert told in said
+
+
+def test_flags_in_a_file_are_checked_as_those_on_the_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "flags.yaml").write_text("max_epochs: 3\n")
+    assert main(["sample", "--args_file", str(tmp_path / "flags.yaml")]) == 2
+    assert "--max_epochs has no effect here" in capsys.readouterr().err
+
+
+def test_list_says_whole_sentences(shown: Shown) -> None:
+    assert "carried back to the raw scan" in " ".join(shown().split())
+    assert shown("train", "--help") == shown()
 
 
 def test_printed_command_quotes_what_a_shell_would_take_apart(shown: Shown) -> None:
@@ -319,7 +370,7 @@ def test_monais_command_refuses_a_flag_of_another_verb(run_bundle: RunBundle, ou
 
 
 def test_command_is_quiet_and_ends_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "scripts", "sample", "--with", "tiny", "--autoencoder_path", "no.pt"]
+    command = [sys.executable, "-m", "scripts", "sample", "--with", "tiny", "--diffusion_path", "no.pt"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Warning" not in done.stdout + done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and "no weights of the" in done.stderr

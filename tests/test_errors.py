@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BASE, ROOT
+from conftest import BASE, ROOT, TINY, RunBundle
 from monai.bundle import ConfigParser
+from processes import run_python
 from torch._utils import ExceptionWrapper
 
 from scripts.core.errors import BundleError, find_bundle_error
@@ -74,3 +75,15 @@ def test_a_package_of_the_preparation_that_lacks_is_named(monkeypatch: pytest.Mo
         deterministic_ants(1)
     with pytest.raises(BundleError, match="pip install ancpbids"):
         find_sources(tmp_path, None)
+
+
+def test_an_id_that_there_is_not_is_named_in_one_line() -> None:
+    done = run_python("-m", "scripts", "sample", "--with", "tiny", "--run_id", "nope")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: the configuration has no nope" in done.stderr
+
+
+def test_a_component_that_cannot_be_built_is_told_with_its_own_reason(run_bundle: RunBundle, output_dir: Path) -> None:
+    done = run_bundle([BASE, TINY], "--output_dir", output_dir, "--network_def::num_res_block", 1)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "cannot build DiffusionModelUNet" in done.stderr and "'num_res_block'" in done.stderr

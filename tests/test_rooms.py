@@ -213,3 +213,10 @@ def test_programs_run_under_their_old_names(program: str) -> None:
     command = [sys.executable, "-m", f"scripts.{program}", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+def test_fire_finds_what_was_in_an_old_module() -> None:
+    with pytest.warns(DeprecationWarning, match="scripts.networks.weights"):
+        sys.modules.pop("scripts.checkpoints", None)
+        module = importlib.import_module("scripts.checkpoints")
+    assert "write_safetensors" in dir(module)

@@ -334,13 +334,13 @@ def tools() -> dict[str, str]:
 
 
 def programs() -> dict[str, str]:
-    """Module -> first line, of these programs: `python -m scripts.MODULE`."""
+    """Module -> first sentence, of these programs: `python -m scripts.MODULE`."""
     found = {}
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         said = re.search(
-            r"^\"\"\"(?:`python -m (?:scripts\.)([\w.]+)[^`]*`: )(.*?)(?:\.?\n|\"\"\")", text, re.MULTILINE
+            r"^\"\"\"(?:`python -m (?:scripts\.)([\w.]+)[^`]*`: )(.*?)(?:\n\s*\n|\"\"\")", text, re.M | re.S
         )
         if said:
-            found[said[1]] = said[2]
+            found[said[1]] = first_sentence(said[2])
     return found

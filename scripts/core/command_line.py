@@ -8,16 +8,19 @@ import itertools
 import runpy
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from scripts.core.command_help import changes_something, describe_verb, list_verbs, option_names, programs, tools
 from scripts.core.errors import BundleError
-from scripts.core.paths import ROOT
+from scripts.core.paths import CONFIGS, ROOT
 from scripts.core.verbs import (
+    BASE,
     FLAG,
     FOR_MONAI,
+    SAMPLE,
     additions,
     condition_flags,
     merge,
@@ -27,6 +30,7 @@ from scripts.core.verbs import (
     refuse_foreign_flags,
     used_ids,
     verbs,
+    with_args_file,
 )
 
 COMPLETION = """\
@@ -36,6 +40,8 @@ _brain_images() {
 }
 complete -o default -F _brain_images python python3
 """
+WITH_WHAT = "--with what? Give the name of an overlay, or a .yaml or .json file of your own"
+FILES_FOR_MONAI = ("args_file", "meta_file", "logging_file")
 SHELLS = {"bash": COMPLETION, "zsh": "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n" + COMPLETION}
 
 
@@ -58,7 +64,7 @@ class Request:
         elsewhere = Path.cwd() != ROOT and "bundle_root" not in read_flags(self.flags)
         return [
             "--config_file",
-            str(files).replace(", ", ","),
+            f"[{','.join(map(repr, files))}]",
             *(["--bundle_root", str(ROOT)] * elsewhere),
             *self.flags,
         ]
@@ -77,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: list[str]) -> int:
     words = list(itertools.takewhile(lambda word: not FLAG.fullmatch(word), given))
     asks_help = not {"--help", "-h"}.isdisjoint(given)
-    if not words:
+    if not words or (asks_help and len(words) == 1 and _verbs_of(words[0])):
         if given and not asks_help:
             raise UsageError(f"a verb comes before {given[0]}: `python -m scripts` lists them")
         print(list_verbs(), end="")
@@ -96,14 +102,19 @@ def _run(given: list[str]) -> int:
     return 0
 
 
+def _verbs_of(word: str) -> list[str]:
+    """The verbs of two words that begin with a word."""
+    return [verb for verb in verbs() if verb.startswith(f"{word} ")]
+
+
 def _split_verb(words: Sequence[str], given: Sequence[str]) -> tuple[str, list[str]]:
     """The verb that a command line begins with, in either spelling, and what follows it."""
     names = {verb.replace(" ", "_"): verb for verb in verbs()}
     for count in range(len(words), 0, -1):
-        if verb := names.get("_".join(words[:count])):
+        if verb := names.get("_".join(words[:count]).replace("-", "_")):
             return verb, list(given[count:])
     known = [*verbs(), *tools(), "completion"]
-    begun = [verb for verb in verbs() if verb.startswith(words[0] + " ")]
+    begun = _verbs_of(words[0])
     if begun and len(words) == 1:
         raise UsageError(f"{words[0]} what? There are `{'`, `'.join(begun)}`")
     hint = near_matches(" ".join(words[:2]), begun or known) or near_matches(words[0], known)
@@ -125,15 +136,18 @@ def read_request(verb: str, rest: Sequence[str]) -> Request:
     for word in [*rest, "--end"]:
         if found := FLAG.fullmatch(word):
             if name == "with" and takes:
-                raise UsageError("--with what? Give the name of an overlay, or a .yaml or .json file of your own")
+                raise UsageError(WITH_WHAT)
             name, takes = found[1], found[2] is None and found[1] != "print"
-        if name == "with" and (not found or found[2]):
-            request.files += [_added(one, verb) for one in (found[2] if found else word).split(",") if one]
+        if name == "with" and (not found or found[2] is not None):
+            for one in (found[2] if found else word).split(","):
+                request.files.append(_added(one, request))
             takes = False
         elif found:
             request.printed |= name == "print"
             request.flags += [word] if name not in ("with", "print", "end") else []
         elif takes:
+            if word in ("-", "--"):
+                raise UsageError(f"--{name} {word}: a lone {word} is no value")
             request.flags.append(word)
             takes = False
         else:
@@ -142,15 +156,27 @@ def read_request(verb: str, rest: Sequence[str]) -> Request:
     return request
 
 
-def _added(name: str, verb: str) -> Path:
-    """The file that `--with NAME` adds."""
+def _added(name: str, request: Request) -> Path:
+    """The file that `--with NAME` adds to what a request has so far."""
+    if not name.strip():
+        raise UsageError(WITH_WHAT)
     known = additions()
     path = known.get(name.removesuffix(".yaml"), Path(name))
+    named = {one.replace(" ", "_"): one for one in verbs()}
+    verb = named.get(name.replace(" ", "_"))
+    if verb is None and path.resolve().parent == CONFIGS and path.is_file():
+        verb = named.get(path.stem) or (SAMPLE if path.resolve() == BASE else None)
+    if verb:
+        raise UsageError(f"--with {name}: that is a verb of its own, `python -m scripts {verb}`")
     if path.is_file() and path.suffix in (".json", ".yaml", ".yml"):
+        if path.resolve() in [one.resolve() for one in request.files]:
+            raise UsageError(f"--with {name} is given twice")
         return path
-    if name.replace(" ", "_") in {one.replace(" ", "_") for one in verbs()}:
-        raise UsageError(f"--with {name}: that is a verb of its own, `python -m scripts {name}`")
-    hint = near_matches(name, known) or f": there are {', '.join(known)}, or give a .yaml or .json file of your own"
+    hint = (
+        near_matches(path.stem, known) or f": there are {', '.join(known)}, or give a .yaml or .json file of your own"
+    )
+    if path.exists():
+        raise UsageError(f"--with {name}: that is no .yaml or .json file")
     raise UsageError(f"--with {name}: there is no such configuration{hint}")
 
 
@@ -159,7 +185,16 @@ def _check(request: Request) -> None:
     for name, path in additions().items():
         if path in request.files and not changes_something(path, request.verb):
             raise UsageError(f"--with {name} has no effect on `{request.verb}`")
-    config, flags = merge(request.files), read_flags(request.flags)
+    flags = read_flags(request.flags)
+    if "config_file" in flags:
+        raise UsageError("--config_file would take the place of the verb's own: --with adds configurations to them")
+    for name in FILES_FOR_MONAI:
+        if flags.get(name) is not None and not Path(flags[name] or "").is_file():
+            raise UsageError(f"--{name} {flags[name]}: there is no such file")
+    config = merge(request.files)
+    for name in (name for name, value in flags.items() if value is None and _needs_value(name, config)):
+        raise UsageError(f"--{name} what? Give a value behind it")
+    flags = with_args_file(flags)
     try:
         refuse_foreign_flags(flags, request.files, config)
     except BundleError as error:
@@ -172,6 +207,13 @@ def _check(request: Request) -> None:
             raise UsageError(
                 f"unknown flag --{name}{hint or f': `python -m scripts {request.verb} --help` lists them'}"
             )
+
+
+def _needs_value(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a flag without a value, which is True for MONAI, cannot be meant: that of a path, or of a word."""
+    default = config.get(name)
+    is_word = isinstance(default, str) and default != "auto" and not default.startswith("@")
+    return is_word or name.endswith(("_dir", "_path", "_table", "_file", "_root"))
 
 
 def _start(request: Request) -> None:

@@ -24,6 +24,7 @@ from scripts.core.verbs import (
     read_flags,
     references,
     refuse_foreign_flags,
+    with_args_file,
 )
 
 OWN_WORDS = {"initialize", "run", "finalize", "imports", ConfigParser.meta_key}
@@ -97,15 +98,8 @@ def check_flags(conditions: Iterable[str] = ()) -> None:
         if SEPARATOR in name and not (name in declared or is_read(name, referred)):
             _refuse(name, {other: other for other in known} | _beside(name, declared))
     if is_monai_command():
-        flags = _given_flags()
+        flags = with_args_file(read_flags(sys.argv[1:]))
         refuse_foreign_flags(flags, _files_of(flags.get("config_file")), config)
-
-
-def _given_flags() -> dict[str, str | None]:
-    """The flags of this process's command line, and those in the file that `--args_file` names."""
-    flags = read_flags(sys.argv[1:])
-    path = Path(flags.get("args_file") or "")
-    return {**{key: str(value) for key, value in load_config(path).items()}, **flags} if path.is_file() else flags
 
 
 def _files_of(text: str | None) -> list[Path]:

@@ -13,6 +13,9 @@ LOST_PEER = re.compile(r"Connection (closed|reset) by peer|ncclRemoteError|NCCL 
 NO_MEMORY = re.compile(
     r"\w+ out of memory[^.]*\.( Tried to allocate [\d.]+ \w+)?|can't allocate memory|Unable to allocate.*"
 )
+MISSING_ID = re.compile(
+    r"query key: ([\w:]+)|the referring item `@([\w:]+)` is not defined|run ID '(.*?)' doesn't exist"
+)
 MONAI_COMMAND, OWN_COMMAND = "monai/bundle/__main__.py", "scripts/__main__.py"
 
 
@@ -39,14 +42,29 @@ def find_bundle_error(error: BaseException | None) -> BundleError | None:
 
 
 def _failed_component(error: BaseException | None) -> str | None:
-    """What to say where MONAI could not build a component from the values that it was given."""
+    """What to say where MONAI could not build a component from the values that it was given: the innermost one."""
+    said = None
     while error is not None:
         if str(error).startswith("Failed to instantiate component") and error.__cause__ is not None:
             name = str(error).split("'")[1].rsplit(".", 1)[-1]
-            reason = str(error.__cause__).strip().splitlines() or [type(error.__cause__).__name__]
-            return f"cannot build {name} with these options: {reason[0]}"
+            root = error.__cause__
+            while root.__cause__ is not None:
+                root = root.__cause__
+            reason = str(root).strip().splitlines() or [type(root).__name__]
+            said = f"cannot build {name} with these options: {reason[0]}"
         if str(error).startswith("Cannot locate class or function path"):
             return f"a _target_ of the configuration cannot be found: {str(error).split(': ', 1)[-1].rstrip('.')}"
+        error = error.__cause__ or error.__context__
+    return said
+
+
+def _missing_id(error: BaseException | None) -> str | None:
+    """What to say where a flag or a file names an id that the configuration does not have."""
+    while error is not None:
+        if found := MISSING_ID.search(str(error)):
+            name = next(filter(None, found.groups()))
+            hint = " (what trains is in train and validate, for each training)" * name.startswith("train")
+            return f"the configuration has no {name}{hint}: see docs/configuration.md"
         error = error.__cause__ or error.__context__
     return None
 
@@ -65,7 +83,7 @@ def _out_of_memory(error: BaseException | None) -> str | None:
 
 
 def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    known: object = find_bundle_error(error) or _out_of_memory(error) or _failed_component(error)
+    known: object = find_bundle_error(error) or _out_of_memory(error) or _failed_component(error) or _missing_id(error)
     if issubclass(kind, KeyboardInterrupt):
         known = "interrupted: what was finished is kept, and the same command goes on from there"
     if known is None and LOST_PEER.search(str(error.__cause__ or error)):

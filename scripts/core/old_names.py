@@ -211,6 +211,7 @@ class OldNames(MetaPathFinder, Loader):
         old = module.__name__.partition(".")[2]
         _warn(module.__name__, [f"{PACKAGE}.{new}" for new in OLD_NAMES[old]])
         setattr(module, "__getattr__", lambda name: _found(old, name)[1])  # noqa: B010 # mypy knows it as a method
+        setattr(module, "__dir__", lambda: _names(old))  # noqa: B010 # `python -m fire` looks here
 
     def get_code(self, fullname: str) -> CodeType | None:
         """See `importlib`: what `python -m` runs, the successor's code."""
@@ -255,6 +256,11 @@ def keep_old_attributes(room: str) -> None:
 def _set_getattr(module: str, function: Callable[[str], Any]) -> None:
     """PEP 562, out of sight of type checkers, which would take every name for one that the module has."""
     setattr(sys.modules[module], "__getattr__", function)  # noqa: B010
+
+
+def _names(old: str) -> list[str]:
+    """What `dir` shows of an old module: the public names of its successors."""
+    return sorted({name for new in OLD_NAMES[old] for name in dir(import_module(f"{PACKAGE}.{new}")) if name[0] != "_"})
 
 
 def _found(old: str, name: str) -> tuple[str, Any]:

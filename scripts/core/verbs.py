@@ -50,7 +50,7 @@ def load_config(path: Path) -> Mapping[str, Any]:
         content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise BundleError(f"cannot read the configuration {path}: {error}") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise BundleError(f"the configuration {path} is no map of ids to values")
     return content
 
@@ -77,20 +77,31 @@ def additions() -> dict[str, Path]:
 
 
 def merge(files: Iterable[Path]) -> dict[str, Any]:
-    """The configuration of several files, as MONAI merges them: the last wins, `a::b` is within `a`, `+a` extends."""
+    """The configuration of several files, as MONAI merges them: the last wins, `a::b` is within `a`, `+a` extends.
+
+    Raises:
+        BundleError: where an id of a file fits nothing in what the files before it come to.
+    """
     config: dict[str, Any] = {}
     for path in files:
         for key, value in copy.deepcopy(dict(load_config(path))).items():
-            *outer, last = key.lstrip("+").replace("#", SEPARATOR).split(SEPARATOR)
-            section: Any = config
-            for word in outer:
-                section = _inside(section, word) if _has(section, word) else section.setdefault(word, {})
-            if key.startswith("+") and _has(section, last):
-                old = _inside(section, last)
-                old.update(value) if isinstance(old, dict) else old.extend(value)
-            else:
-                section[int(last) if isinstance(section, list) else last] = value
+            try:
+                _set(config, key, value)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise BundleError(f"the configuration {path}: {key} fits nothing in the files before it") from error
     return config
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    *outer, last = key.lstrip("+").replace("#", SEPARATOR).split(SEPARATOR)
+    section: Any = config
+    for word in outer:
+        section = _inside(section, word)
+    if key.startswith("+") and _has(section, last):
+        old = _inside(section, last)
+        old.update(value) if isinstance(old, dict) else old.extend(value)
+    else:
+        section[int(last) if isinstance(section, list) else last] = value
 
 
 def _has(section: Any, word: str) -> bool:
@@ -117,8 +128,15 @@ def condition_flags(config: Mapping[str, Any]) -> list[str]:
 
 
 def condition_entries(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name -> the rest of its entry, of each condition."""
-    return {name: entry for name, entry in config["conditions"].items() if isinstance(entry, dict)}
+    """Name -> the rest of its entry, of each condition.
+
+    Raises:
+        BundleError: if the configuration's `conditions` are no map.
+    """
+    conditions = config["conditions"]
+    if not isinstance(conditions, dict):
+        raise BundleError("conditions must be a map of names to what is known of them: see docs/configuration.md")
+    return {name: entry for name, entry in conditions.items() if isinstance(entry, dict)}
 
 
 def used_ids(config: Mapping[str, Any], starts: Iterable[str] = STARTS) -> set[str]:
@@ -154,6 +172,12 @@ def read_flags(arguments: Sequence[str]) -> dict[str, str | None]:
             value = found[2] if found[2] is not None else None if FLAG.fullmatch(following) else following
             flags[found[1].replace("-", "_").lstrip("+").replace("#", SEPARATOR)] = value
     return flags
+
+
+def with_args_file(flags: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Flags, and those in the file that `--args_file` names."""
+    path = Path(flags.get("args_file") or "")
+    return {**{key: str(value) for key, value in load_config(path).items()}, **flags} if path.is_file() else {**flags}
 
 
 def near_matches(name: str, known: Collection[str], mark: str = "", written: Mapping[str, str] | None = None) -> str:
