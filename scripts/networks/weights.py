@@ -38,8 +38,8 @@ ALIGNMENT = 64  # bytes, of PyTorch's own memory: products of matrices may round
 LARGE = 2**20  # bytes of a weight above which a convolution brings it into an order of its own before it computes
 WAYS_OUT = (
     "download the released weights with `python -m monai.bundle download_large_files --bundle_path .`, "
-    "or use the small model that ships with the bundle: "
-    "--config_file \"['configs/inference.json','configs/demo.yaml']\"; "
+    "or use the small model that ships with the bundle, `python -m scripts sample --with demo` "
+    "(--config_file \"['configs/inference.json','configs/demo.yaml']\"); "
     "networks of other sizes, such as tiny.yaml's, need weights of a training of their own"
 )
 
