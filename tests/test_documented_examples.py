@@ -70,7 +70,7 @@ def test_a_metric_and_a_family(examples: Path, run_here: RunHere) -> None:
     run_here([BASE, TINY, examples / "average.yaml"], num_samples=4, seed=1, output_dir=str(samples))
     made = sampled(samples)
     assert len(made) == 4 and made[0][0]["family"] == "average"
-    evaluate = [BASE, "configs/evaluate.yaml", TINY, examples / "brightness.yaml"]
+    evaluate: list[str | Path] = [BASE, "configs/evaluate.yaml", TINY, examples / "brightness.yaml"]
     folders = {"synthetic_dir": str(samples), "real_dir": str(examples / "real"), "output_dir": str(output)}
     run_here([BASE, TINY, examples / "average.yaml"], num_samples=3, seed=2, output_dir=folders["real_dir"])
     run_here(evaluate, **folders, num_pairs=2, segment_with="none")

@@ -137,9 +137,9 @@ def test_choice_of_segmentations(folder: VolumeFolder, tmp_path: Path) -> None:
     def samples(*folders: Path | None) -> Samples:
         return Samples(list(map(str, folders)), FeatureNetworks(None, {}), output, Values(output))
 
-    def segmentations(*given: Any) -> Segmentations:
+    def segmentations(path: Any, way: Any, tools: Any, samples: Samples, output: str) -> Segmentations:
         own = OwnSegmentations(lambda: pytest.fail("nothing is measured yet"), Values(output), Conditions())
-        return chosen_segmentations(*given, own)
+        return chosen_segmentations(path, way, tools, samples, output, own)
 
     other = Path(shutil.copytree(folder.paths[0].parent, tmp_path / "other"))
     one, two = samples(folder.folder), samples(folder.folder, other)
