@@ -77,6 +77,7 @@ def test_work_is_counted() -> None:
     assert counted(lambda: x.view(3, 2).relu()).times(2) == (0, 2 * 4 * (6 + 6))
 
 
+@pytest.mark.slow
 def test_whole_commands_are_compared_in_processes_of_their_own(tmp_path: Path) -> None:
     words = "--size tiny --device cpu --warmup 0 --repeats 1 --cases command --ways original ours --steps 2"
     done = run(*words.split(), "--folder", tmp_path, module="benchmarks.sampling")

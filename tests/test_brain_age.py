@@ -67,6 +67,7 @@ def test_layers_are_in_the_papers_order() -> None:
     assert "needs 32 voxels a side, got (32, 31, 32)" in refused(BrainAgeNetwork, (32, 31, 32))
 
 
+@pytest.mark.slow
 def test_it_learns_what_brightness_tells(grid: Grid, tmp_path: Path, run_here: RunHere) -> None:
     dataset, run_dir = bright_heads(tmp_path / "dataset", grid, 32), tmp_path / "run"
     flags = {"max_epochs": 10, "lr": 3.0e-3, "lr_decay_factor": 0.7, "batch_size": 4, "augment": 0.0}

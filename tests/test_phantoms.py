@@ -311,6 +311,7 @@ def test_shipped_label_maps_are_heads() -> None:
         assert not beside.any() and outer.sum() < 1000
 
 
+@pytest.mark.slow
 def test_labels_come_out_of_maps_of_tissues() -> None:
     """The rules that make a label map, on a head whose labels are known, at 1 mm."""
     from scripts.volumes.grid import Grid

@@ -100,7 +100,7 @@ def test_any_pose_is_found(coarse: Template, tmp_path: Path) -> None:
     assert found.similarity > 0.95 and abs(found.scale - 1) < 0.01
 
 
-@pytest.mark.parametrize("better", [0, 1])
+@pytest.mark.parametrize("better", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_more_similar_of_two_fits_is_taken(coarse: Template, better: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From starts that lie close together, ANTs may end in places that do not."""
     fits = [(np.eye(4), 0.5), (np.eye(4), 0.5)]

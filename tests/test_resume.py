@@ -93,7 +93,13 @@ def test_killed_training_ends_in_the_same_weights(
         assert difference(expected[name], resumed[name]) == 0.0, f"{name}, killed after iteration {iteration}"
 
 
-@pytest.mark.parametrize(("stage", "start"), [("autoencoder", two_by_torchrun), ("diffusion", two_by_environment)])
+@pytest.mark.parametrize(
+    ("stage", "start"),
+    [
+        pytest.param("autoencoder", two_by_torchrun, marks=pytest.mark.slow),
+        ("diffusion", two_by_environment),
+    ],
+)
 def test_two_processes_are_one_with_the_whole_batch(
     stage: str, start: Callable[[list[str]], list[Finished]], done: Pipeline, run_here: RunHere, tmp_path: Path
 ) -> None:
@@ -116,6 +122,7 @@ def test_two_processes_are_one_with_the_whole_batch(
     assert len(lines) == 8, "one process speaks, with the means of both"
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_a_worker_was_killed(done: Pipeline, run_here: RunHere, tmp_path: Path) -> None:
     expected = uninterrupted("diffusion", done, tmp_path / "one", run_here, batch_size=2)
     folder = tmp_path / "two"

@@ -86,7 +86,9 @@ def test_sampling_takes_what_was_trained(done: Pipeline, run_here: RunHere, tmp_
 
 def test_sampling_with_other_conditions_than_in_training(done: Pipeline, run_here: RunHere, tmp_path: Path) -> None:
     flags = {**done.trained(), "diffusion_path": str(done.diffusion / "diffusion.pt"), "output_dir": str(tmp_path)}
-    assert "other conditions" in refused(run_here, [BASE, TINY], **{**flags, "conditions::age::maximum": 90})
+    assert "was trained with age (age_years, 44 to 82 years)" in refused(
+        run_here, [BASE, TINY], **{**flags, "conditions::age::maximum": 90}
+    )
     assert list(tmp_path.iterdir()) == []
 
 
