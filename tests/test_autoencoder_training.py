@@ -72,7 +72,7 @@ class Stage:
         given = {"perceptual_weight": 0.0, "kl_weight": 1e-8, "adversarial_weight": 0.0, **weights}
         self.loss = AdversarialLoss(self.judge, perceptual, **given, warm_up_epochs=2)
         self.step = TrainingStep(self.generator, self.loss)
-        self.engine: Any = SimpleNamespace(state=SimpleNamespace(device=torch.device("cpu"), epoch=epoch))
+        self.engine: Any = SimpleNamespace(state=SimpleNamespace(device=torch.device("cpu"), epoch=epoch, iteration=1))
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         return self.step(self.engine, batch)

@@ -122,6 +122,24 @@ def test_a_family_without_conditions(run_here: RunHere, overlay: Path, tmp_path:
     assert "unknown flag --age" in told
 
 
+def test_conditions_given_to_a_family_that_takes_none(
+    run_here: RunHere, added: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though four are configured, for other families."""
+    monkeypatch.setattr(Blobs, "conditional", False)
+    files: list[str | Path] = [BASE, added, TINY]
+    flags: dict[str, Any] = {"family": "blobs", "seed": 4, "output_dir": str(tmp_path / "samples")}
+    (tmp_path / "conditions.tsv").write_text(TABLE)
+    told = refused(run_here, files, **flags, age=0.7)
+    assert told == "--age 0.7: the family blobs has no conditions: leave it out"
+    told = refused(run_here, files, **flags, conditions_table=str(tmp_path / "conditions.tsv"))
+    assert "conditions.tsv has the column 'sex', but the family blobs has no conditions" in told
+    grid: list[str | Path] = [BASE, "configs/figures.yaml", added, TINY]
+    told = refused(run_here, grid, **flags, rows=[{"age": 0}], columns=[{}])
+    assert "there is no condition 'age'; there are none" in told
+    assert not (tmp_path / "samples").exists()
+
+
 def test_a_wrong_name_names_the_near_one(run_here: RunHere, added: Path, tmp_path: Path) -> None:
     told = refused(run_here, [BASE, added, TINY], family="blob", output_dir=str(tmp_path / "samples"))
     assert told == "--family must be one of latent_diffusion, blobs, got 'blob': did you mean blobs?"

@@ -213,6 +213,44 @@ class Conditions(Sequence[Condition]):
         return values
 
 
+class NoConditions(Conditions):
+    """Those of a model that has none: empty, and what is given for the configured ones is refused.
+
+    Args:
+        configured: whose flags and columns a request may state by mistake.
+        model: what has no conditions, in words.
+    """
+
+    def __init__(self, configured: Conditions, model: str) -> None:
+        self.configured, self.model = configured, model
+        super().__init__()
+
+    def flags(self) -> list[str]:
+        """Every flag or column that is refused."""
+        return self.configured.flags()
+
+    def from_request(self, request: Mapping[str, Any], where: str = "", warn: bool = True) -> torch.Tensor:
+        """A vector of shape (0,).
+
+        Raises:
+            BundleError: if the request states a condition.
+        """
+        for flag in self.flags():
+            if not _absent(request.get(flag)):
+                raise BundleError(f"--{flag} {request[flag]}{where}: {self.model} has no conditions: leave it out")
+        return super().from_request(request, where, warn)
+
+    def columns_in(self, header: Sequence[str], table: str) -> None:
+        """Check that a table of requests has a column of no condition.
+
+        Raises:
+            BundleError: naming the column that it has.
+        """
+        for flag in self.flags():
+            if flag in header:
+                raise BundleError(f"the table {table} has the column '{flag}', but {self.model} has no conditions")
+
+
 def flags_or_table(
     flags: Iterable[str], table: str | None, count_flag: str, count: Any = None, default: int = 1
 ) -> list[Mapping[str, Any]]:

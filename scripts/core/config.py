@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -49,6 +50,33 @@ def build(name: str) -> Any:
         RuntimeError: if no configuration is being evaluated.
     """
     return _parser().ref_resolver.get_resolved_content(name)
+
+
+def choose(name: str, entry: str, flag: str) -> Any:
+    """Build one entry of a map of the configuration that is now being evaluated, and none of the others.
+
+    Args:
+        name: its key.
+        entry: where an entry of any name stands, such as `@families::{name}`. MONAI takes it for text, and builds
+            nothing; but what looks for the flags that a command has a use for sees a reference to the whole map.
+        flag: that the name was given by.
+
+    Raises:
+        BundleError: for a name that is not in the map, with those that are.
+        RuntimeError: if no configuration is being evaluated.
+    """
+    entry_of(name, entry, flag)
+    return build(entry.strip("@").format(name=name))
+
+
+def entry_of(name: str, entry: str, flag: str) -> Any:
+    """What `choose` builds, as the configuration has it; arguments and errors as there."""
+    entries: Mapping[str, Any] = current_config()[entry.strip("@").split(SEPARATOR)[0]]
+    if name not in entries:
+        near = difflib.get_close_matches(str(name), entries, 1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        raise BundleError(f"--{flag} must be one of {', '.join(entries)}, got '{name}'{hint}")
+    return entries[name]
 
 
 def _parser() -> ConfigParser:

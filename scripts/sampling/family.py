@@ -4,17 +4,20 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from pydoc import locate
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from monai.inferers import Inferer
 from torch import Tensor, nn
 
-from scripts.core.config import build, current_config
+from scripts.conditions.conditions import Conditions, NoConditions
+from scripts.core.config import choose, entry_of
 from scripts.core.errors import BundleError
+
+ENTRY = "@families::{name}"
 
 
 class Part(NamedTuple):
@@ -32,6 +35,9 @@ class ModelFamily(nn.Module, ABC):
     Requests, saver, figures and export know nothing else of a model. A new family is a class of these methods, and an
     entry in `families` that says what it is built of.
     """
+
+    conditional: ClassVar[bool] = True
+    """Whether samples have conditions at all. Where they do not, those that are given are refused."""
 
     @property
     @abstractmethod
@@ -82,20 +88,30 @@ class FamilyInferer(Inferer):
         return network.sample(inputs, condition, generators)
 
 
-def choose_family(name: str, entry: str = "@families::{name}") -> ModelFamily:
+def choose_family(name: str, entry: str = ENTRY) -> ModelFamily:
     """The family of that name in the configuration's map. The others are not built: they may lack weights.
 
     Args:
         name: the key.
-        entry: where in the configuration the entry of a name stands. MONAI takes it for text, and builds nothing; but
-            what looks for the flags that a command has a use for sees a reference to the whole map.
+        entry: see `scripts.core.config.choose`.
 
     Raises:
         BundleError: for a name that is not in the map.
     """
-    families: Mapping[str, Any] = current_config()[entry.strip("@").split("::")[0]]
-    if name not in families:
-        near = difflib.get_close_matches(str(name), families, 1)
-        hint = f": did you mean {near[0]}?" if near else ""
-        raise BundleError(f"--family must be one of {', '.join(families)}, got '{name}'{hint}")
-    return build(entry.strip("@").format(name=name)).eval()
+    return choose(name, entry, "family").eval()
+
+
+def model_conditions(conditions: Conditions, name: str, entry: str = ENTRY) -> Conditions:
+    """The conditions that samples of a family have: those configured, or none where its class takes none.
+
+    Args:
+        conditions: the configured ones.
+        name, entry: see `choose_family`.
+
+    Raises:
+        BundleError: for a name that is not in the map.
+    """
+    found = entry_of(name, entry, "family")
+    target = locate(str(found["_target_"])) if isinstance(found, Mapping) else None
+    conditional = getattr(target, "conditional", True)
+    return conditions if conditional else NoConditions(conditions, f"the family {name}")

@@ -129,7 +129,8 @@ def _checked(given: Any, flag: str) -> list[Cell]:
 def _condition(flag: str, conditions: Conditions, axis: str) -> tuple[int, Condition]:
     found = [(i, c) for i, c in enumerate(conditions) if flag in (c.name, c.raw)]
     if not found:
-        raise BundleError(f"--{axis}: there is no condition '{flag}'; there are {', '.join(conditions.flags())}")
+        known = ", ".join(name for c in conditions for name in (c.name, c.raw)) or "none"
+        raise BundleError(f"--{axis}: there is no condition '{flag}'; there are {known}")
     return found[0]
 
 

@@ -55,15 +55,21 @@ class Optimisation:
         scaled = half_precision(amp) is torch.float16
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=scaled)
 
-    def __call__(self, batch: Batch, losses_of: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        batch: Batch,
+        losses_of: Callable[[Batch], dict[str, Tensor]],
+        before_update: Callable[[Mapping[str, Tensor]], bool] = lambda losses: True,
+    ) -> dict[str, Tensor]:
         """Step once.
 
         Args:
             batch: tensors that have the batch's size in common.
             losses_of: the terms of a part of the batch, each a mean over it; `loss` is what is minimised.
+            before_update: is told the means over the batch once the gradients are there, and says whether to step.
 
         Returns:
-            Each term's mean over the batch, and `gradient_norm`, before clipping; 0 where float16 left the step out.
+            Each term's mean over the batch, and `gradient_norm`, before clipping; 0 where the step was left out.
 
         Raises:
             BundleError: if the batch cannot be parted, or if float16 leaves out one step after the other.
@@ -76,7 +82,8 @@ class Optimisation:
                 losses = {name: loss / len(parts) for name, loss in losses_of(part).items()}
                 self.scaler.scale(losses["loss"]).backward()
             means = {name: means.get(name, 0.0) + loss.detach() for name, loss in losses.items()}
-        return {**means, "gradient_norm": self._step()}
+        norm = self._step() if before_update(means) else torch.zeros_like(means["loss"])
+        return {**means, "gradient_norm": norm}
 
     def _parts(self, batch: Batch) -> list[Batch]:
         size = len(next(iter(batch.values())))

@@ -33,6 +33,24 @@ class Loss(ABC):
             epoch: which is going on, from 1.
         """
 
+    def before_step(self, network: nn.Module, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        """What goes before a step on the whole batch, such as that of a discriminator; more terms to report.
+
+        Args:
+            network: as the loss gets it.
+            batch: the `inputs`, on the network's device.
+            iteration: which is going on, from 1.
+        """
+        return {}
+
+    def before_update(self, losses: Mapping[str, Tensor]) -> bool:
+        """Whether the optimiser steps, asked once the gradients are there, which may be changed.
+
+        Args:
+            losses: the terms' means over the batch.
+        """
+        return True
+
     def after_step(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
         """What follows a step on the whole batch, such as that of a discriminator; more terms to report."""
         return {}
@@ -62,8 +80,9 @@ class TrainingStep:
         device, epoch = engine.state.device, engine.state.epoch
         inputs = {name: batch[name].to(device=device, non_blocking=True) for name in self.loss.inputs}
         network = self.optimisation.network.train()
-        losses = self.optimisation(inputs, partial(self.loss, network, epoch=epoch))
-        losses |= self.loss.after_step(inputs, epoch)
+        before = self.loss.before_step(network, inputs, engine.state.iteration)
+        losses = self.optimisation(inputs, partial(self.loss, network, epoch=epoch), self.loss.before_update)
+        losses |= before | self.loss.after_step(inputs, epoch)
         if self.average is not None:
             self.average.update()
         return {"losses": all_means(losses)}
