@@ -322,7 +322,7 @@ def one_more() -> Conditions:
         (other_unit, ["44 to 82 years", "age_months, 528 to 984 months"], "as they were"),
         (other_order, ["with age, gender;", "order gender, age"], "--with finetune"),
         (one_more, ["with age, gender;", "is also bmi:", "leave out bmi"], "--with finetune"),
-        (lambda: Conditions(), ["with age, gender;", "lacks age, gender:", "give age, gender"], "--with finetune"),
+        (lambda: Conditions(), ["with age, gender;", "lacks age, gender"], "give age, gender in `conditions`"),
     ],
     ids=["range", "unit", "order", "more", "none"],
 )

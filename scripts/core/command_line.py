@@ -28,6 +28,7 @@ from scripts.core.verbs import (
     read_flags,
     references,
     refuse_foreign_flags,
+    refuse_other_conditions,
     used_ids,
     verbs,
     with_args_file,
@@ -196,6 +197,7 @@ def _check(request: Request) -> None:
         raise UsageError(f"--{name} what? Give a value behind it")
     flags = with_args_file(flags)
     try:
+        refuse_other_conditions(flags, config)
         refuse_foreign_flags(flags, request.files, config)
     except BundleError as error:
         raise UsageError(str(error)) from error

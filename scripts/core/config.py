@@ -19,12 +19,14 @@ from scripts.core.errors import BundleError, is_monai_command
 from scripts.core.paths import CONFIGS
 from scripts.core.verbs import (
     SEPARATOR,
+    condition_flags,
     is_read,
     load_config,
     near_matches,
     read_flags,
     references,
     refuse_foreign_flags,
+    refuse_other_conditions,
     with_args_file,
 )
 
@@ -104,7 +106,7 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str)) and not str(value).startswith(("$", "@", "%"))
 
 
-def check_flags(conditions: Iterable[str] = ()) -> None:
+def check_flags() -> None:
     """Refuse an override whose name nothing declares or reads: MONAI takes `--gendr 1` in silence.
 
     Known are the ids of the files in `configs/`, the properties that MONAI defines, ids that something
@@ -114,11 +116,13 @@ def check_flags(conditions: Iterable[str] = ()) -> None:
     configurations have a use for is refused as well; `python -m scripts` has done that before.
 
     Raises:
-        BundleError: naming the unknown flag and its nearest known names, or where a flag belongs.
+        BundleError: naming the unknown flag and its nearest known names, or where a flag belongs; for the flag of a
+            condition that the configuration does not have, and for `conditions` that are no map.
     """
     config = current_config()
     declared, referred = _declared(), set(references(config))
-    known = {_first(name) for name in declared | referred} | OWN_WORDS | set(conditions)
+    refuse_other_conditions(config, config)
+    known = {_first(name) for name in declared | referred} | OWN_WORDS | set(condition_flags(config))
     for name in config:
         if name.lstrip("+") not in known:
             _refuse(name, {other: other for other in known})

@@ -122,7 +122,11 @@ def references(value: Any) -> Iterator[str]:
 
 
 def condition_flags(config: Mapping[str, Any]) -> list[str]:
-    """Both flags of each condition, normalised and raw."""
+    """Both flags of each condition, normalised and raw.
+
+    Raises:
+        BundleError: as `condition_entries`.
+    """
     entries = condition_entries(config)
     return [flag for name, entry in entries.items() for flag in (name, str(entry.get("raw", name)))]
 
@@ -131,12 +135,36 @@ def condition_entries(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Name -> the rest of its entry, of each condition.
 
     Raises:
-        BundleError: if the configuration's `conditions` are no map.
+        BundleError: if the configuration's `conditions` are no map, or have lost the `_target_` of the base's.
     """
     conditions = config["conditions"]
     if not isinstance(conditions, dict):
         raise BundleError("conditions must be a map of names to what is known of them: see docs/configuration.md")
+    if "_target_" not in conditions:
+        target = load_config(BASE)["conditions"]["_target_"]
+        raise BundleError(
+            "conditions has no _target_: +conditions adds to those of the base; a map in their place, if empty too, "
+            f"begins with `_target_: {target}`"
+        )
     return {name: entry for name, entry in conditions.items() if isinstance(entry, dict)}
+
+
+def refuse_other_conditions(given: Iterable[str], config: Mapping[str, Any], written: str = "--{}") -> None:
+    """Refuse flags or columns of the base's conditions that the configuration does not have.
+
+    Args:
+        given: names of flags, or of a table's columns.
+        config: the merged configuration.
+        written: how a name is written in the error.
+
+    Raises:
+        BundleError: naming the flag, and the conditions that there are.
+    """
+    known, entries = condition_flags(config), condition_entries(config)
+    has = f"has the conditions {', '.join(entries)}" if entries else "has no conditions"
+    for name in given:
+        if name in condition_flags(load_config(BASE)) and name not in known:
+            raise BundleError(f"{written.format(name)} has no effect here: the model {has}")
 
 
 def used_ids(config: Mapping[str, Any], starts: Iterable[str] = STARTS) -> set[str]:

@@ -15,6 +15,7 @@ import torch
 from monai.transforms import MapTransform
 from torch import Tensor
 
+from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
 from scripts.core.options import is_absent, number
 from scripts.networks.weights import Checkpoint
@@ -32,14 +33,23 @@ class RandDropConditiond(MapTransform):
         keys: entries that hold vectors of conditions, of shape (conditions,).
         prob: how often, 0 to 1; 0 leaves the conditions alone.
         value: of every condition of the null vector.
+        conditions: those of the vectors, if it matters whether there are any.
 
     Raises:
-        BundleError: unless `prob` is from 0 to 1.
+        BundleError: unless `prob` is from 0 to 1, or if it is above 0 and there are no conditions.
     """
 
-    def __init__(self, keys: str | Sequence[str], prob: Any = 0.0, value: float = NULL_CONDITION) -> None:
+    def __init__(
+        self,
+        keys: str | Sequence[str],
+        prob: Any = 0.0,
+        value: float = NULL_CONDITION,
+        conditions: Conditions | None = None,
+    ) -> None:
         super().__init__(keys)
         self.prob = number(prob, "condition_dropout", 0.0, 1.0)
+        if self.prob and conditions is not None and not conditions:
+            raise BundleError("--condition_dropout hides conditions now and then, and the model has none: leave it out")
         self.value = float(value)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -22,8 +22,11 @@ def requested_volumes(folder: VolumeFolder, conditions: Conditions) -> dict[str,
     It stands in each volume's sidecar (`.json`), or in the row of `participants.tsv` whose `path` is the volume.
 
     Raises:
-        BundleError: if a volume has neither, two volumes share a name, or a value is no number.
+        BundleError: if a volume has neither, or was made without conditions, two volumes share a name, a value is no
+            number, or none of the conditions is a volume.
     """
+    if not any(c.name in QUANTITIES for c in conditions):
+        raise BundleError(f"the conditions are no volumes: none of them is {' or '.join(QUANTITIES)}")
     names = [stem(path) for path in folder.paths]
     for name in names:
         if names.count(name) > 1:
@@ -63,6 +66,8 @@ def _stated(path: Path, row: Mapping[str, str] | None, conditions: Conditions) -
     if stated is None:
         name = f"{stem(path)}.json"
         raise BundleError(f"what was asked for of {path} is not known: it has no {name} and no row in {TABLE}")
+    if not stated:
+        raise BundleError(f"{path} was made without conditions: nothing was asked for")
     return {c.name: _raw(c, stated, path) for c in conditions if c.name in QUANTITIES}
 
 

@@ -304,8 +304,9 @@ def _other_names(trained: Sequence[str], configured: Sequence[str]) -> str:
     ways = [f"{verb} {names}" for verb, names in (("leave out", new), ("give", gone)) if names]
     if not found and list(trained) != list(configured):
         found, ways = [f"in the order {', '.join(configured)}"], ["give them in the first order"]
-    told = f"{', '.join(trained)}; configured {' and '.join(found)}: {' and '.join(ways)} in `conditions`, or "
-    return told + "fine-tune with --with finetune" if found else ""
+    names = ", ".join(trained) or "no conditions"
+    told = f"{names}; configured {' and '.join(found)}: {' and '.join(ways)} in `conditions`"
+    return told + (", or fine-tune with --with finetune" if trained and configured else "") if found else ""
 
 
 def _other_entries(trained: Mapping[str, Any], configured: Mapping[str, Any]) -> str:

@@ -83,7 +83,7 @@ class Covariates:
 
 
 def _check_names(flag: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    for name in given:
+    for name in given if known else ():  # a model without conditions has no use for any column
         if name not in known:
             raise BundleError(f"{flag} names '{name}', but the conditions are {', '.join(known)}")
 

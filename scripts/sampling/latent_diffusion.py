@@ -142,9 +142,9 @@ class LatentDiffusion(ModelFamily):
     def export(self) -> tuple[list[Part], dict[str, Any]]:
         """The denoiser, which takes noisy latents with the conditions as further channels, and the decoder.
 
-        `diffusion` takes `x`, (B, C + conditions, x, y, z); `timesteps`, (B,) float32; and `context`, the conditions,
-        (B, 1, conditions). It gives `output`, the estimate of the target, (B, C, x, y, z). `decoder` takes `latent`, as
-        the last step leaves it, divides by the scale, and gives `volume`, (B, 1, X, Y, Z).
+        `diffusion` takes `x`, (B, C + conditions, x, y, z); `timesteps`, (B,) float32; and, where there are conditions,
+        `context`, (B, 1, conditions). It gives `output`, the estimate of the target, (B, C, x, y, z). `decoder` takes
+        `latent`, as the last step leaves it, divides by the scale, and gives `volume`, (B, 1, X, Y, Z).
 
         Raises:
             BundleError: if the diffusion model was trained for another target or on another schedule.
@@ -153,10 +153,11 @@ class LatentDiffusion(ModelFamily):
         (channels, *space), conditions = self.latent_shape, len(self.conditions or ())
         # Two samples: from one, torch.export would conclude that there is always one.
         x = torch.zeros(2, channels + conditions, *space, device=device)
-        timesteps, context = torch.zeros(2, device=device), torch.zeros(2, 1, conditions, device=device)
+        inputs = {"x": x, "timesteps": torch.zeros(2, device=device)}
+        inputs |= {"context": torch.zeros(2, 1, conditions, device=device)} if conditions else {}
         decoder = LatentDecoder(self.autoencoder, self.latent_scale)
         parts = [
-            Part("diffusion", self.network, {"x": x, "timesteps": timesteps, "context": context}, "output"),
+            Part("diffusion", self.network, inputs, "output"),
             Part("decoder", decoder, {"latent": x[:, :channels].contiguous()}, "volume"),
         ]
         return parts, self._record()

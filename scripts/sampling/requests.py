@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,10 +16,14 @@ from torch.utils.data import Dataset
 
 from scripts.compute.devices import process_rank
 from scripts.conditions.conditions import Conditions, flags_or_table
+from scripts.core.config import current_config
 from scripts.core.errors import BundleError
 from scripts.core.options import whole_number
+from scripts.core.verbs import refuse_other_conditions
 
 SEED_LIMIT = 2**31
+
+logger = logging.getLogger(__name__)
 
 
 class SampleRequests(Dataset):
@@ -54,6 +59,9 @@ class SampleRequests(Dataset):
             self.vectors = [conditions.from_request(rows[0])] * len(rows)
         else:
             conditions.columns_in(list(rows[0]), table)
+            if not conditions:
+                refuse_other_conditions(rows[0], current_config(), f"the column {{}} of {table}")
+                logger.warning(f"the model has no conditions: {table} only says that there are {len(rows)} samples")
             self.vectors = [conditions.from_row(row, f"row {n} of {table}") for n, row in enumerate(rows, start=1)]
         self.start()
 

@@ -72,7 +72,7 @@ def network_to_train(
     elif checkpoint is not None:
         load_network(network, checkpoint, load_old)
     freeze(network, frozen)
-    if checkpoint is not None and conditions is not None:
+    if checkpoint is not None and conditions:
         _check_reachable(network, conditions)
     return network.to(device).train()
 
@@ -111,9 +111,19 @@ def fit_conditions(
 
     Raises:
         BundleError: if the weights are of another model or number of conditions, or a condition's range differs:
-            0 to 1 would then mean other raw values than the network has learnt.
+            0 to 1 would then mean other raw values than the network has learnt. Also if either list is empty and the
+            other is not: a network without conditions attends by other layers.
     """
-    old = trained_with(checkpoint, trained)
+    unstated = checkpoint.facts.get("conditions") is None and trained is None
+    old = {} if unstated and not conditions else trained_with(checkpoint, trained)
+    if bool(old) != bool(conditions):
+        was, now = (", ".join(names) or "no conditions" for names in (list(old), [c.name for c in conditions]))
+        raise BundleError(
+            f"{checkpoint.path} was trained with {was}, now the model has {now}: a network without conditions has "
+            "other layers, so that neither can start from the other's weights"
+        )
+    if not old:
+        return load_network(network, checkpoint, load_old)
     _check_ranges(checkpoint, old, conditions)
     _check_number(checkpoint, list(old))
     layers = condition_layers(network, len(conditions))
