@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from monai.bundle import ConfigParser
 from PIL import Image
 from preparing import save
 from processes import Finished, run_python
+from scipy.ndimage import gaussian_filter
 
 from scripts.core.errors import BundleError
 from scripts.core.tables import read_table
@@ -27,7 +29,7 @@ from scripts.volumes.nifti import read_volume, write_volume
 
 pytest.importorskip("generative")
 
-from benchmarks import steps, training_step, writing  # noqa: E402
+from benchmarks import similarity, steps, training_step, writing  # noqa: E402
 from benchmarks.command import run as measured_run  # noqa: E402
 from benchmarks.evaluation import SIZES, make_volumes  # noqa: E402
 from benchmarks.measuring import counted  # noqa: E402
@@ -240,6 +242,17 @@ def test_measures_are_found_in_an_evaluation(tmp_path: Path) -> None:
         *(f"distance {text}" for text in steps.DISTANCES.values()),
         *found["unipc-20"],
     ]
+
+
+def test_similarities_are_those_of_monai_and_of_the_formulae(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{seed}.nii.gz" for seed in (1, 2)]
+    for seed, path in enumerate(paths):
+        volume = gaussian_filter(np.random.default_rng(seed).random((32, 40, 32)), 2.0)
+        nib.save(nib.Nifti1Image(((volume - volume.min()) / np.ptp(volume)).astype(np.float32), np.eye(4)), path)
+    similarity.main(["--volumes", *map(str, paths), "--repeats", "1", "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())["metrics"]
+    assert [*found] == ["MS-SSIM", "SSIM", "4-G-R-SSIM"]
+    assert all(row["difference"] < 3e-5 for row in found.values())  # float32 in MONAI's SSIM: 1.1e-5
 
 
 def test_writing_is_measured(tmp_path: Path) -> None:

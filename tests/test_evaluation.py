@@ -19,6 +19,7 @@ import scipy.stats
 import torch
 from conftest import BASE, ROOT, TINY, RunTiny
 from monai.bundle import ConfigParser
+from monai.metrics import MultiScaleSSIMMetric, SSIMMetric
 from monai.networks.nets import AutoencoderKL
 from scipy.ndimage import correlate1d, gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -30,6 +31,7 @@ from scripts.core.errors import BundleError, find_bundle_error
 from scripts.evaluation.metrics.fid import frechet_distance_of_samples
 from scripts.evaluation.metrics.kid import polynomial_mmd
 from scripts.evaluation.metrics.ms_ssim import WEIGHTS, ms_ssim_metric, scales_that_fit
+from scripts.evaluation.metrics.ssim import SSIM, MultiScaleSSIM
 from scripts.evaluation.pairs import random_pairs
 from scripts.evaluation.reconstruction import Reconstruction
 from scripts.volumes.folders import VolumeFolder
@@ -128,6 +130,14 @@ def test_the_reference_is_scikit_image_s_ssim() -> None:
     assert reference_ssim(a.astype(float), b.astype(float), 11)[0] == pytest.approx(theirs, rel=1e-5)
 
 
+def test_ssim_is_scikit_image_s() -> None:
+    a, b = related(1, (40, 30, 27))
+    theirs = structural_similarity(
+        a.astype(float), b.astype(float), data_range=1.0, gaussian_weights=True, use_sample_covariance=False
+    )
+    assert float(SSIM(spatial_dims=3, win_size=11)(batch(a), batch(b))) == pytest.approx(theirs, abs=1e-6)
+
+
 def test_one_scale_with_a_uniform_window_is_scikit_image_s_ssim() -> None:
     a, b = related(2, (9, 12, 10))
     theirs = structural_similarity(a, b, data_range=1.0, win_size=7, use_sample_covariance=False)
@@ -141,20 +151,48 @@ def test_ms_ssim_is_the_reference_s_on_as_many_scales_as_fit(shape: tuple[int, .
     assert float(metric(batch(a), batch(b))) == pytest.approx(reference_ms_ssim(a, b, list(metric.weights)), rel=1e-3)
 
 
+OPTIONS: list[dict[str, Any]] = [{}, {"kernel_type": "uniform"}, {"k1": 0.05, "k2": 0.1, "data_range": 2.0}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_similarities_are_monai_s(options: dict[str, Any]) -> None:
+    a, b = (torch.cat([batch(x), batch(y)]) for x, y in (related(6, (40, 71, 66)), related(8, (40, 71, 66))))
+    for ours, theirs, more in (
+        (
+            MultiScaleSSIM,
+            MultiScaleSSIMMetric,
+            {"kernel_size": (7, 5, 3), "weights": (0.3, 0.5), "kernel_sigma": (1.5, 1.0, 0.7)},
+        ),
+        (SSIM, SSIMMetric, {"win_size": 11}),
+    ):
+        settings = {"spatial_dims": 3, **more, **options}
+        torch.testing.assert_close(
+            ours(**settings)(a, b), theirs(**settings)(a, b), atol=3e-5, rtol=0
+        )  # MONAI's own error
+
+
+def test_similarities_refuse_what_they_do_not_measure() -> None:
+    metric = SSIM(spatial_dims=3, win_size=7)
+    for first, second in ((torch.zeros(1, 2, 8, 8, 8),) * 2, (torch.zeros(1, 1, 8, 8, 8), torch.zeros(1, 1, 8, 8, 9))):
+        with pytest.raises(ValueError, match="shape"):
+            metric(first, second)
+    with pytest.raises(ValueError, match="does not fit"):
+        metric(*(torch.zeros(1, 1, 6, 8, 8),) * 2)
+
+
 def test_released_size_has_all_five_scales_with_wang_s_weights() -> None:
     assert tuple(ms_ssim_metric((160, 224, 160)).weights) == WEIGHTS
 
 
 @pytest.mark.parametrize("size", [7, 13, 14, 27, 28, 62, 63])
-def test_one_scale_more_than_chosen_does_not_fit(size: int) -> None:
+def test_one_scale_more_than_chosen_does_not_fit_in_monai(size: int) -> None:
     scales = scales_that_fit(size, 7, 5)
     cube = batch(volume(0, (size, size, size)))
     weights = ms_ssim_metric((size, size, size)).weights
     assert len(weights) == scales and sum(weights) == pytest.approx(1.0, abs=1e-3)
     assert float(ms_ssim_metric((size, size, size))(cube, cube)) == pytest.approx(1.0, abs=1e-5)
     with pytest.raises((RuntimeError, ValueError)):
-        metric = ms_ssim_metric((1000, 1000, 1000), weights=WEIGHTS[: scales + 1])
-        metric(cube, cube)
+        MultiScaleSSIMMetric(3, kernel_size=7, weights=WEIGHTS[: scales + 1])(cube, cube)
 
 
 def test_volumes_smaller_than_the_window_are_refused() -> None:
@@ -181,8 +219,19 @@ def test_similarity_falls_as_damage_grows(damage: str) -> None:
 
 
 def test_asking_for_more_pairs_than_there_are_gives_each_once() -> None:
-    assert random_pairs([5], 1000, 0).tolist() == [list(p) for p in itertools.combinations(range(5), 2)]
-    assert random_pairs([2, 3], 1000, 0).tolist() == [list(p) for p in itertools.product(range(2), range(3))]
+    for size in (2, 3, 5, 8):
+        assert sorted(map(tuple, random_pairs([size], 1000, 0))) == [*itertools.combinations(range(size), 2)]
+    for sizes in ([2, 3], [4, 4], [6, 9], [1, 3]):
+        assert sorted(map(tuple, random_pairs(sizes, 1000, 0))) == [*itertools.product(*map(range, sizes))]
+
+
+@pytest.mark.parametrize("sizes", [[200], [201], [200, 150]])
+def test_a_pair_needs_one_volume_that_the_pair_before_had_not(sizes: list[int]) -> None:
+    pairs = random_pairs(sizes, 1000, 0) + [0, 1000 if len(sizes) == 2 else 0]
+    new = [len({*pair} - {*before}) for before, pair in itertools.pairwise(pairs.tolist())]
+    assert np.mean(new) < 1.05
+    counts = np.unique(pairs[:, 0] if len(sizes) == 2 else pairs, return_counts=True)[1]
+    assert len(counts) == sizes[0] and np.ptp(counts) <= 6
 
 
 @pytest.mark.parametrize("sizes", [[200], [100_000], [300, 40]])

@@ -14,7 +14,7 @@ import torch
 from scipy.ndimage import correlate, gaussian_filter, map_coordinates
 
 from scripts.core.errors import BundleError
-from scripts.evaluation.metrics.four_g_r_ssim import FourGRSSIM, four_g_r_ssim, gradient_map
+from scripts.evaluation.metrics.four_g_r_ssim import FourGRSSIM, gradient_map
 
 SHAPE = (26, 22, 24)
 
@@ -28,7 +28,7 @@ def volume(seed: int, shape: tuple[int, ...] = SHAPE, smooth: float = 1.5) -> np
 
 def index(a: np.ndarray, b: np.ndarray, **options: Any) -> float:
     first, second = (torch.from_numpy(x)[None, None] for x in (a, b))
-    return float(four_g_r_ssim(first, second, **options))
+    return float(FourGRSSIM(a.shape, **options)(first, second))
 
 
 # From the papers, voxel by voxel.
@@ -157,11 +157,16 @@ def test_it_falls_as_damage_grows(damage: Callable[[np.ndarray, float], np.ndarr
     assert values[0] == pytest.approx(1.0) and all(later < earlier for earlier, later in itertools.pairwise(values))
 
 
-def test_metric_states_its_settings_and_is_the_function() -> None:
-    a, b = (torch.from_numpy(volume(seed))[None, None] for seed in (1, 2))
+def test_metric_states_its_settings() -> None:
     metric = FourGRSSIM(SHAPE, kernel_size=7)
-    assert float(metric(a, b)) == float(four_g_r_ssim(a, b, kernel_size=7))
     assert vars(metric)["kernel_size"] == 7 and vars(metric)["scale_weights"] == [1.0]
+
+
+def test_what_was_kept_of_a_volume_serves_every_pair_that_it_is_in() -> None:
+    metric, volumes = FourGRSSIM(SHAPE), [torch.from_numpy(volume(seed))[None, None] for seed in range(3)]
+    kept = [metric.describe(one) for one in volumes]
+    for a, b in itertools.permutations(range(3), 2):
+        assert metric.compare(kept[a], kept[b]) == pytest.approx(float(metric(volumes[a], volumes[b])), abs=1e-6)
 
 
 @pytest.mark.parametrize(("shape", "scales"), [((12, 30, 30), 1), ((24, 30, 30), 2)])

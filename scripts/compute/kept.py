@@ -27,8 +27,10 @@ FORMER_SOURCES = (
     ("FourGRSSIM", "c43772512e0c07fbfe17b3003f6db865905945237b02113f567b0193c2268f3d"),
     ("Alignment", "5b28f3e6dfdb83c37446e75296dcf239eeb6d018f364651c0e3521c36035b6c5"),
     ("Segmenter", "b2b81760b83753fe646cac591aa836df3305da19d302f59fe749d22941934dd6"),
+    ("MultiScaleSSIMMetric", "01a2ba67bc440e39c6c5b0252a360cf2887f84098ea1add93e499f2d70636b13"),
+    ("SSIMMetric", "01a2ba67bc440e39c6c5b0252a360cf2887f84098ea1add93e499f2d70636b13"),
 )
-"""Class and SHA-256 of the source by which version 2.0.0 named this package's metrics, all of which are `version` 1."""
+"""Class and SHA-256 of the source by which versions before named metrics that are `version` 1 of this package's now."""
 
 
 class Values:
@@ -131,9 +133,9 @@ def complete(
     kept: Values | None = None,
     alone: bool = False,
 ) -> None:
-    """Measure what is not known yet; under torchrun, each process its share of the items.
+    """Measure what is not known yet; under torchrun, each process a run of items that follow each other.
 
-    Returns when all processes are done.
+    Returns when all processes are done. None begins before all have looked at what is known.
 
     Args:
         what: the items' name in the log, such as `pairs of real_dir`.
@@ -144,10 +146,13 @@ def complete(
         alone: take all items and wait for nobody, as the first process does when it alone reports.
     """
     rank, processes = (0, 1) if alone else process_rank()
-    mine = list(items)[rank::processes]
-    missing = [item for item in mine if not known(item)]
-    if 0 < len(missing) < len(mine):
-        logger.info(f"{what}: {len(mine) - len(missing)} of {len(mine)} are there already")
+    every = list(items)
+    missing = [item for item in every if not known(item)]
+    if 0 < len(missing) < len(every) and rank == 0:
+        logger.info(f"{what}: {len(every) - len(missing)} of {len(every)} are there already")
+    if not alone:
+        wait_for_all_processes()
+    missing = missing[len(missing) * rank // processes : len(missing) * (rank + 1) // processes]
     if missing:
         measure(missing)
     if not alone:

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ class PairSimilarity(Measure):
         self.num_pairs = whole_number(num_pairs, "num_pairs", least=1)
         self.seed = whole_number(seed, "seed")
         self.device = torch.device(device)
+        self._described: dict[tuple[int, int], Described] = {}
         check_entries("pair_metrics", metrics)
         if not self.missing_flags():
             self._check_folders()
@@ -111,8 +113,10 @@ class PairSimilarity(Measure):
         label = "pairs of " + " and ".join(folder.flag for folder in self.folders)
 
         def measure(missing: list[list[int]]) -> None:
+            self._described = {}
             for a, b in tqdm(missing, label, unit="pair", disable=None):
                 self._compare(a, b)
+            self._described = {}
 
         complete(label, self._pairs().tolist(), self._is_known, measure, self.values, alone)
 
@@ -127,9 +131,11 @@ class PairSimilarity(Measure):
     @torch.no_grad()
     def _compare(self, a: int, b: int) -> None:
         first, last = self.folders[0], self.folders[-1]
-        one, other = first[a].to(self.device), last[b].to(self.device)
+        wanted = (0, a), (len(self.folders) - 1, b)
+        self._described = {one: self._described.get(one) or self._read(one) for one in wanted}
+        one, other = (self._described[which] for which in wanted)
         for name in self.metrics.keys() - self._known(a, b).keys():
-            value = float(self.metrics[name](one, other))
+            value = one.compare(other, name, self.metrics[name])
             if not math.isfinite(value):
                 raise BundleError(
                     f"{name} of {first.paths[a]} and {last.paths[b]} is {value:g}: their intensities are too large for "
@@ -137,12 +143,41 @@ class PairSimilarity(Measure):
                 )
             self.values.add(self._identities[name], [first.hashes[a], last.hashes[b]], [value])
 
+    def _read(self, which: tuple[int, int]) -> Described:
+        return Described(self.folders[which[0]][which[1]].to(self.device))
+
     def _sources(self) -> dict[str, Any]:
         return {folder.flag: folder.summary() for folder in self.folders}
 
 
+class Described:
+    """A volume, and what metrics say of it alone, which is computed when it is first needed.
+
+    A metric that has `describe(volume)` and `compare(one description, another)` computes what depends on one volume
+    once and not once a pair; any other is called with both volumes.
+    """
+
+    def __init__(self, volume: torch.Tensor) -> None:
+        self.volume = volume
+        self._found: dict[str, Any] = {}
+
+    def by(self, name: str, metric: Any) -> Any:
+        """What `metric`, known as `name`, says of this volume."""
+        if name not in self._found:
+            self._found[name] = metric.describe(self.volume)
+        return self._found[name]
+
+    def compare(self, other: Described, name: str, metric: Any) -> float:
+        """The value of a metric of this volume and another one."""
+        if hasattr(metric, "describe"):
+            return float(metric.compare(self.by(name, metric), other.by(name, metric)))
+        return float(metric(self.volume, other.volume))
+
+
 def random_pairs(sizes: Sequence[int], num_pairs: int, seed: int) -> np.ndarray:
-    """Distinct random pairs of positions, in ascending order.
+    """Distinct random pairs of positions, along random walks: nearly every pair shares one member with the one before.
+
+    Each member is in as many pairs as any other, but for one or two.
 
     Args:
         sizes: one size for unordered pairs of two different members of one set; two sizes for pairs with a
@@ -151,13 +186,30 @@ def random_pairs(sizes: Sequence[int], num_pairs: int, seed: int) -> np.ndarray:
         seed: of the choice.
 
     Returns:
-        (N, 2) integers.
+        (N, 2) integers; in a pair of one set the smaller comes first.
     """
-    total = sizes[0] * (sizes[0] - 1) // 2 if len(sizes) == 1 else sizes[0] * sizes[1]
     generator = np.random.default_rng(seed)
-    chosen = np.sort(generator.choice(total, size=min(num_pairs, total), replace=False))
-    if len(sizes) == 2:
-        return np.stack(np.divmod(chosen, sizes[1]), axis=1)
-    starts = np.concatenate([[0], np.cumsum(np.arange(sizes[0] - 1, 0, -1))])
-    first = np.searchsorted(starts, chosen, side="right") - 1
-    return np.stack([first, chosen - starts[first] + first + 1], axis=1)
+    orders = [generator.permutation(size) for size in sizes]
+    walk = _walk_within(sizes[0]) if len(sizes) == 1 else _walk_between(*sizes)
+    pairs = np.array([*itertools.islice(walk, num_pairs)], dtype=int).reshape(-1, 2)
+    chosen = np.stack([orders[0][pairs[:, 0]], orders[-1][pairs[:, 1]]], axis=1)
+    return np.sort(chosen, axis=1) if len(sizes) == 1 else chosen
+
+
+def _walk_within(size: int) -> Iterator[tuple[int, int]]:
+    """All pairs of a set along paths through all members: Walecki's zigzags (Alspach 2008), an odd set plus one."""
+    even = size + size % 2
+    for start in range(even // 2):
+        zigzag = [(start + (step + 1) // 2 * (-1) ** (step + 1)) % even for step in range(even)]
+        yield from (pair for pair in itertools.pairwise(zigzag) if max(pair) < size)
+
+
+def _walk_between(first: int, second: int) -> Iterator[tuple[int, int]]:
+    """All pairs of members of two sets, along stairs down the diagonals of their table."""
+    taken: set[tuple[int, int]] = set()
+    for offset in range(0, math.gcd(first, second), 2):
+        for step in range(math.lcm(first, second)):
+            for pair in ((step + offset) % first, step % second), ((step + offset + 1) % first, step % second):
+                if pair not in taken:
+                    taken.add(pair)
+                    yield pair

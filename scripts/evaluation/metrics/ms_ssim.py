@@ -7,17 +7,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from monai.metrics import MultiScaleSSIMMetric
-
 from scripts.core.errors import BundleError
+from scripts.evaluation.metrics.ssim import MultiScaleSSIM
 
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
 def ms_ssim_metric(
     shape: Sequence[int], kernel_size: int = 7, weights: Sequence[float] = WEIGHTS, **options: Any
-) -> MultiScaleSSIMMetric:
-    """MONAI's MS-SSIM with as many of its scales as fit into the volumes.
+) -> MultiScaleSSIM:
+    """MS-SSIM with as many of its scales as fit into the volumes.
 
     Where not all fit, the coarsest are left out and the others' weights divided by their sum, so that
     they add up to 1 again.
@@ -26,7 +25,7 @@ def ms_ssim_metric(
         shape: voxels along x, y, z.
         kernel_size: side of the window in voxels, on every scale.
         weights: exponent of each scale, finest first. The default is Wang's.
-        options: what else `MultiScaleSSIMMetric` takes, such as `data_range` and `kernel_type`.
+        options: what else `MultiScaleSSIM` takes, such as `data_range` and `kernel_type`.
 
     Raises:
         BundleError: if the window does not even fit into the finest scale.
@@ -37,7 +36,7 @@ def ms_ssim_metric(
             f"volumes of shape {tuple(shape)} are too small for MS-SSIM, whose window has {kernel_size} voxels a side"
         )
     kept = list(weights) if scales == len(weights) else [w / sum(weights[:scales]) for w in weights[:scales]]
-    return MultiScaleSSIMMetric(spatial_dims=3, kernel_size=kernel_size, weights=kept, **options)
+    return MultiScaleSSIM(spatial_dims=3, kernel_size=kernel_size, weights=kept, **options)
 
 
 def scales_that_fit(size: int, kernel_size: int, most: int) -> int:
