@@ -24,17 +24,18 @@ from scripts.evaluation.samples import Samples
 from scripts.evaluation.segmentations import OwnSegmentations, Segmentations, SegmentedNow, chosen_segmentations
 from scripts.measuring.tools import Samseg, SynthSeg
 from scripts.volumes.folders import VolumeFolder
+from scripts.volumes.head_size import normalised_brain
 
 SYNTHSEG = """#!/usr/bin/env python3
 import sys, pathlib
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 output = pathlib.Path(options["--o"])
 lines = ["subject,left lateral ventricle,left inferior lateral ventricle,right lateral ventricle,"
-         "right inferior lateral ventricle,left cerebral cortex"]
+         "right inferior lateral ventricle,left cerebral cortex,csf"]
 for path in sorted(pathlib.Path(options["--i"]).iterdir()):
     stem = path.name.removesuffix(".nii.gz")
     (output / f"{stem}_synthseg.nii.gz").write_bytes(path.read_bytes())
-    lines.append(f"{stem},{10 * int(stem[-1]) + 1},1,2,3,1000")
+    lines.append(f"{stem},{10000 * int(stem[-1]) + 1},1,2,3,1000000,300000")
 pathlib.Path(options["--vol"]).write_text("\\n".join(lines) + "\\n")
 (output / "runs").open("a").write("run\\n")
 """
@@ -58,6 +59,9 @@ def program(path: Path, text: str) -> Path:
     return path
 
 
+VOXELS = np.diag([20.0, 20.0, 20.0, 1.0])
+
+
 def codes(number: int) -> np.ndarray:
     array = np.zeros((10, 10, 10), np.int16)
     array.flat[: 10 * number] = 4
@@ -72,7 +76,7 @@ def folder(tmp_path: Path) -> VolumeFolder:
     samples.mkdir()
     for number in range(1, 5):
         for ending, kind in (("nii.gz", nib.Nifti1Image), ("mgz", nib.MGHImage)):
-            nib.save(kind(codes(number), np.eye(4)), samples / f"sample_{number}.{ending}")
+            nib.save(kind(codes(number), VOXELS), samples / f"sample_{number}.{ending}")
         stated = {"ventricular_vol_mm3": 9 * number, "brain_vol_mm3": 190 + number}
         (samples / f"sample_{number}.json").write_text(json.dumps({"conditions": stated}))
     return VolumeFolder(samples, "synthetic_dir")
@@ -82,7 +86,7 @@ def test_synthseg_runs_once_for_all_volumes(folder: VolumeFolder, tmp_path: Path
     output = tmp_path / "labels"
     command = str(program(tmp_path / "bin" / "mri_synthseg", SYNTHSEG))
     found = SegmentedNow(SynthSeg(command), folder, output).measured()
-    assert found["sample_3"] == {"ventricular_vol": 37.0, "brain_vol": 1000.0}
+    assert found["sample_3"] == {"ventricular_vol": 30007.0, "brain_vol": pytest.approx(normalised_brain(1e6, 1330007))}
     again = SegmentedNow(SynthSeg(command), folder, output).measured()
     assert again == found and (output / "runs").read_text() == "run\n"
     assert not list(output.glob(".volumes-*"))
@@ -97,7 +101,7 @@ def test_interrupted_synthseg_segments_what_is_left(folder: VolumeFolder, tmp_pa
     damaged.write_bytes(damaged.read_bytes()[:100])
     found = runner.measured()
     assert len((output / "synthseg_volumes.csv").read_text().splitlines()) == 3, "the second run had two volumes"
-    assert found["sample_4"] == {"ventricular_vol": 40.0, "brain_vol": 200.0}, "from the label maps"
+    assert found["sample_4"] == {"ventricular_vol": 40 * 8000.0, "brain_vol": 200 * 8000.0}, "from the label maps"
 
 
 def test_samseg_goes_on_after_a_failure(folder: VolumeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +113,7 @@ def test_samseg_goes_on_after_a_failure(folder: VolumeFolder, tmp_path: Path, mo
     first = output / "sample_1_samseg.nii.gz"
     written = first.stat().st_mtime_ns
     monkeypatch.delenv("STUB_FAILS")
-    assert runner.measured()["sample_3"] == {"ventricular_vol": 30.0, "brain_vol": 200.0}
+    assert runner.measured()["sample_3"] == {"ventricular_vol": 30 * 8000.0, "brain_vol": 200 * 8000.0}
     assert first.stat().st_mtime_ns == written, "what was segmented stays"
     assert np.array_equal(np.asanyarray(nib.load(first).dataobj), codes(1))
     later = time.time() + 60

@@ -281,7 +281,10 @@ def test_segmenting_a_folder_goes_on_where_it_was(
     dataset: Path, weights: Path, tmp_path: Path, run_here: RunHere
 ) -> None:
     output = tmp_path / "maps"
-    flags = {"volumes_dir": str(dataset), "output_dir": str(output), "segmenter_path": str(weights)}
+    flags: dict[str, Any] = {"volumes_dir": str(dataset), "output_dir": str(output), "segmenter_path": str(weights)}
+    run_here([BASE, SEGMENT], **flags)
+    assert read_table(output / "volumes.tsv")[0]["ventricular_vol_mm3"] == "n/a"  # of untrained weights: 700 mL
+    flags["plausible"] = {"age_years": [0, 120]}
     run_here([BASE, SEGMENT], **flags)
     rows = {row["volume"]: row for row in read_table(output / "volumes.tsv")}
     assert len(rows) == 4 and {*COLUMNS, "third_ventricle_mm3"} <= rows["sub-0_T1w.nii.gz"].keys()

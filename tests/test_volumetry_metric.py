@@ -23,6 +23,7 @@ from scripts.evaluation.metrics.features import FeatureNetworks, FeatureSet
 from scripts.evaluation.metrics.volumetry import Volumetry
 from scripts.evaluation.segmentations import Segmentations, segmentation_of_each
 from scripts.volumes.folders import VolumeFolder
+from scripts.volumes.head_size import Structures, normalised_brain
 from scripts.volumes.labels import label_volumes, read_synthseg
 
 SYNTHSEG = (
@@ -65,13 +66,16 @@ def test_label_maps_are_counted_in_mm3(tmp_path: Path) -> None:
     array.flat[8:14] = [2, 42, 16, 1002, 3035, 251]
     array.flat[14:17] = [31, 85, 165]  # choroid plexus, optic chiasm, skull
     found = label_volumes(save(tmp_path / "x.nii.gz", array, spacing=2.0))
-    assert found == {"ventricular_vol": 5 * 8.0, "brain_vol": 6 * 8.0}
+    assert found == Structures(5 * 8.0, 6 * 8.0, (5 + 6 + 5) * 8.0)
+    array[array == 24] = 0
+    array.flat[20:400] = 2  # as in FreeSurfer's aseg, next to none of the fluid around the brain is labelled
+    assert label_volumes(save(tmp_path / "x.nii.gz", array)).intracranial is None
 
 
 def test_label_maps_of_phantoms_are_counted_by_their_codes(tmp_path: Path) -> None:
     array = np.zeros((4, 4, 4), np.uint8)
     array.flat[:21] = [1] + 2 * [2] + 3 * [3] + 4 * [4] + 5 * [5] + 6 * [6]
-    assert label_volumes(save(tmp_path / "x.nii.gz", array)) == {"ventricular_vol": 5.0, "brain_vol": 7.0}
+    assert label_volumes(save(tmp_path / "x.nii.gz", array)) == Structures(5.0, 7.0, 20.0)
 
 
 def test_synthseg_s_tables_are_read(tmp_path: Path) -> None:
@@ -80,8 +84,9 @@ def test_synthseg_s_tables_are_read(tmp_path: Path) -> None:
         + b",999,1,1,1,1,1,1,1,1,1,1,1,1,1\r\n"
     )
     found = read_synthseg(tmp_path / "vol.csv")
-    assert found["a_0001"] == {"ventricular_vol": 15.0, "brain_vol": 65.0}
-    assert found["b"] == {"ventricular_vol": 4.0, "brain_vol": 4.0}
+    assert found["a_0001"] == Structures(15.0, 65.0, 999.0) and found["b"] == Structures(4.0, 4.0, 999.0)
+    (tmp_path / "old.csv").write_text(f"{SYNTHSEG}\na,,10,20,1,2,300,400,5,600,30,4,8,7,7\n")
+    assert read_synthseg(tmp_path / "old.csv")["a"] == Structures(15.0, 65.0, 15.0 + 65.0 + 1300.0)
 
 
 BAD_TABLES = {
@@ -202,13 +207,33 @@ def test_prepared_data_and_a_synthseg_table(tmp_path: Path, conditions: Conditio
     for n in range(4):
         save(tmp_path / "data" / "anat" / f"sub-{n}.nii.gz", np.zeros((4, 4, 4), np.float32))
         rows.append(f"{n}\tanat/sub-{n}.nii.gz\t{n / 10}\t{1e6 + n}")
-        table.append(f"sub-{n},9,{5 + n},1,{n},1,1,1,1,1,1,1,1,1,1")
+        table.append(f"sub-{n},99,{5 + n},1,{n},1,1,1,1,1,1,1,1,1,1")
     (tmp_path / "data" / "participants.tsv").write_text("\n".join(rows))
     (tmp_path / "vol.csv").write_text("\n".join(table))
     folder = VolumeFolder(tmp_path / "data", "synthetic_dir")
     result = Volumetry(without_features(folder), Segmentations(tmp_path / "vol.csv"), conditions).compute()
     assert result.table[1]["ventricular_vol_requested_mm3"] == pytest.approx(6995.68 + 0.1 * (171375.0 - 6995.68))
     assert by_quantity(result)["brain_vol", "pearson"] == pytest.approx(1.0)
+    assert result.table[1]["brain_vol_measured_mm3"] == pytest.approx(normalised_brain(9.0, 99.0))
+    assert result.facts["brain_vol"] == "normalised"
+
+
+@pytest.mark.parametrize("wrong", ["zeros", "huge", "no skull"])
+def test_volumes_of_no_head_are_said_and_not_counted(
+    wrong: str, tmp_path: Path, conditions: Conditions, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a value of a table is refused that no person has; here the others are still compared."""
+    folder = samples(tmp_path / "samples", [(20000.0 + n, 1.2e6 + n) for n in range(4)])
+    cells = {n: ["1500000", f"{1e6 + n}", "1", f"{20000 + n}"] for n in range(4)}
+    bad = {"zeros": ["0"] * 4, "huge": ["3e9", "2e9", "1", "1e9"], "no skull": ["900000", "1e6", "1", "2e4"]}
+    cells[2] = bad[wrong]
+    lines = [",".join([f"sample_seed-1_{n:06d}", *row, *"0000000000"]) for n, row in cells.items()]
+    (tmp_path / "vol.csv").write_text("\n".join([SYNTHSEG, *lines]))
+    limits = {"ventricular_vol_mm3": [1000, 500000], "brain_vol_mm3": [300000, 2500000]}
+    segmentations = Segmentations(tmp_path / "vol.csv")
+    result = Volumetry(without_features(folder), segmentations, conditions, plausible=limits).compute()
+    assert result.table[2]["brain_vol_measured_mm3"] is None and "sample_seed-1_000002" in caplog.text
+    assert result.facts["impossible brain_vol"] == 1 and by_quantity(result)["brain_vol", "pearson"] > 0.999
 
 
 def test_what_was_asked_for_must_be_known(tmp_path: Path, conditions: Conditions) -> None:

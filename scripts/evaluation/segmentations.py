@@ -26,6 +26,7 @@ from scripts.measuring.measured import MeasuredVolumes
 from scripts.measuring.segmenter import SHIPPED, Segmenter
 from scripts.measuring.tools import SegmentationTool, chosen_way
 from scripts.volumes.folders import VolumeFolder, find_volumes
+from scripts.volumes.head_size import Structures
 from scripts.volumes.labels import belongs, label_volumes, read_synthseg, stem
 from scripts.volumes.nifti import UNREADABLE
 
@@ -35,7 +36,9 @@ OWN = "own"
 """What `--segment_with` calls the bundle's segmenter."""
 FEWEST = 3
 """Volumes that a correlation needs."""
-FACTS = {"segmentations": OWN, "brain_vol": "normalised"}
+NORMALISED = "normalised"
+"""What a report says of brain volumes that are."""
+FACTS = {"segmentations": OWN, "brain_vol": NORMALISED}
 """What a report says of volumes by the bundle's segmenter."""
 SHIPPED_AGREEMENT = {"r on phantoms": "ventricles 1.00, brain 0.98"}
 """Of the weights that ship, as measured in docs/segmenter.md."""
@@ -58,6 +61,7 @@ class Segmentations(Input):
     def __init__(self, path: Any, flag: str = "segmentations") -> None:
         self.flag = flag
         self.path = None if path is None else Path(str(path))
+        self.scale = NORMALISED
         if self.path is not None and not (self.path.is_dir() or self.path.is_file()):
             raise BundleError(f"--{flag}: there is no folder of label maps and no table {self.path}")
 
@@ -72,7 +76,7 @@ class Segmentations(Input):
 
     def facts(self) -> dict[str, Any]:
         """Where the numbers come from, for the report."""
-        return {"segmentations": str(self.path)}
+        return {"segmentations": str(self.path), "brain_vol": self.scale}
 
     def prepare(self) -> None:
         """Nothing: they are there."""
@@ -92,9 +96,34 @@ class Segmentations(Input):
         """
         assert self.path is not None
         if self.path.is_file():
-            return read_synthseg(self.path)
+            return self.normalised(read_synthseg(self.path))
         paths = find_volumes(self.path, self.flag)
-        return {stem(path): label_volumes(path) for path in tqdm(paths, "label maps", unit="volume", disable=None)}
+        found = {stem(path): label_volumes(path) for path in tqdm(paths, "label maps", unit="volume", disable=None)}
+        return self.normalised(found)
+
+    def normalised(self, found: Mapping[str, Structures]) -> dict[str, dict[str, float]]:
+        """Volumes by name of the condition, brains normalised for head size where all segmentations allow it.
+
+        Where one lacks the fluid around the brain none is normalised, and a warning says so. NaN stands for what an
+        intracranial volume makes impossible.
+        """
+        lacking = [name for name, one in found.items() if one.intracranial is None]
+        if lacking:
+            self.scale = "not normalised"
+            logger.warning(
+                f"{len(lacking)} segmentations lack the fluid around the brain, {lacking[0]} the first: brain volumes "
+                "are not normalised for head size, as those that were asked for are"
+            )
+            return {name: {"ventricular_vol": one.ventricles, "brain_vol": one.brain} for name, one in found.items()}
+        return {name: _possible(name, one) for name, one in found.items()}
+
+
+def _possible(name: str, volumes: Structures) -> dict[str, float]:
+    try:
+        return volumes.conditions(name)
+    except BundleError as error:
+        logger.warning(str(error))
+        return {"ventricular_vol": volumes.ventricles, "brain_vol": float("nan")}
 
 
 def segmentation_of_each(
@@ -187,9 +216,9 @@ class SegmentedNow(Segmentations):
         if table is not None and table.is_file():
             rows = read_synthseg(table)
             if set(names) <= rows.keys():
-                return {name: rows[name] for name in names}
+                return self.normalised({name: rows[name] for name in names})
             logger.info(f"{table} has not all volumes: they are taken from the label maps")
-        return {name: label_volumes(self.tool.label_map(Path(name), self.path)) for name in names}
+        return self.normalised({name: label_volumes(self.tool.label_map(Path(name), self.path)) for name in names})
 
 
 def _is_done(label_map: Path, volume: Path) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from scripts.compute.devices import process_rank
 from scripts.compute.kept import Values, complete, identity
+from scripts.conditions.plausible import Plausible, why_impossible
 from scripts.core.errors import BundleError
 from scripts.core.files import make_folder
 from scripts.core.tables import write_table
 from scripts.measuring.outlines import outlined
-from scripts.measuring.segmenter import INTRACRANIAL, Segmenter, summarised
+from scripts.measuring.segmenter import COLUMNS, INTRACRANIAL, Segmenter, summarised
 from scripts.volumes.folders import VolumeFolder
 from scripts.volumes.grid import Grid
 from scripts.volumes.labels import stem
@@ -112,9 +113,7 @@ class MeasuredVolumes:
         complete(label, range(len(self.folder)), is_done, measure, self.values, alone)
 
     def rows(self) -> list[dict[str, float]]:
-        """What `scripts.measuring.segmenter.summarised` makes of each file; zeros, with a warning, where there is no
-        brain.
-        """
+        """What `scripts.measuring.segmenter.summarised` makes of each file; NaN, said in a warning, without a brain."""
         found = []
         for index in range(len(self.folder)):
             volumes = self.known(index)
@@ -122,24 +121,28 @@ class MeasuredVolumes:
             try:
                 found.append({**summarised(volumes), **{f"{name}_mm3": v for name, v in volumes.items()}})
             except BundleError:
-                logger.warning(f"{self.folder.paths[index]} shows no brain: its volumes are 0")
-                found.append(
-                    dict.fromkeys(["ventricular_vol_mm3", "brain_vol_mm3", "brain_mm3", "intracranial_mm3"], 0.0)
-                )
+                logger.warning(f"{self.folder.paths[index]} shows no brain: its volumes are not known")
+                found.append(dict.fromkeys(COLUMNS, float("nan")))
         return found
 
 
 def segment_folder(
-    folder: VolumeFolder, segmenter: Callable[[], Segmenter], values: Values, output_dir: str | os.PathLike
+    folder: VolumeFolder,
+    segmenter: Callable[[], Segmenter],
+    values: Values,
+    output_dir: str | os.PathLike,
+    plausible: Plausible | None = None,
 ) -> None:
     """The verb `segment`: a label map `NAME_dseg.nii.gz` of each volume of a folder, pictures, and `volumes.tsv`.
 
-    What is there already stays; under torchrun each process segments its share.
+    Volumes that no person can have are `n/a` in the table, with a warning. What is there already stays; under torchrun
+    each process segments its share.
 
     Args:
         folder: the volumes.
         segmenter, values: see `MeasuredVolumes`.
         output_dir: where to write; not within the folder.
+        plausible: lowest and highest volume that a person can have, by column.
 
     Raises:
         BundleError: if no folder is given, two volumes have one name, or the label maps would lie among the volumes.
@@ -157,7 +160,16 @@ def segment_folder(
     measurement = MeasuredVolumes(folder, segmenter, values)
     measurement.complete(lambda index: output / f"{names[index]}_dseg.nii.gz")
     if process_rank()[0] == 0:
-        rows = [{key: round(value, 1) for key, value in row.items()} for row in measurement.rows()]
-        table = output / "volumes.tsv"
-        write_table(table, [{"volume": folder.name(i), **row} for i, row in enumerate(rows)])
+        table, found = output / "volumes.tsv", measurement.rows()
+        rows = [{"volume": folder.name(i), **_possible(folder.name(i), row, plausible)} for i, row in enumerate(found)]
+        write_table(table, rows)
         logger.info(f"wrote {len(rows)} label maps and {table}")
+
+
+def _possible(name: str, row: Mapping[str, float], plausible: Plausible | None) -> dict[str, float | None]:
+    """The volumes of one file in tenths of a mm3; None for those that no person has."""
+    why = {column: why_impossible(column, value, plausible) for column, value in row.items()}
+    for column, reason in why.items():
+        if reason and column in (plausible or {}):
+            logger.warning(f"{column} of {name} was measured as {row[column]:g} mm3: {reason}")
+    return {column: None if why[column] else round(value, 1) for column, value in row.items()}

@@ -15,11 +15,13 @@ import nibabel as nib
 import numpy as np
 
 from scripts.conditions.conditions import Conditions
+from scripts.conditions.plausible import Plausible, why_impossible
 from scripts.core.errors import BundleError
 from scripts.core.files import file_hash
 from scripts.core.options import is_absent
 from scripts.measuring.tools import SegmentationTool, chosen_way
 from scripts.preparation.steps import Record, TargetSpace
+from scripts.volumes.head_size import Structures
 from scripts.volumes.labels import QUANTITIES, belongs, label_volumes, read_synthseg, stem
 from scripts.volumes.nifti import write_volume
 from scripts.volumes.scans import Scan, ScanError
@@ -64,7 +66,11 @@ class LabelsBeside(VolumeMethod):
         if found is None:
             first = self._candidates(record.raw, record.row)[0].name
             raise ScanError("no label map", f"there is no label map beside {record.raw}, such as {first}")
-        return normalised_for_head_size(label_volumes(found), record), None
+        return normalised_for_head_size(label_volumes(found), str(found), record, space), None
+
+    def settings(self) -> dict[str, Any]:
+        """How brains are normalised."""
+        return normalisation()
 
     def reads(self, name: str, raw: Path, row: Mapping[str, str]) -> Path | None:
         """The scan's label map."""
@@ -105,10 +111,10 @@ class GivenVolumes(VolumeMethod):
 
     def measure(self, record: Record, space: TargetSpace) -> tuple[dict[str, float], Scan | None]:
         """See `VolumeMethod`."""
-        found = self.table.get(self._name(record.name, self.table)) if self.table else None
-        if found is None and self.maps:
-            found = label_volumes(self.maps[self._name(record.name, self.maps)])
-        return normalised_for_head_size(found or {}, record), None
+        name = self._name(record.name, self.table or self.maps)
+        found = self.table[name] if self.table else label_volumes(self.maps[name])
+        where = f"{name} in {self.path}" if self.table else str(self.maps[name])
+        return normalised_for_head_size(found, where, record, space), None
 
     def reads(self, name: str, raw: Path, row: Mapping[str, str]) -> Path | None:
         """The scan's label map in the folder; none where there is not one, which `measure` refuses."""
@@ -125,8 +131,9 @@ class GivenVolumes(VolumeMethod):
         return fitting[0]
 
     def settings(self) -> dict[str, Any]:
-        """The table's hash, or the folder's name."""
-        return {"path": self.path.name, "sha256": file_hash(self.path) if self.path.is_file() else None}
+        """The table's hash, or the folder's name, and how brains are normalised."""
+        table = file_hash(self.path) if self.path.is_file() else None
+        return {"path": self.path.name, "sha256": table, **normalisation()}
 
 
 class ByTool(VolumeMethod):
@@ -150,11 +157,12 @@ class ByTool(VolumeMethod):
                 raise BundleError(f"{self.segmenter.name} wrote no label map of {record.name}")
             image: Any = nib.load(found)
             labels = Scan(np.rint(np.asanyarray(image.dataobj)).astype(np.int16), image.affine)
-            return normalised_for_head_size(label_volumes(found), record), labels
+            where = f"{self.segmenter.name}'s label map of {record.name}"
+            return normalised_for_head_size(label_volumes(found), where, record, space), labels
 
     def settings(self) -> dict[str, Any]:
-        """The program's name."""
-        return {"segmenter": self.segmenter.name}
+        """The program's name, and how brains are normalised."""
+        return {"segmenter": self.segmenter.name, **normalisation()}
 
 
 class OwnSegmenter(VolumeMethod):
@@ -183,6 +191,7 @@ class MeasureVolumes:
         segment_with: name of a way in `ways`; None for none.
         segmentations: folder of label maps or table of SynthSeg, which then is the way.
         ways: name -> `VolumeMethod`.
+        plausible: what a person can have; None for no limits.
 
     Raises:
         BundleError: if there is no way of that name, or both are given.
@@ -197,8 +206,9 @@ class MeasureVolumes:
         segment_with: Any,
         segmentations: Any,
         ways: Mapping[str, VolumeMethod],
+        plausible: Plausible | None = None,
     ) -> None:
-        self.space = space
+        self.space, self.plausible = space, plausible
         self.names = {c.raw: c.name for c in conditions if c.name in QUANTITIES}
         self.chosen = chosen_way(segment_with, segmentations, ways)
         given = None if is_absent(segmentations) else GivenVolumes(segmentations)
@@ -225,13 +235,18 @@ class MeasureVolumes:
         """The record with its `covariates`.
 
         Raises:
-            BundleError: if they cannot be measured.
+            BundleError: if they cannot be measured, or no person has such volumes.
         """
         lacking = [raw for raw in record.lacking if raw in self.measures]
         if self.way is None or not lacking:
             return record
         volumes, labels = self.way.measure(record, self.space)
         found = {raw: round(volumes[self.names[raw]], 1) for raw in lacking}
+        for raw, value in found.items():
+            why = why_impossible(raw, value, self.plausible)
+            if why:
+                message = f"{raw} of {record.name} was measured as {value:g} mm3: {why}"
+                raise ScanError(f"impossible {raw}", message)
         return replace(record.with_measured(measured_volumes=" ".join(lacking)), covariates=found, labels=labels)
 
     def settings(self) -> dict[str, Any]:
@@ -239,10 +254,25 @@ class MeasureVolumes:
         return {"segment_with": self.chosen, **(self.way.settings() if self.way else {})}
 
 
-def normalised_for_head_size(volumes: Mapping[str, float], record: Record) -> dict[str, float]:
-    """The volumes of a head with the brain's divided by the cube of the head's scale to the template.
+def normalised_for_head_size(volumes: Structures, where: str, record: Record, space: TargetSpace) -> dict[str, float]:
+    """The volumes of a head by the names of the conditions; see `scripts.volumes.head_size.normalised_brain`.
 
-    That is how UK Biobank's field 25009 normalises for head size (Smith et al. 2002, SIENAX). The rigid motion onto
-    the grid changes no volume, so that label maps of the raw and of the prepared scan give the same.
+    The rigid motion onto the grid changes no volume, so that label maps of the raw and of the prepared scan give the
+    same. The intracranial volume is that of the labels, if they have the fluid around the brain; else the bundle's own
+    segmenter measures it in the prepared scan.
+
+    Raises:
+        BundleError: if the labels lack it, and there are no weights of the segmenter, or it finds no brain.
     """
-    return {**volumes, "brain_vol": volumes["brain_vol"] / record.registered().scale ** 3}
+    if volumes.intracranial is not None:
+        return volumes.conditions(where)
+    from scripts.measuring.segmenter import brain_volumes  # type: ignore[import-not-found] # reads weights when imported
+
+    return volumes.conditions(where, brain_volumes(record.on_grid(), space.grid)["intracranial_mm3"])
+
+
+def normalisation() -> dict[str, Any]:
+    """Plain data that stand for how the volumes of labels are normalised; 2.1.0 and before took the head's scale."""
+    from scripts.measuring.segmenter import SHIPPED
+
+    return {"normalised_by": "intracranial", "weights_sha256": file_hash(SHIPPED) if SHIPPED.is_file() else None}

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scripts.conditions.conditions import Condition, Conditions
+from scripts.conditions.plausible import why_impossible
 from scripts.core.errors import BundleError
 from scripts.core.tables import MISSING
 from scripts.preparation.sources import Source
@@ -75,10 +76,9 @@ class Covariates:
         words = {code: word for word, code in condition.codes.items()}
         if words and raw not in words:
             raise ScanError(f"unreadable {condition.raw}", f"{where} is '{value}'{_hint(condition, value)}")
-        low, high = self.plausible.get(condition.raw, (-float("inf"), float("inf")))
-        if not low <= round(raw, 6) <= high:
-            message = f"{where} is {raw:g} {condition.unit}: no person has less than {low:g} or more than {high:g}"
-            raise ScanError(f"impossible {condition.raw}", message)
+        why = why_impossible(condition.raw, raw, self.plausible)
+        if why:
+            raise ScanError(f"impossible {condition.raw}", f"{where} is {raw:g} {condition.unit}: {why}")
         return words.get(raw, f"{raw:.10g}")
 
 

@@ -9,10 +9,10 @@ al. 2008), its tissue maps become the priors of a segmentation into three tissue
 N4 bias correction (Tustison et al. 2010). Then
 
 - ventricular volume is the fluid within 3 mm of the warped lateral ventricles, in mm3 as it is;
-- brain volume is grey plus white matter, times the template's intracranial volume over the head's own (the volume of
-  the warped brain mask): normalised for head size, as field 25009 is.
+- brain volume is grey plus white matter, in mm3 as it is. The warped brain mask lies within the skull and leaves out
+  some of the fluid around the brain, so that it is no measure of the head's size: `scripts.volumes.head_size`.
 
-It takes minutes a scan, so the numbers for the example scans are kept in docs/example_data.tsv.
+It takes minutes a scan.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from scripts.core.tables import read_table, write_table
 from scripts.core.wheels import Package
 from scripts.preparation.registration import Template, as_ants_image, deterministic_ants, resample
 from scripts.preparation.warping import warped_onto
-from scripts.volumes.head_size import BRAIN, TEMPLATE, Volumes, normalised_brain
+from scripts.volumes.head_size import BRAIN, TEMPLATE, Volumes
 from scripts.volumes.scans import Scan, load_scan
 
 HEAD = TEMPLATE / "tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
@@ -146,15 +146,14 @@ def measure_dataset(dataset: Path, atlas_folder: Path, seed: int = 1) -> list[di
     rows = []
     for row in tqdm(read_table(dataset / "participants.tsv", ["participant_id", "path", "head_scale"]), unit="scan"):
         volumes = measure(load_scan(dataset / row["path"]), float(row["head_scale"]), atlas, seed)
-        brain = normalised_brain(volumes.brain, volumes.intracranial)
         rows.append(
             {
                 "participant_id": row["participant_id"],
                 "ventricular_vol_mm3": round(volumes.ventricles, -2),
-                "brain_vol_mm3": round(brain, -2),
+                "brain_mm3": round(volumes.brain, -2),
                 "grey_mm3": round(volumes.grey, -2),
                 "white_mm3": round(volumes.white, -2),
-                "intracranial_mm3": round(volumes.intracranial, -2),
+                "brain_mask_mm3": round(volumes.intracranial, -2),
             }
         )
     return rows

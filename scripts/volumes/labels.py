@@ -14,6 +14,7 @@ import numpy as np
 
 from scripts.core.errors import BundleError
 from scripts.core.tables import read_table
+from scripts.volumes.head_size import Structures
 from scripts.volumes.nifti import UNREADABLE
 
 LABELS = {
@@ -36,6 +37,11 @@ LESIONS_AND_CALLOSUM = (77, 78, 79, 80, 81, 82, 192, 251, 252, 253, 254, 255)
 """These are grey and white matter, cerebellum and brain stem in these codes, without any fluid."""
 PARCELS = range(1000, 5003)
 """The codes of cortical parcels and of the white matter below them: brain as well."""
+OTHER_FLUID = (14, 15, 24, 30, 31, 62, 63, 72, 85, 257)
+"""What else is within the skull: third, fourth and fifth ventricle, fluid, vessels, choroid plexus, chiasm."""
+LEAST_OTHER_FLUID = 0.02
+"""Share of the intracranial volume that fluid beside the lateral ventricles has where all of it is labelled; maps of
+FreeSurfer's `aseg` label a millilitre."""
 ALWAYS_IN_PHANTOMS = [
     LABELS[name] for name in ("scalp_and_skull", "outer_fluid", "grey", "white", "lateral_ventricles")
 ]
@@ -52,8 +58,8 @@ CORTEX_PARCEL = re.compile(r"ctx-[lr]h-")
 """SynthSeg's columns of cortical parcels, which are parts of the column of the cortex."""
 
 
-def label_volumes(path: Path) -> dict[str, float]:
-    """Ventricular and brain volume of a label map in FreeSurfer's, SynthSeg's or the phantoms' codes, in mm3.
+def label_volumes(path: Path) -> Structures:
+    """Volumes of a label map in FreeSurfer's, SynthSeg's or the phantoms' codes.
 
     Raises:
         BundleError: if it cannot be read, does not hold whole numbers, or has no ventricle or no brain.
@@ -64,40 +70,50 @@ def label_volumes(path: Path) -> dict[str, float]:
         voxel = float(np.prod(image.header.get_zooms()[:3]))
     except UNREADABLE as error:
         raise BundleError(f"cannot read the label map {path}: it is damaged, cut short or no image") from error
-    present, counts = np.unique(codes, return_counts=True)
-    if not np.isfinite(present).all() or (present != np.rint(present)).any():
+    if not np.isfinite(codes).all() or (codes != np.rint(codes)).any():
         raise BundleError(f"{path} is no label map: it holds other values than whole numbers")
-    ventricles, brain = _structures_of(present)
-    volumes = {
-        "ventricular_vol": voxel * counts[np.isin(present, ventricles)].sum(),
-        "brain_vol": voxel * counts[np.isin(present, brain)].sum(),
-    }
-    for name, volume in volumes.items():
+    found = counted_structures(codes, voxel)
+    for name, volume in (("ventricular_vol", found.ventricles), ("brain_vol", found.brain)):
         if not volume:
             raise BundleError(f"{path} has no label of {name}: codes of FreeSurfer or SynthSeg are expected")
-    return {name: float(volume) for name, volume in volumes.items()}
+    return found
 
 
-def _structures_of(present: np.ndarray) -> tuple[list[int], list[int]]:
-    """The codes of ventricles and brain in a label map with these codes.
+def counted_structures(codes: np.ndarray, voxel: float) -> Structures:
+    """Volumes of labels in FreeSurfer's, SynthSeg's or the phantoms' codes, of voxels of so many mm3."""
+    present, counts = np.unique(codes, return_counts=True)
+    ventricles, brain, fluid = (
+        voxel * float(counts[np.isin(present, structure)].sum()) for structure in _structures_of(present)
+    )
+    return Structures(ventricles, brain, _intracranial(ventricles + brain, fluid))
+
+
+def _intracranial(inner: float, fluid: float) -> float | None:
+    """All within the skull, of ventricles and brain and the other fluid; None where that is not labelled as a whole."""
+    return inner + fluid if fluid >= LEAST_OTHER_FLUID * (inner + fluid) else None
+
+
+def _structures_of(present: np.ndarray) -> tuple[list[int], list[int], list[int]]:
+    """The codes of ventricles, brain and other fluid in a label map with these codes.
 
     Phantoms have codes of 1 to 7 alone; maps of FreeSurfer and SynthSeg have those of the right hemisphere, above 40.
     """
     if np.isin(ALWAYS_IN_PHANTOMS, present).all() and present.max() <= max(LABELS.values()):
-        return [LABELS["lateral_ventricles"]], [LABELS["grey"], LABELS["white"]]
-    return list(VENTRICLES), [*TISSUE, *LESIONS_AND_CALLOSUM, *PARCELS]
+        fluid = [LABELS[name] for name in ("outer_fluid", "third_ventricle", "fourth_ventricle")]
+        return [LABELS["lateral_ventricles"]], [LABELS["grey"], LABELS["white"]], fluid
+    return list(VENTRICLES), [*TISSUE, *LESIONS_AND_CALLOSUM, *PARCELS], list(OTHER_FLUID)
 
 
-def read_synthseg(path: Path) -> dict[str, dict[str, float]]:
-    """Ventricular and brain volumes out of a table of volumes (mm3) by SynthSeg (Billot et al. 2023).
+def read_synthseg(path: Path) -> dict[str, Structures]:
+    """The volumes of each subject out of a table of volumes (mm3) by SynthSeg (Billot et al. 2023).
 
-    Brain is every structure but fluid; the intracranial volume and the cortical parcels, which are parts of the
-    cortex, are left out.
+    Brain is every structure but fluid; cortical parcels, which are parts of the cortex, are left out. A table without
+    the intracranial volume has it as the sum of all, where it states the fluid around the brain.
 
     Raises:
         BundleError: if a column is missing, a volume is no number, or a subject has two rows.
     """
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, Structures] = {}
     for row in read_table(path, ["subject", *VENTRICLE_COLUMNS]):
         name = stem(Path(row["subject"]))
         if name in found:
@@ -106,19 +122,18 @@ def read_synthseg(path: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def _structures(row: Mapping[str, str], where: str) -> dict[str, float]:
+def _structures(row: Mapping[str, str], where: str) -> Structures:
     try:
         volumes = {name.lower(): float(value) for name, value in row.items() if value}
     except ValueError as error:
         raise BundleError(f"a volume of {where} is no number: {error}") from error
     if not np.isfinite(list(volumes.values())).all():
         raise BundleError(f"a volume of {where} is NaN or infinite")
-    brain = [
-        volume
-        for name, volume in volumes.items()
-        if name not in (*FLUID_COLUMNS, INTRACRANIAL) and not CORTEX_PARCEL.match(name)
-    ]
-    return {"ventricular_vol": sum(volumes[name] for name in VENTRICLE_COLUMNS), "brain_vol": sum(brain)}
+    left_out = (*FLUID_COLUMNS, INTRACRANIAL)
+    brain = sum(v for name, v in volumes.items() if name not in left_out and not CORTEX_PARCEL.match(name))
+    ventricles = sum(volumes[name] for name in VENTRICLE_COLUMNS)
+    other = sum(v for name, v in volumes.items() if name in FLUID_COLUMNS and name not in VENTRICLE_COLUMNS)
+    return Structures(ventricles, brain, volumes.get(INTRACRANIAL, _intracranial(ventricles + brain, other)))
 
 
 def stem(path: Path) -> str:
