@@ -19,6 +19,9 @@ NAMES = {
     "medicalnet": "MedicalNet",
     "highres3dnet": "HighRes3DNet",
     "inception": "Inception",
+    "cohens_d": "Cohen's d",
+    "similar_regions": "share of regions with |d| < 0.2",
+    "region_distance": "Wasserstein distance of regions",
     "brain_vol": "brain volume",
     "ventricular_vol": "ventricular volume",
 }

@@ -134,7 +134,8 @@ class PairSimilarity(Measure):
         wanted = (0, a), (len(self.folders) - 1, b)
         self._described = {one: self._described.get(one) or self._read(one) for one in wanted}
         one, other = (self._described[which] for which in wanted)
-        for name in self.metrics.keys() - self._known(a, b).keys():
+        known = self._known(a, b)
+        for name in [name for name in self.metrics if name not in known]:
             value = one.compare(other, name, self.metrics[name])
             if not math.isfinite(value):
                 raise BundleError(
