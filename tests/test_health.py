@@ -81,7 +81,7 @@ def test_small_means_ask_for_a_lower_weight(caplog: pytest.LogCaptureFixture) ->
 @pytest.mark.parametrize(
     ("discriminator", "adversarial", "words"),
     [
-        (0.001, 0.98, "tells every reconstruction"),
+        (0.001, 0.98, "tells every fake"),
         (0.6, 0.3, "worse than by guessing"),
         (0.2501, 0.2495, "only guesses"),
         (0.2, 0.4, ""),

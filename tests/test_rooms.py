@@ -32,6 +32,7 @@ ORDER = [
     "training",
     "diffusion",
     "autoencoder",
+    "gan",
     "measuring",
     "phantoms",
     "preparation",

@@ -42,6 +42,8 @@ WAYS_OUT = (
     "(--config_file \"['configs/inference.json','configs/demo.yaml']\"); "
     "networks of other sizes, such as tiny.yaml's, need weights of a training of their own"
 )
+WAYS_OUT_OF = {"generator": "train one with `python -m scripts train gan`, and give its --generator_path"}
+"""Of networks of which no weights ship."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class Checkpoint:
     stamp: tuple[int, ...] = ()
 
     @property
+    def identity(self) -> dict[str, str]:
+        """Which file it is, for records: `file`, its name, and `sha256`."""
+        return {"file": self.path.name, "sha256": self.sha256}
+
+    @property
     def latent_scale(self) -> float:
         """Factor between the autoencoder's latents and those that the diffusion model saw; 1 if none was stored."""
         scale = self.facts.get("latent_scale", 1.0)
@@ -79,9 +86,9 @@ def read_checkpoint(path: str | os.PathLike, network: str, family: str | None = 
 
     Args:
         path: a bare state dict, one under `state_dict` or `model`, or a training checkpoint of this bundle.
-            Where that has averaged weights, `autoencoder_ema` or `diffusion_ema`, they are taken. A prefix
-            `module.` of all names is removed.
-        network: which network of a training checkpoint to take: `autoencoder` or `diffusion`.
+            Where that has averaged weights, such as `diffusion_ema`, they are taken. A prefix `module.` of all names
+            is removed.
+        network: which network of a training checkpoint to take: `autoencoder`, `diffusion` or `generator`.
         family: the one that it must be of, by its name in `families`; None takes any.
 
     Raises:
@@ -90,7 +97,7 @@ def read_checkpoint(path: str | os.PathLike, network: str, family: str | None = 
     """
     path = Path(str(path))
     if not path.is_file():
-        raise BundleError(f"no weights of the {network} at {path}: {WAYS_OUT}")
+        raise BundleError(f"no weights of the {network} at {path}: {WAYS_OUT_OF.get(network, WAYS_OUT)}")
     stamp = file_stamp(path)
     state, facts = read_state(path, network, family=family)
     mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
@@ -202,7 +209,7 @@ def write_safetensors(
     Args:
         path: the safetensors file to write.
         checkpoint: what `train_autoencoder` or `train_diffusion` saved.
-        network: `autoencoder` or `diffusion`.
+        network: `autoencoder`, `diffusion` or `generator`.
         dtype: of the stored weights, `float16` or `float32`.
 
     Raises:
@@ -246,7 +253,7 @@ def load_network(
     if yes_or_no(load_old, "load_old") and set(checkpoint.state) != set(wanted):
         given = _renamed(network, checkpoint, wanted)
     else:
-        given = _of_same_names(checkpoint, wanted)
+        given = _of_same_names(checkpoint, wanted, hasattr(network, "load_old_state_dict"))
     _check_shapes(checkpoint, given, wanted)
     if take:
         checkpoint.state.clear()
@@ -326,11 +333,12 @@ def _entry(entry: Mapping[str, Any]) -> str:
     return f"{entry.get('raw')}, {range_in_words(entry['minimum'], entry['maximum'], entry.get('unit', ''))}"
 
 
-def _of_same_names(checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _of_same_names(checkpoint: Checkpoint, wanted: Mapping[str, Tensor], has_old: bool) -> dict[str, Tensor]:
     missing = sorted(set(wanted) - set(checkpoint.state))
     unexpected = sorted(set(checkpoint.state) - set(wanted))
     if missing or unexpected:
-        _refuse(checkpoint, missing, unexpected, "; if it comes from the monai-generative package, use --load_old 1")
+        hint = "; if it comes from the monai-generative package, use --load_old 1" if has_old else ""
+        _refuse(checkpoint, missing, unexpected, hint)
     return dict(checkpoint.state)
 
 

@@ -175,5 +175,4 @@ class LatentDiffusion(ModelFamily):
         }
 
     def _weights(self, *names: str) -> dict[str, dict[str, str]]:
-        known = {name: self.checkpoints[name] for name in names}
-        return {name: {"file": c.path.name, "sha256": c.sha256} for name, c in known.items()}
+        return {name: self.checkpoints[name].identity for name in names}

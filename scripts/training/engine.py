@@ -25,7 +25,7 @@ from scripts.training.checkpointing import Checkpoints, SaveCheckpoints, ends_ep
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-BLOCKS = ("AEKLResBlock", "AEKLDownsample", "DiffusionUNetResnetBlock", "SpatialTransformer")
+BLOCKS = ("AEKLResBlock", "AEKLDownsample", "DiffusionUNetResnetBlock", "SpatialTransformer", "UpsampleBlock")
 FILES_TO_NAME = 8
 
 

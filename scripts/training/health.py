@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -52,6 +53,10 @@ mean, so that means of 500 batches of 4 vary by about 2 %."""
 RISEN_VALIDATION = 1.1
 """Validation loss over its lowest. Noise and timesteps are fixed, so that a tenth is no chance."""
 
+COLLAPSED, ABOVE_REAL = 0.95, 0.1
+"""MS-SSIM between samples of different noises, and how much it may exceed that between real volumes. The paper's own
+GANs (Pinaya et al. 2022, Table 1) have 0.9997 and 0.9671, where real volumes have 0.6536."""
+
 FALLEN_PSNR = 1.0
 """dB below the best validation: a mean squared error larger by a quarter."""
 
@@ -79,10 +84,20 @@ class TrainingHealth:
             rises when the adversarial term comes in.
         window: iterations to average.
         latents: entry of a batch that holds scaled latents; None to look at none.
+        cross_entropy: whether the discriminator's loss and the adversarial one are not least squares, but
+            cross entropies.
+        lever: the flag that makes the discriminator's opponent stronger.
     """
 
-    def __init__(self, watched: str = "loss", window: Any = 500, latents: str | None = None) -> None:
-        self.watched = watched
+    def __init__(
+        self,
+        watched: str = "loss",
+        window: Any = 500,
+        latents: str | None = None,
+        cross_entropy: bool = False,
+        lever: str = "--adversarial_weight",
+    ) -> None:
+        self.watched, self.cross_entropy, self.lever = watched, cross_entropy, lever
         self.window = whole_number(window, "health_window", least=1)
         self.latents = latents
         self.told: dict[str, float] = {}
@@ -114,7 +129,8 @@ class TrainingHealth:
             # A loss that came in within this window waits for a whole one.
             means = {name: s / self.window for name, s in self.sums.items() if self.counts[name] == self.window}
             self.sums, self.counts, self.iterations = {}, {}, 0
-            self._tell(["discriminator", self.watched], [*opponents(means), *self._rising(means)])
+            players = opponents(means, self.cross_entropy, self.lever)
+            self._tell(["discriminator", self.watched], [*players, *self._rising(means)])
 
     def _take_batch(self, latents: Any) -> None:
         self.scale += float(latents.float().std()) / FIRST_BATCHES
@@ -126,8 +142,8 @@ class TrainingHealth:
         """Look at the validation of this epoch, if there was one."""
         values = {name: float(value) for name, value in engine.state.metrics.items() if name.startswith("val_")}
         if values:
-            kinds = ["posterior", "scale", "val_loss", "val_psnr"]
-            self._tell(kinds, [*posterior(values), *self._worse_than_before(values)])
+            kinds = ["posterior", "scale", "collapse", "val_loss", "val_psnr"]
+            self._tell(kinds, [*posterior(values), *collapse(values), *self._worse_than_before(values)])
 
     def _rising(self, means: Mapping[str, float]) -> Iterator[Finding]:
         mean, name = means.get(self.watched), self.watched
@@ -204,32 +220,62 @@ def posterior(values: Mapping[str, float]) -> Iterator[Finding]:
         )
 
 
-def opponents(means: Mapping[str, float]) -> Iterator[Finding]:
-    """What the least-squares losses of generator and discriminator, averaged over a window, say of them."""
+def opponents(
+    means: Mapping[str, float], cross_entropy: bool = False, lever: str = "--adversarial_weight"
+) -> Iterator[Finding]:
+    """What the losses of generator and discriminator, averaged over a window, say of them.
+
+    Args:
+        means: among them `discriminator` and `adversarial`.
+        cross_entropy, lever: see `TrainingHealth`.
+    """
     discriminator, generator = means.get("discriminator"), means.get("adversarial")
     if discriminator is None or generator is None:
         return
-    losses = f"(its loss is {discriminator:.3f}, the generator's {generator:.3f}; 0.25 each is a draw)"
+    chance = math.log(2.0) if cross_entropy else CHANCE
+    losses = f"(its loss is {discriminator:.3f}, the generator's {generator:.3f}; {chance:.2f} each is a draw)"
+    if cross_entropy:
+        discriminator, generator = map(as_least_squares, (discriminator, generator))
     if discriminator < DISCRIMINATOR_WINS and generator > NOT_FOOLED:
         yield Finding(
             "discriminator",
             1.0,
-            f"the discriminator tells every reconstruction from a scan {losses}, and no longer says how to be better: "
-            "lower --discriminator_lr, or raise --adversarial_weight",
+            f"the discriminator tells every fake from a scan {losses}, and no longer says how to be better: "
+            f"lower --discriminator_lr, or raise {lever}",
         )
     elif discriminator > UNSTABLE:
         yield Finding(
             "discriminator",
             discriminator / UNSTABLE,
             f"the discriminator does worse than by guessing {losses}: it does not follow the generator. Lower "
-            "--discriminator_lr, or --adversarial_weight",
+            f"--discriminator_lr, or {lever}",
         )
     elif max(abs(discriminator - CHANCE), abs(generator - CHANCE)) < CHANCE_WITHIN:
         yield Finding(
             "discriminator",
             1.0,
-            f"the discriminator only guesses {losses}. With sharp reconstructions that is the equilibrium; with "
-            "blurred ones it has given up: raise --discriminator_lr",
+            f"the discriminator only guesses {losses}. With sharp fakes that is the equilibrium; with blurred ones it "
+            "has given up: raise --discriminator_lr",
+        )
+
+
+def as_least_squares(cross_entropy: float) -> float:
+    """The least-squares loss (1 - p)^2 of a judgement of probability p, whose cross entropy is -log p."""
+    return (1.0 - math.exp(-cross_entropy)) ** 2
+
+
+def collapse(values: Mapping[str, float]) -> Iterator[Finding]:
+    """What the similarity of samples says of a generator."""
+    found, real = values.get("val_ms_ssim"), values.get("val_ms_ssim_real", 1.0)
+    limit = min(COLLAPSED, real + ABOVE_REAL)
+    if found is not None and found > limit:
+        beside = f"; real volumes have {real:.3f}" if "val_ms_ssim_real" in values else ""
+        yield Finding(
+            "collapse",
+            found - limit,
+            f"samples of different noises are nearly the same head: their MS-SSIM is {found:.3f}{beside}. Unless these "
+            "are the first epochs, the generator has collapsed, which FID does not show: more scans, --r1 10, "
+            "--instance_noise 0.1 or another seed may help",
         )
 
 
