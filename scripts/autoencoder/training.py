@@ -80,7 +80,7 @@ class AdversarialLoss(Loss):
 
     The autoencoder minimises
 
-        L1 + perceptual_weight * LPIPS + kl_weight * KL + adversarial_weight * LSGAN,
+        l1_weight * L1 + l2_weight * L2 + perceptual_weight * LPIPS + kl_weight * KL + adversarial_weight * LSGAN,
 
     the last only after `warm_up_epochs`; until then the discriminator rests too.
 
@@ -93,6 +93,8 @@ class AdversarialLoss(Loss):
         perceptual_weight, kl_weight, adversarial_weight: factors of the terms.
         warm_up_epochs: epochs before the adversarial term comes in.
         amp: precision of the networks; the KL and perceptual terms stay in float32.
+        l1_weight, l2_weight: factors of the mean absolute and the mean squared error; the second is computed, and
+            reported, only where its factor is above 0.
 
     Raises:
         BundleError: for a weight that is negative or no number.
@@ -109,10 +111,13 @@ class AdversarialLoss(Loss):
         adversarial_weight: float,
         warm_up_epochs: int,
         amp: Any = False,
+        l1_weight: float = 1.0,
+        l2_weight: float = 0.0,
     ) -> None:
         self.discriminator, self.perceptual = discriminator, perceptual
         weights = {"perceptual": perceptual_weight, "kl": kl_weight, "adversarial": adversarial_weight}
-        self.weights = {"l1": 1.0, **{name: _weight(name, weight) for name, weight in weights.items()}}
+        weights |= {"l1": l1_weight, "l2": l2_weight}
+        self.weights = {name: _weight(name, weight) for name, weight in weights.items()}
         self.warm_up_epochs = whole_number(warm_up_epochs, "warm_up_epochs")
         self.amp = amp
         self.adversarial = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True)
@@ -123,7 +128,10 @@ class AdversarialLoss(Loss):
         with autocast(part["image"].device, self.amp):
             reconstruction, mean, std = network(part["image"], part["noise"])
         reconstruction = reconstruction.float()
-        terms = {"l1": (reconstruction - part["image"]).abs().mean(), "kl": kl_to_standard_normal(mean, std)}
+        error = reconstruction - part["image"]
+        terms = {"l1": error.abs().mean(), "kl": kl_to_standard_normal(mean, std)}
+        if self.weights["l2"] > 0.0:
+            terms["l2"] = error.square().mean()
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(reconstruction, part["image"])
         if self._is_adversarial(epoch):

@@ -6,7 +6,9 @@ Encoder and decoder are each the sum of a linear map and of a convolutional netw
 linear maps start as a discrete cosine transform of cubes of voxels (Ahmed et al. 1974), cut after its lowest
 frequencies, and its inverse; as convolutions over neighbouring cubes they can become a lapped transform (Malvar and
 Staelin 1989). So the first iteration reconstructs what that code does, where an `AutoencoderKL` spends hours on it, and
-all that is learnt comes on top. Shortcuts that carry voxels as channels around the networks are the residual
+all that is learnt comes on top. What the networks give is in units of the standard deviation of what the linear code
+leaves: an optimiser that moves all weights alike, as Adam does, would otherwise move the image by more than that at a
+rate at which the networks hardly learn. Shortcuts that carry voxels as channels around the networks are the residual
 autoencoding of Chen et al. 2024 (https://arxiv.org/abs/2410.10733); there they have no weights.
 
 Norms are over the channels of one position (Li et al. 2019, https://arxiv.org/abs/1907.04312): crops and whole volumes
@@ -42,8 +44,9 @@ class ResidualAutoencoderKL(AutoencoderKL):
         norm_num_groups: groups of a position's channels that are normalised each by itself.
         norm_eps: added to their mean square.
         mean: of the volumes' intensities; where the latents' mean starts at 0.
-        coefficient_stds: L standard deviations of the volumes' lowest coefficients, in the order of
-            `lowest_frequencies`, by which they are divided; all 1 by default.
+        coefficient_stds: L numbers by which the volumes' lowest coefficients are divided, in the order of
+            `lowest_frequencies`, such as their standard deviations; all 1 by default.
+        residual_std: of what the linear code leaves of the volumes, about; the unit of the decoder's network.
         in_channels, out_channels, spatial_dims: 1, 1 and 3.
 
     Raises:
@@ -62,6 +65,7 @@ class ResidualAutoencoderKL(AutoencoderKL):
         norm_eps: float = 1e-6,
         mean: float = 0.0,
         coefficient_stds: Sequence[float] | None = None,
+        residual_std: float = 1.0,
         in_channels: int = 1,
         out_channels: int = 1,
         spatial_dims: int = 3,
@@ -81,7 +85,7 @@ class ResidualAutoencoderKL(AutoencoderKL):
             Encoder(latent_channels, channels, _each(encoder_res_blocks, levels), patch, **norm)  # type: ignore[arg-type]
         )
         self.decoder: nn.Module = Blocks(
-            Decoder(latent_channels, channels, _each(num_res_blocks, levels), patch, **norm)  # type: ignore[arg-type]
+            Decoder(latent_channels, channels, _each(num_res_blocks, levels), patch, residual_std, **norm)  # type: ignore[arg-type]
         )
         self._start_as_transform(patch, levels, mean, stds)
         self.quant_conv_mu, self.quant_conv_log_sigma, self.post_quant_conv = (
@@ -169,30 +173,40 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, groups: int, eps: float) -> None:
         super().__init__()
         self.norm = ChannelNorm(channels, groups, eps)
-        self.conv1 = EqualisedConv3d(channels, channels, 3)
-        self.conv2 = EqualisedConv3d(channels, channels, 3, zero=True)
+        self.conv1 = convolution(channels, channels, 3)
+        self.conv2 = convolution(channels, channels, 3, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, x, y, z) to the same shape."""
         return x + self.conv2(F.silu(self.conv1(self.norm(x))))
 
 
+def convolution(in_channels: int, out_channels: int, kernel_size: int, zero: bool = False) -> nn.Conv3d:
+    """One that keeps the size of its maps; its biases start at 0, and its weights too if `zero`."""
+    layer = nn.Conv3d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    if zero:
+        nn.init.zeros_(layer.weight)
+    return layer
+
+
 class EqualisedConv3d(nn.Conv3d):
     """A convolution whose weights are kept in units of one over the square root of the inputs that each output sees.
 
-    Layers that see 50 numbers and layers that see 13,000 then learn at the same rate of the optimiser: the equalised
-    learning rate of Karras et al. 2018 (https://arxiv.org/abs/1710.10196).
+    Layers that see 400 numbers and layers that see 13,000 then learn at the same rate of the optimiser, and at one at
+    which networks beside them learn: the equalised learning rate of Karras et al. 2018
+    (https://arxiv.org/abs/1710.10196).
 
     Args:
         in_channels, out_channels: of the maps.
         kernel_size: odd; the maps keep their size.
-        zero: whether weights start at 0.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, zero: bool = False) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.gain = (in_channels * kernel_size**3) ** -0.5
-        nn.init.zeros_(self.weight) if zero else nn.init.normal_(self.weight)
+        nn.init.normal_(self.weight)
         assert self.bias is not None
         nn.init.zeros_(self.bias)
 
@@ -223,14 +237,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.patch = patch
         self.shortcut = EqualisedConv3d(patch**3 * 8 ** (len(channels) - 1), latent_channels, 3)
-        self.entry = EqualisedConv3d(patch**3, channels[0], 3)
+        self.entry = convolution(patch**3, channels[0], 3)
         self.levels = nn.ModuleList(
             nn.Sequential(*(ResBlock(width, groups, eps) for _ in range(number)))
             for width, number in zip(channels, res_blocks, strict=True)
         )
-        self.folded = nn.ModuleList(EqualisedConv3d(8 * fine, coarse, 1) for fine, coarse in pairwise(channels))
+        self.folded = nn.ModuleList(convolution(8 * fine, coarse, 1) for fine, coarse in pairwise(channels))
         self.norm = ChannelNorm(channels[-1], groups, eps)
-        self.exit = EqualisedConv3d(channels[-1], latent_channels, 3, zero=True)
+        self.exit = convolution(channels[-1], latent_channels, 3, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode.
@@ -238,18 +252,26 @@ class Encoder(nn.Module):
         Raises:
             ValueError: if a side of the volumes is no multiple of that of the largest cubes.
         """
-        voxels = pixelunshuffle(x, 3, self.patch)
+        fine = voxels = pixelunshuffle(x, 3, self.patch)
+        for _ in self.folded:
+            voxels = pixelunshuffle(voxels, 3, 2)
+        return self.shortcut(voxels) + (0.0 if idle(self.exit) else self._network(fine))
+
+    def _network(self, voxels: Tensor) -> Tensor:
         h = self.levels[0](self.entry(voxels))
         for folded, level in zip(self.folded, self.levels[1:], strict=True):
-            voxels = pixelunshuffle(voxels, 3, 2)
             h = level(folded(pixelunshuffle(h, 3, 2)))
-        return self.shortcut(voxels) + self.exit(F.silu(self.norm(h)))
+        return self.exit(F.silu(self.norm(h)))
 
 
 class Decoder(nn.Module):
     """Latents (B, L, x, y, z) to volumes (B, 1, X, Y, Z): linear shortcut and residual network.
 
-    The network's finest level sees what the shortcut made of the latents as well. The arguments are those of `Encoder`.
+    The network's finest level sees what the shortcut made of the latents as well.
+
+    Args:
+        residual_std: of what the shortcut leaves; the network's unit.
+        latent_channels, channels, res_blocks, patch, groups, eps: see `Encoder`.
     """
 
     def __init__(
@@ -258,29 +280,44 @@ class Decoder(nn.Module):
         channels: Sequence[int],
         res_blocks: Sequence[int],
         patch: int,
+        residual_std: float,
         groups: int,
         eps: float,
     ) -> None:
         super().__init__()
-        self.patch, widths = patch, [*reversed(channels)]
+        self.patch, self.residual_std, widths = patch, residual_std, [*reversed(channels)]
         self.shortcut = EqualisedConv3d(latent_channels, patch**3 * 8 ** (len(channels) - 1), 3)
-        self.entry = EqualisedConv3d(latent_channels, channels[-1], 3)
+        self.entry = convolution(latent_channels, channels[-1], 3)
         self.levels = nn.ModuleList(
             nn.Sequential(*(ResBlock(width, groups, eps) for _ in range(number)))
             for width, number in zip(widths, reversed(res_blocks), strict=True)
         )
         self.unfolded = nn.ModuleList(
-            EqualisedConv3d(coarse, 8 * fine, 1) for coarse, fine in pairwise([*reversed(channels)])
+            convolution(coarse, 8 * fine, 1) for coarse, fine in pairwise([*reversed(channels)])
         )
-        self.seen = EqualisedConv3d(patch**3, channels[0], 1)
+        self.seen = convolution(patch**3, channels[0], 1)
         self.norm = ChannelNorm(channels[0], groups, eps)
-        self.exit = EqualisedConv3d(channels[0], patch**3, 3, zero=True)
+        self.exit = convolution(channels[0], patch**3, 3, zero=True)
 
     def forward(self, z: Tensor) -> Tensor:
         """Decode."""
-        voxels, h = self.shortcut(z), self.entry(z)
-        for unfolded, level in zip(self.unfolded, self.levels[:-1], strict=True):
+        voxels = self.shortcut(z)
+        for _ in self.unfolded:
             voxels = pixelshuffle(voxels, 3, 2)
+        residual = 0.0 if idle(self.exit) else self.residual_std * self._network(z, voxels)
+        return pixelshuffle(voxels + residual, 3, self.patch)
+
+    def _network(self, z: Tensor, voxels: Tensor) -> Tensor:
+        h = self.entry(z)
+        for unfolded, level in zip(self.unfolded, self.levels[:-1], strict=True):
             h = pixelshuffle(unfolded(level(h)), 3, 2)
         h = self.levels[-1](h + self.seen(voxels))
-        return pixelshuffle(voxels + self.exit(F.silu(self.norm(h))), 3, self.patch)
+        return self.exit(F.silu(self.norm(h)))
+
+
+def idle(exit: nn.Conv3d) -> bool:
+    """Whether the last layer of a network in training is frozen at 0, so that what comes before need not be computed.
+
+    In evaluation it is computed all the same: the check would cost a GPU more than it saves.
+    """
+    return exit.training and not exit.weight.requires_grad and not exit.weight.any()
