@@ -86,7 +86,13 @@ def batch() -> dict[str, Tensor]:
 
 
 def test_one_iteration_minimises_the_weighted_sum(batch: dict[str, Tensor]) -> None:
-    weights = {"perceptual_weight": 0.5, "kl_weight": 1e-3, "adversarial_weight": 0.25}
+    weights = {
+        "perceptual_weight": 0.5,
+        "kl_weight": 1e-3,
+        "adversarial_weight": 0.25,
+        "l1_weight": 2.0,
+        "l2_weight": 4,
+    }
     stage = Stage(3, perceptual=Quadratic(), **weights)
     network, opponent = copy.deepcopy(stage.autoencoder), copy.deepcopy(stage.opponent)
     output = stage(batch)
@@ -96,11 +102,12 @@ def test_one_iteration_minimises_the_weighted_sum(batch: dict[str, Tensor]) -> N
     reconstruction = network.decode(mean + std * batch["noise"])
     terms = {
         "l1": (reconstruction - images).abs().mean(),
+        "l2": (reconstruction - images).square().mean(),
         "perceptual": (reconstruction - images).square().mean(),
         "kl": kl_to_standard_normal(mean, std),
         "adversarial": (opponent(reconstruction)[-1] - 1).square().mean(),
     }
-    total = terms["l1"] + 0.5 * terms["perceptual"] + 1e-3 * terms["kl"] + 0.25 * terms["adversarial"]
+    total = torch.stack([weights[f"{name}_weight"] * term for name, term in terms.items()]).sum()
     total.backward()
     opponent.zero_grad()
     real, fake = opponent(images)[-1], opponent(reconstruction.detach())[-1]

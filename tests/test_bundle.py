@@ -38,11 +38,12 @@ LICENCE = "# SPDX-FileCopyrightText: Brain LDM contributors\n# SPDX-License-Iden
 
 OVERLAYS = sorted(file.name for file in CONFIGS.glob("*.yaml"))
 MODELS = ["demo.yaml", "tiny.yaml"]
-FINETUNE = "finetune.yaml"  # which comes after a training's overlay
+AFTER_TRAININGS = ["finetune.yaml", "muon.yaml"]  # which come after a training's overlay
 NEXT = "demo_next.yaml"  # which no other overlay fits yet
-VERBS = [[], *([name] for name in OVERLAYS if name not in (*MODELS, FINETUNE, NEXT))]
+VERBS = [[], *([name] for name in OVERLAYS if name not in (*MODELS, *AFTER_TRAININGS, NEXT))]
 COMBINATIONS = [[*verb, *model] for verb in VERBS for model in ([], *([name] for name in MODELS))]
-COMBINATIONS += [[*names, FINETUNE] for names in COMBINATIONS if names and names[0].startswith("train_")]
+TRAININGS = [names for names in COMBINATIONS if names and names[0].startswith("train_")]
+COMBINATIONS += [[*names, last] for names in TRAININGS for last in AFTER_TRAININGS]
 
 
 def tracked(*patterns: str) -> list[Path]:

@@ -30,10 +30,12 @@ from scripts.networks.residual_autoencoder import (
     lowest_frequencies,
 )
 from scripts.networks.weights import ENCODER
+from scripts.training.finetuning import freeze
 
 SMALL: dict[str, Any] = {"latent_channels": 5, "channels": (8, 16), "num_res_blocks": 1, "patch": 2}
 SIDE = 4
-OVERLAY = "configs/demo_next.yaml"
+OVERLAY, MUON = "configs/demo_next.yaml", "configs/muon.yaml"
+NETWORKS = ["*.entry", "*.levels", "*.folded", "*.unfolded", "*.seen", "*.norm", "*.exit"]
 
 
 def small(**given: Any) -> ResidualAutoencoderKL:
@@ -129,6 +131,23 @@ def test_every_weight_learns_and_the_posterior_can_start_narrow() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 
+def test_networks_frozen_at_their_start_are_not_computed_in_training() -> None:
+    network, volumes, computed = small(), torch.rand(1, 1, 8, 8, 8), []
+    for part in (network.encoder, network.decoder):
+        part.blocks[0].entry.register_forward_hook(lambda *_: computed.append(True))  # type: ignore[union-attr, index]
+    evaluated = freeze(network, NETWORKS).reconstruct(volumes)
+    assert len(computed) == 2
+    torch.testing.assert_close(network.train().reconstruct(volumes), evaluated)
+    assert len(computed) == 2
+
+
+def test_network_of_the_decoder_is_in_units_of_what_the_linear_code_leaves() -> None:
+    network, latents = small(residual_std=0.05), torch.randn(1, 5, 2, 2, 2)
+    before = network.decode(latents)
+    nn.init.ones_(network.decoder.blocks[0].exit.bias)  # type: ignore[union-attr, index, arg-type]
+    torch.testing.assert_close(network.decode(latents) - before, torch.full_like(before, 0.05))
+
+
 def test_first_step_already_moves_the_residual_networks() -> None:
     network = small()
     network(torch.rand(1, 1, 8, 8, 8))[0].square().mean().backward()
@@ -199,9 +218,8 @@ def test_next_small_models_latent() -> None:
 
 def test_trains_by_the_bundles_command_and_goes_on_exactly(tmp_path: Path, run_here: RunHere) -> None:
     write_dataset(tmp_path / "dataset", configuration().get_parsed_content("grid"))
-    files, lean = [BASE, AUTOENCODER, OVERLAY, TINY], {"perceptual_weight": 0.0, "adversarial_weight": 0.0, "seed": 1}
-    two = {"autoencoder_channels": [8, 16], "autoencoder_def::patch": 2, "epoch_length": 2}
-    flags = {**lean, **two, "dataset_dir": str(tmp_path / "dataset"), "channels_last": 1}
+    files, two = [BASE, AUTOENCODER, OVERLAY, MUON, TINY], {"autoencoder_def::patch": 2, "epoch_length": 2, "seed": 1}
+    flags = {**two, "autoencoder_channels": [8, 16], "dataset_dir": str(tmp_path / "dataset"), "channels_last": 1}
     run_here(files, **flags, run_dir=str(tmp_path / "whole"), max_epochs=2)
     for epochs in (1, 2):
         run_here(files, **flags, run_dir=str(tmp_path / "parts"), max_epochs=epochs)

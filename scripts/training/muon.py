@@ -23,9 +23,9 @@ class Muon(Optimizer):
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a layer's weights, as
     a matrix of outputs and inputs, by the orthogonal matrix next to it, nearly: directions of which the gradient has
-    little learn as fast as those of which it has much. Steps are scaled to the size of Adam's, so that rates for Adam are
-    a start (Liu et al. 2025, https://arxiv.org/abs/2502.16982). PyTorch's own Muon takes matrices alone, and neither
-    convolutions nor biases.
+    little learn as fast as those of which it has much. Steps are scaled to the size of Adam's, so that rates for Adam
+    are a start (Liu et al. 2025, https://arxiv.org/abs/2502.16982). PyTorch's own Muon takes matrices alone, and
+    neither convolutions nor biases.
 
     Args:
         params: the network's; those of two dimensions and more are weights, with the outputs first.
