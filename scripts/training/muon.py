@@ -56,22 +56,21 @@ class Muon(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     rule = self._orthogonalised if parameter.dim() > 1 else self._adam
-                    parameter.sub_(rule(parameter, self.state[parameter], group))
+                    parameter.sub_(rule(parameter.grad, self.state[parameter], group))
         return loss
 
-    def _orthogonalised(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        average = _kept(state, "momentum", parameter)
-        average.lerp_(parameter.grad, 1.0 - group["momentum"])
-        ahead = parameter.grad.lerp(average, group["momentum"]).flatten(1)  # type: ignore[union-attr]
+    def _orthogonalised(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        average = _kept(state, "momentum", gradient)
+        average.lerp_(gradient, 1.0 - group["momentum"])
+        ahead = gradient.lerp(average, group["momentum"]).flatten(1)
         scale = group["lr"] * MATCHING_ADAM * math.sqrt(max(ahead.shape))
-        return scale * orthogonalised(ahead).view(parameter.shape)
+        return scale * orthogonalised(ahead).view(gradient.shape)
 
-    def _adam(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        mean, square = _kept(state, "exp_avg", parameter), _kept(state, "exp_avg_sq", parameter)
+    def _adam(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        mean, square = _kept(state, "exp_avg", gradient), _kept(state, "exp_avg_sq", gradient)
         state["step"] = state.get("step", 0) + 1
-        gradient = parameter.grad
         mean.lerp_(gradient, 1.0 - group["betas"][0])
-        square.lerp_(gradient.square(), 1.0 - group["betas"][1])  # type: ignore[union-attr]
+        square.lerp_(gradient.square(), 1.0 - group["betas"][1])
         means, squares = (1.0 - beta ** state["step"] for beta in group["betas"])
         return group["lr"] * group["adam_factor"] * (mean / means) / ((square / squares).sqrt() + EPS)
 
