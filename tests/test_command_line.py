@@ -71,7 +71,7 @@ def test_files_are_merged_as_monai_merges_them(verb: str) -> None:
 def test_list_has_every_configuration_and_program(shown: Shown) -> None:
     text = shown()
     assert {"sample", "encode_latents", "train diffusion", "train brain_age", "evaluate"} <= set(VERBS)
-    assert {"demo", "tiny", "coarse", "finetune", "exported", "demo_next", "unconditional"} == set(additions())
+    assert {"demo", "tiny", "coarse", "finetune", "exported", "unconditional", "pixel", "minimal"} <= set(additions())
     for name in (*VERBS, *additions(), "curves", "example_data"):
         assert re.search(rf"^  {name} {{2,}}\w", text, re.MULTILINE), name
     assert max(map(len, text.splitlines())) <= 100
@@ -129,7 +129,7 @@ def test_help_follows_the_maps_of_the_configuration(shown: Shown, tmp_path: Path
     assert "--sex female or male, --age_years 44 to 82 years" in own and "--education_years 7 to 20 years" in own
     assert "--brain_vol_mm3 1150000 to 1550000 mm3" in own
     assert "(one of: ddim, ddpm, dpm, unipc, flow, midpoint, renoising)" in own
-    assert "(one of: latent_diffusion, lsgan, vae_gan, average)" in own
+    assert "(one of: latent_diffusion, lsgan, vae_gan, pixel_diffusion, average)" in own
     base = " ".join(shown("sample", "--help").split())
     assert "education" not in base and "--brain_vol_mm3 1144240 to 1793910 mm3" in base
 
