@@ -186,8 +186,7 @@ class DDIMSampler(OneStepSampler):
 
 def even_timesteps(num_inference_steps: int, num_train_timesteps: int) -> Tensor:
     """Whole timesteps from the noisiest of a schedule down to 0, as evenly spaced as rounding lets them be: int64."""
-    spaced = np.linspace(0, num_train_timesteps - 1, int(num_inference_steps)).round()
-    return torch.from_numpy(spaced[::-1].astype(np.int64))
+    return torch.from_numpy(np.linspace(num_train_timesteps - 1, 0, int(num_inference_steps)).round().astype(np.int64))
 
 
 def rounded_signal_and_noise(schedule: Scheduler, timesteps: Sequence[int]) -> list[tuple[float, float]]:
