@@ -185,7 +185,7 @@ def test_released_weights_of_another_size_are_refused(
 ) -> None:
     save_file(released_state, tmp_path / "MedForj-weights-flow_ema.safetensors")
     flags = {"diffusion_path": str(tmp_path / "MedForj-weights-flow_ema.safetensors"), "seed": 1}
-    wider = {"network_def::channels": [16, 32, 64], "output_dir": str(tmp_path / "out")}
+    wider = {"network_def::channels": [32, 64, 64], "output_dir": str(tmp_path / "out")}
     assert "is of another model: its" in refused(run_here, [BASE, PIXEL, NONE, TINY], **flags, **wider)
     more = refused(run_here, [BASE, PIXEL, TINY], **flags, output_dir=str(tmp_path / "out"))
     assert "is of another model than the configured one" in more and not (tmp_path / "out").exists()
