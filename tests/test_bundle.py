@@ -40,8 +40,10 @@ OVERLAYS = sorted(file.name for file in CONFIGS.glob("*.yaml"))
 MODELS = ["demo.yaml", "tiny.yaml"]
 FINETUNE = "finetune.yaml"  # which comes after a training's overlay
 NEXT = "demo_next.yaml"  # which no other overlay fits yet
-VERBS = [[], *([name] for name in OVERLAYS if name not in (*MODELS, FINETUNE, NEXT))]
+PIXEL, MINIMAL, UNCONDITIONAL = "pixel.yaml", "minimal.yaml", "unconditional.yaml"  # see the combinations
+VERBS = [[], *([name] for name in OVERLAYS if name not in (*MODELS, FINETUNE, NEXT, MINIMAL, UNCONDITIONAL))]
 COMBINATIONS = [[*verb, *model] for verb in VERBS for model in ([], *([name] for name in MODELS))]
+COMBINATIONS += [["prepare.yaml", PIXEL, MINIMAL], [UNCONDITIONAL], ["train_diffusion.yaml", PIXEL, UNCONDITIONAL]]
 COMBINATIONS += [[*names, FINETUNE] for names in COMBINATIONS if names and names[0].startswith("train_")]
 
 
