@@ -325,7 +325,7 @@ class Bench:
             family = self._family(way, network, nn.Identity(), steps)
             if steps is None:
                 return lambda: family.hybrid.denoise(network, noise, times, condition)
-            return lambda: family.sample_latent(noise, condition, [])
+            return lambda: family.sample_clean(noise, condition, [])
 
         return {way: call(way, network) for way, network in networks.items()}
 

@@ -119,7 +119,7 @@ class Trajectories:
         """Latents and volumes (clipped to 0..1) on the CPU, and the seconds that one sample's latent took."""
         self.family.sampler = choose_sampler(self.samplers, sampler, steps)
         start = time.perf_counter()
-        latent = self.family.sample_latent(self.noise, self.conditions, self.generators).cpu()
+        latent = self.family.sample_clean(self.noise, self.conditions, self.generators).cpu()
         seconds = (time.perf_counter() - start) / len(latent)
         return latent, self.family.decode(latent.to(self.device)).cpu().clamp(0.0, 1.0), seconds
 

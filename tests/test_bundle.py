@@ -40,8 +40,11 @@ OVERLAYS = sorted(file.name for file in CONFIGS.glob("*.yaml"))
 MODELS = ["demo.yaml", "tiny.yaml"]
 AFTER_TRAININGS = ["finetune.yaml", "muon.yaml"]  # which come after a training's overlay
 NEXT = "demo_next.yaml"  # which no other overlay fits yet
-VERBS = [[], *([name] for name in OVERLAYS if name not in (*MODELS, *AFTER_TRAININGS, NEXT))]
+PIXEL, MINIMAL, UNCONDITIONAL = "pixel.yaml", "minimal.yaml", "unconditional.yaml"  # see the combinations
+NO_VERBS = (*MODELS, *AFTER_TRAININGS, NEXT, MINIMAL, UNCONDITIONAL)
+VERBS = [[], *([name] for name in OVERLAYS if name not in NO_VERBS)]
 COMBINATIONS = [[*verb, *model] for verb in VERBS for model in ([], *([name] for name in MODELS))]
+COMBINATIONS += [["prepare.yaml", PIXEL, MINIMAL], [UNCONDITIONAL], ["train_diffusion.yaml", PIXEL, UNCONDITIONAL]]
 TRAININGS = [names for names in COMBINATIONS if names and names[0].startswith("train_")]
 COMBINATIONS += [[*names, last] for names in TRAININGS for last in AFTER_TRAININGS]
 

@@ -142,7 +142,8 @@ def test_conditions_given_to_a_family_that_takes_none(
 
 def test_a_wrong_name_names_the_near_one(run_here: RunHere, added: Path, tmp_path: Path) -> None:
     told = refused(run_here, [BASE, added, TINY], family="blob", output_dir=str(tmp_path / "samples"))
-    assert told == "--family must be one of latent_diffusion, lsgan, vae_gan, blobs, got 'blob': did you mean blobs?"
+    families = "latent_diffusion, lsgan, vae_gan, pixel_diffusion, blobs"
+    assert told == f"--family must be one of {families}, got 'blob': did you mean blobs?"
 
 
 def test_a_family_that_cannot_be_exported_says_so(run_here: RunHere, overlay: Path, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_latents_are_divided_by_their_scale_before_decoding(scale: float) -> Non
     config = configuration(num_inference_steps=2)
     steps, given = config.get_parsed_content("chosen_sampler"), batch()
     family = LatentDiffusion(Recorder(), Decoder(), inferer(), steps, latent_scale=scale)
-    latent = family.sample_latent(given["noise"], given["condition"], [])
+    latent = family.sample_clean(given["noise"], given["condition"], [])
     volumes = family.sample(given["noise"], given["condition"], [])
     assert torch.allclose(volumes, 2.0 * latent[:, :1] / scale)
 
@@ -130,7 +130,7 @@ def guided(guidance: float | None, condition: Tensor, target: str = "epsilon", s
     hybrid, sampler = config.get_parsed_content("hybrid_inferer"), config.get_parsed_content("chosen_sampler")
     network = Linear()
     family = LatentDiffusion(network, Decoder(), hybrid, sampler, guidance=guidance)
-    return family.sample_latent(batch()["noise"], condition, []), network.calls
+    return family.sample_clean(batch()["noise"], condition, []), network.calls
 
 
 @pytest.mark.parametrize("target", ["epsilon", "flow"])
@@ -160,7 +160,7 @@ def test_guidance_calls_the_network_once_a_step_on_a_gpu() -> None:
     hybrid, steps = config.get_parsed_content("hybrid_inferer"), config.get_parsed_content("chosen_sampler")
     network = Linear()
     family = LatentDiffusion(network, Decoder(), hybrid, steps, guidance=2.0)
-    latent = family.sample_latent(given["noise"].cuda(), given["condition"].cuda(), [])
+    latent = family.sample_clean(given["noise"].cuda(), given["condition"].cuda(), [])
     assert network.calls == 3
     assert torch.allclose(latent.cpu(), guided(2.0, given["condition"])[0], rtol=1e-4, atol=1e-4)
 
@@ -201,5 +201,5 @@ def test_no_value_is_read_back_while_a_trajectory_runs(name: str) -> None:
     family = LatentDiffusion(Linear(), Decoder(), hybrid, steps, guidance=2.0)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     with Operators() as operators:
-        family.sample_latent(given["noise"], given["condition"], generators)
+        family.sample_clean(given["noise"], given["condition"], generators)
     assert "aten::cat" in operators.names and not {"aten::_local_scalar_dense", "aten::item"} & operators.names

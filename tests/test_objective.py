@@ -271,7 +271,7 @@ def sample(target: str, network: type[nn.Module], known: Any, noise: Tensor, **f
     denoiser, sampler = network(objective(target), known), config.get_parsed_content("chosen_sampler")
     family = LatentDiffusion(denoiser, nn.Identity(), HybridInferer(), sampler)
     generators = [torch.Generator().manual_seed(i) for i in range(len(noise))]
-    return family.sample_latent(noise, torch.rand(len(noise), 4), generators)
+    return family.sample_clean(noise, torch.rand(len(noise), 4), generators)
 
 
 WAYS = [

@@ -132,7 +132,7 @@ def test_ddim_trajectory_and_decoding_are_the_originals(
         image = autoencoder.decode_stage_2_outputs(latent)
 
     family = sampling(files, device, **DIFFERENT_SIZES)
-    sampled = family.sample_latent(noise, condition, [])
+    sampled = family.sample_clean(noise, condition, [])
     assert len(family.sampler.timesteps) == 50
     assert relative_difference(sampled, latent) < BOUND
     assert relative_difference(family.decode(sampled), image) < BOUND
@@ -158,7 +158,7 @@ def test_ddpm_is_the_originals_with_the_same_draws(
     latent = original_latent(config, unet, noise, condition, "DDPMScheduler", 50, generator=draws)
 
     family = sampling(files, device, **overrides)
-    sampled = family.sample_latent(noise, condition, [torch.Generator().manual_seed(5)])
+    sampled = family.sample_clean(noise, condition, [torch.Generator().manual_seed(5)])
     assert family.sampler.timesteps == list(range(49, -1, -1))
     assert relative_difference(sampled, latent) < 1e-4
 

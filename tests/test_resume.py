@@ -23,7 +23,7 @@ from trained import AUTOENCODER, DIFFUSION, Pipeline, content, difference
 from scripts.tools.curves import losses
 
 LAST = "checkpoint_iteration=8.pt"
-STAGES = {"autoencoder": AUTOENCODER, "diffusion": DIFFUSION}
+STAGES = {"autoencoder": [AUTOENCODER], "diffusion": [DIFFUSION], "pixel": [DIFFUSION, "configs/pixel.yaml"]}
 PATIENCE_S = 240.0
 
 
@@ -37,6 +37,8 @@ def flags_of(stage: str, done: Pipeline, run_dir: Path, **more: Any) -> dict[str
     common = {"max_epochs": 4, "epoch_length": 2, "checkpoint_every": 1, "keep_checkpoints": 9, "device": "cpu"}
     if stage == "autoencoder":
         own = {**done.autoencoder_flags(), "affine": 1.0, "discriminator::norm": "INSTANCE", "discriminator_lr": 1.0e-4}
+    elif stage == "pixel":
+        own = {"dataset_dir": str(done.dataset), "seed": 1, "ema_decay": 0.9}
     else:
         own = {**done.diffusion_flags(), "ema_decay": 0.9, "condition_dropout": 0.2}
     return {**own, **common, "lr": 1.0e-4, "run_dir": str(run_dir), **more}
@@ -44,7 +46,7 @@ def flags_of(stage: str, done: Pipeline, run_dir: Path, **more: Any) -> dict[str
 
 def command(stage: str, flags: dict[str, Any]) -> list[str]:
     """What follows `python`."""
-    files = str([BASE, STAGES[stage], TINY])
+    files = str([BASE, *STAGES[stage], TINY])
     given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     return ["-m", "monai.bundle", "run", "--config_file", files, *given]
 
@@ -69,11 +71,11 @@ def wait_for(pattern: str, folder: Path, process: subprocess.Popen) -> None:
 
 
 def uninterrupted(stage: str, done: Pipeline, folder: Path, run_here: RunHere, **more: Any) -> dict[str, Any]:
-    run_here([BASE, STAGES[stage], TINY], **flags_of(stage, done, folder, **more))
+    run_here([BASE, *STAGES[stage], TINY], **flags_of(stage, done, folder, **more))
     return content(folder / LAST)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion", pytest.param("pixel", marks=pytest.mark.slow)])
 def test_killed_training_ends_in_the_same_weights(
     stage: str, done: Pipeline, run_here: RunHere, tmp_path: Path
 ) -> None:
@@ -87,7 +89,7 @@ def test_killed_training_ends_in_the_same_weights(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / LAST).exists(), "it was faster than the kill"
-    run_here([BASE, STAGES[stage], TINY], **flags)
+    run_here([BASE, *STAGES[stage], TINY], **flags)
     resumed = content(folder / LAST)
     for name in expected.keys() - {"config", "code"}:
         assert difference(expected[name], resumed[name]) == 0.0, f"{name}, killed after iteration {iteration}"

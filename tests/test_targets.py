@@ -8,8 +8,10 @@ import math
 
 import pytest
 import torch
+from released import configuration
 from torch import Tensor
 
+from scripts.diffusion.schedules import signal_and_noise
 from scripts.diffusion.targets import FLOW, TARGETS, Target
 
 LEVELS = [0.001, 0.1, 0.3, 0.5, 0.8, 0.999]
@@ -44,6 +46,18 @@ def test_an_output_and_its_noisy_volume_give_both_back(name: str, s: float) -> N
     assert torch.allclose(row.clean(output, noisy, a, s), clean, atol=1e-9)
     assert torch.allclose(row.noise(output, noisy, a, s), noise, atol=1e-9)
     assert torch.allclose(of_noisy * noisy + of_output * output, clean, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_both_come_back_at_every_timestep_of_the_pixel_schedule(name: str) -> None:
+    """Whose noisiest level has less signal, a = 0.006, than that of the latent one."""
+    config = configuration(["configs/pixel.yaml"], target=name)
+    schedule, row = config.get_parsed_content("schedule"), TARGETS[name]
+    clean, noise = pair()
+    for a, s in signal_and_noise(schedule, range(1, 1000)):
+        noisy, output = a * clean + s * noise, row.output(clean, noise, a, s)
+        assert (row.clean(output, noisy, a, s) - clean).abs().max() < 1e-5
+        assert (row.noise(output, noisy, a, s) - noise).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -10,15 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from monai.networks.schedulers import DDIMScheduler, RFlowScheduler, Scheduler
 from torch import Tensor
 from tqdm import tqdm
 
 from scripts.core.errors import BundleError
-from scripts.core.options import checked_steps
+from scripts.core.options import checked_steps, yes_or_no
 from scripts.diffusion.schedules import signal_and_noise, target_of
 from scripts.diffusion.targets import find_target
+
+LEADING, EVEN = SPACINGS = ("leading", "even")
 
 Denoise = Callable[[Tensor, int], Tensor]
 """What calls the network: noisy latents (B, C, x, y, z) and their timestep to its output of the same shape."""
@@ -47,6 +50,11 @@ class Sampler(ABC):
         Their number is the bar's total, and `num_inference_steps` in the sidecars.
         """
         return self.schedule.timesteps.tolist()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the sidecars: what else decides its samples, where it is not as by default."""
+        return {"clip_sample": True} if getattr(self.schedule, "clip_sample", False) else {}
 
     @torch.no_grad()
     def sample(self, denoise: Denoise, noise: Tensor, generators: Generators) -> Tensor:
@@ -119,21 +127,38 @@ class DDIMSampler(OneStepSampler):
     `eta` 0 is DDIM. `eta` 1 over all steps of the schedule is the ancestral sampler of DDPM (Ho et al. 2020)
     with its smaller variance; over fewer it is that sampler on the shortened schedule.
 
+    Where the schedule clips x, e no longer fits it: with `recompute_noise`, and with `eta` above 0, it becomes
+    (z - sqrt(a_t) x) / sqrt(1 - a_t), for noisy z.
+
     Args:
         schedule: the schedule that the model was trained with; it is copied.
         num_inference_steps: length of the trajectory.
         eta: 0 to 1, the share of fresh noise.
+        spacing: of the timesteps: `leading`, see `LeadingDDIMScheduler`, or `even`, see `even_timesteps`.
+        recompute_noise: whether the noise follows from the clipped x; without clipping, it is the same.
 
     Raises:
-        BundleError: for another kind of schedule, or an impossible number of steps.
+        BundleError: for another kind of schedule, an impossible number of steps, or another spacing.
     """
 
-    def __init__(self, schedule: LeadingDDIMScheduler, num_inference_steps: int, eta: float = 0.0) -> None:
+    def __init__(
+        self,
+        schedule: LeadingDDIMScheduler,
+        num_inference_steps: int,
+        eta: float = 0.0,
+        spacing: str = LEADING,
+        recompute_noise: Any = False,
+    ) -> None:
         if not isinstance(schedule, DDIMScheduler):
             raise BundleError("this --sampler is for diffusion, and the target is flow: give --sampler flow")
+        if spacing not in SPACINGS:
+            raise BundleError(f"the spacing of a sampler's timesteps is {' or '.join(SPACINGS)}, not '{spacing}'")
         self.schedule = copy.deepcopy(schedule)
         self.schedule.set_timesteps(num_inference_steps)
-        self.eta = float(eta)
+        if spacing == EVEN:
+            self.schedule.timesteps = even_timesteps(num_inference_steps, schedule.num_train_timesteps)
+        self.eta, self.spacing = float(eta), spacing
+        self.recompute_noise = yes_or_no(recompute_noise, "recompute_noise")
         self._clean = CleanLatent(self.schedule, self.timesteps)
         levels = signal_and_noise if self.eta else rounded_signal_and_noise
         final = float(self.schedule.final_alpha_cumprod)
@@ -143,7 +168,7 @@ class DDIMSampler(OneStepSampler):
     def step(self, output: Tensor, timestep: int, latent: Tensor, generators: Generators) -> Tensor:
         """One step for a batch of shape (B, C, x, y, z), each sample with its own generator of fresh noise."""
         (a, s), (a_next, s_next) = self._steps[timestep]
-        if self.eta == 0.0:
+        if self.eta == 0.0 and not self.recompute_noise:
             clean, noise = self._clean.with_noise(output, latent, a, s)
             return a_next * clean + s_next * noise
         variance = (self.eta * s_next / s) ** 2 * (1.0 - (a / a_next) ** 2)
@@ -151,6 +176,17 @@ class DDIMSampler(OneStepSampler):
         noise = (latent - a * clean) / s
         moved = a_next * clean + (s_next**2 - variance) ** 0.5 * noise
         return moved + variance**0.5 * fresh_noise(latent, generators) if variance else moved
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Clipping, spacing, and whether noise is recomputed, where they are not as by default."""
+        spacing = {} if self.spacing == LEADING else {"spacing": self.spacing}
+        return {**super().settings, **spacing, **({"recompute_noise": True} if self.recompute_noise else {})}
+
+
+def even_timesteps(num_inference_steps: int, num_train_timesteps: int) -> Tensor:
+    """Whole timesteps from the noisiest of a schedule down to 0, as evenly spaced as rounding lets them be: int64."""
+    return torch.from_numpy(np.linspace(num_train_timesteps - 1, 0, int(num_inference_steps)).round().astype(np.int64))
 
 
 def rounded_signal_and_noise(schedule: Scheduler, timesteps: Sequence[int]) -> list[tuple[float, float]]:

@@ -61,26 +61,38 @@ class DiffusionValidation(HeldOut):
         objective: makes latents noisy and has the loss.
         bands: parts of the schedule.
         draws: timesteps for each row; a multiple of `bands` lets each row visit each band alike.
+        at_once: how many of a row's draws go through the network together; None for all.
         held_out: see `HeldOut`. Items hold `image`, the scaled posterior mean (C, x, y, z), and `condition` (n,), where
             NaN, an unknown value, becomes 0.5.
     """
 
     def __init__(
-        self, *, hybrid: Denoises, objective: Objective, bands: int = 5, draws: int = 5, **held_out: Any
+        self,
+        *,
+        hybrid: Denoises,
+        objective: Objective,
+        bands: int = 5,
+        draws: int = 5,
+        at_once: int | None = None,
+        **held_out: Any,
     ) -> None:
         super().__init__(**held_out)
         self.hybrid, self.objective = hybrid, objective
-        self.bands, self.draws = bands, draws
+        self.bands, self.draws, self.at_once = bands, draws, at_once or draws
 
     def measure(self, network: nn.Module, device: torch.device, index: int, item: Mapping[str, Any]) -> dict[str, Any]:
         """The loss of each draw, and its band."""
         latent = torch.as_tensor(item["image"])[None].expand(self.draws, -1, -1, -1, -1)
-        condition = torch.as_tensor(item["condition"]).nan_to_num(UNKNOWN)[None].expand(self.draws, -1).to(device)
+        condition = torch.as_tensor(item["condition"]).nan_to_num(UNKNOWN)[None].expand(self.draws, -1)
         noise, u, bands = self._draw(index, latent.shape)
-        timestep = self.objective.timestep_at(u).to(device)
-        latent, noise = latent.to(device), noise.to(device)
+        drawn = (latent, noise, self.objective.timestep_at(u), condition)
+        parts = zip(*(one.split(self.at_once) for one in drawn), strict=True)
+        losses = [self._losses(network, *(one.to(device) for one in part)) for part in parts]
+        return {"bands": bands.tolist(), "losses": torch.cat(losses).tolist()}
+
+    def _losses(self, network: nn.Module, latent: Tensor, noise: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
         output = self.hybrid.denoise(network, self.objective.noisy(latent, noise, timestep), timestep, condition)
-        return {"bands": bands.tolist(), "losses": self.objective.loss(output, latent, noise, timestep).tolist()}
+        return self.objective.loss(output, latent, noise, timestep)
 
     def _draw(self, index: int, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(index)

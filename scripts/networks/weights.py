@@ -277,9 +277,13 @@ def is_aligned(tensor: Tensor) -> bool:
 def check_family(path: Path, facts: Mapping[str, Any], family: str) -> None:
     """Refuse weights of another family. Those whose facts state none are of latent diffusion.
 
+    Of a file without any facts, such as released weights, nothing is known: names and shapes of its weights decide.
+
     Raises:
         BundleError: naming the flag to give.
     """
+    if not facts:
+        return
     stated = facts.get("family", LATENT_DIFFUSION)
     if stated != family:
         raise BundleError(f"{path} is of the family {stated}, not {family}: give --family {stated}")

@@ -160,13 +160,20 @@ class StripSkull:
         space: the grid.
         stripper: name of one in `strippers`; None leaves the skull on.
         strippers: name -> what makes a `scripts.preparation.skull_stripping.Stripper`; it is called in each process.
+        flag: that chooses the stripper, for messages.
 
     Raises:
         BundleError: if there is no such stripper.
     """
 
-    def __init__(self, space: TargetSpace, stripper: Any, strippers: Mapping[str, Callable[[], Stripper]]) -> None:
-        self.space, self.name = space, _chosen(stripper, strippers, "skull_strip")
+    def __init__(
+        self,
+        space: TargetSpace,
+        stripper: Any,
+        strippers: Mapping[str, Callable[[], Stripper]],
+        flag: str = "skull_strip",
+    ) -> None:
+        self.space, self.name = space, _chosen(stripper, strippers, flag)
         self.make = None if self.name is None else strippers[self.name]
 
     @cached_property

@@ -304,9 +304,9 @@ def without_highlights(scan: Scan) -> Scan:
     return Scan(np.clip(scan.data, 0.0, 1.15 * white), scan.affine)
 
 
-def _foreground_points(scan: Scan) -> np.ndarray:
-    """World millimetres, (n, 3), of a part of the voxels that are brighter than the background."""
-    return _apply(scan.affine, np.argwhere(foreground(scan.data))[::FOREGROUND_STEP])
+def _foreground_points(scan: Scan, step: int = FOREGROUND_STEP) -> np.ndarray:
+    """World millimetres, (n, 3), of every `step`-th voxel that is brighter than the background."""
+    return _apply(scan.affine, np.argwhere(foreground(scan.data))[::step])
 
 
 def _head_centre(points: np.ndarray, rotation: Rotation) -> np.ndarray:
@@ -314,6 +314,11 @@ def _head_centre(points: np.ndarray, rotation: Rotation) -> np.ndarray:
     upright = rotation.inv().apply(points)
     top = np.percentile(upright[:, 2], 99.5)
     return rotation.apply(upright[upright[:, 2] > top - HEAD_HEIGHT_MM].mean(axis=0))
+
+
+def head_centre(scan: Scan) -> np.ndarray:
+    """Centroid, in mm, of the top 180 mm of a head that is upright in the scan's world."""
+    return _head_centre(_foreground_points(scan, step=3), Rotation.identity())
 
 
 def centroid(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:

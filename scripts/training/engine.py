@@ -33,11 +33,12 @@ class Facts:
     """Plain data that a checkpoint carries along, so that sampling needs nothing but the file.
 
     Args:
+        more: further facts, by name.
         facts: numbers, text, and lists and dictionaries of them.
     """
 
-    def __init__(self, **facts: Any) -> None:
-        self.facts = facts
+    def __init__(self, more: Mapping[str, Any] | None = None, **facts: Any) -> None:
+        self.facts = {**facts, **(more or {})}
 
     def state_dict(self) -> dict[str, Any]:
         """The data."""

@@ -44,7 +44,7 @@ class Grid:
         """Spatial shape of the latent of an autoencoder which divides each side by `factor`.
 
         Args:
-            factor: of the autoencoder.
+            factor: of the autoencoder; 1 where there is none.
             multiple: what each side of the latent has to be divisible by: a UNet that halves it twice needs 4.
 
         Raises:
@@ -52,6 +52,8 @@ class Grid:
         """
         if any(n % factor for n in self.shape):
             raise BundleError(f"the autoencoder divides the grid {self.shape} by {factor}: use multiples of {factor}")
+        if factor == 1 and any(n % multiple for n in self.shape):
+            raise BundleError(f"the diffusion UNet halves the grid {self.shape}: use multiples of {multiple}")
         if any(n // factor % multiple for n in self.shape):
             raise BundleError(
                 f"of the grid {self.shape} the autoencoder makes latents {tuple(n // factor for n in self.shape)}, and "
