@@ -17,6 +17,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from scripts.compute import processes
+from scripts.compute.devices import volume_layout
 from scripts.compute.precision import recompute_activations
 from scripts.core.errors import BundleError
 from scripts.core.options import is_absent, number, whole_number, yes_or_no
@@ -167,13 +168,16 @@ def prepare_for_training(
         network: what to train; changed in place.
         device: where to move it; None leaves it where it is.
         checkpointing: whether to compute activations again in the backward pass instead of keeping them.
-        channels_last: whether weights lie in memory with their channels last.
+        channels_last: whether weights lie in memory with their channels last, where the device gains by it; see
+            `scripts.compute.devices.volume_layout`.
     """
     if yes_or_no(checkpointing, "gradient_checkpointing"):
         recompute_activations(network, BLOCKS)
+    network = network.to(device)
     if yes_or_no(channels_last, "channels_last"):
-        network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return network.to(device).train()
+        layout = volume_layout(next(network.parameters()).device)
+        network = network.to(memory_format=layout)  # type: ignore[call-overload]
+    return network.train()
 
 
 def check_options(rates: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
@@ -221,7 +225,8 @@ def seed_networks(seed: int, deterministic: Any = False) -> None:
     """
     torch.manual_seed(seed)
     exact = yes_or_no(deterministic, "deterministic")
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
+    torch.backends.cudnn.deterministic = exact
+    torch.backends.cudnn.benchmark &= not exact
 
 
 def losses_of(output: Mapping[str, Any]) -> dict[str, float]:
