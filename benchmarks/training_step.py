@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark with command-line arguments."""
     options = _options(arguments)
     with errors_in_one_line():
-        device = compute_device(options.device)
+        device = compute_device(options.device, options.tf32)
+        print(machine(device), file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             perceptual = Path(folder) / "lpips.safetensors"
             save_file(LPIPS().state_dict(), perceptual)
@@ -77,6 +78,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", choices=sorted(PRECISIONS), default=sorted(PRECISIONS))
     parser.add_argument("--checkpointing", nargs="+", type=int, choices=(0, 1), default=[0, 1])
     parser.add_argument("--channels_last", nargs="+", type=int, choices=(0, 1), default=[0])
+    parser.add_argument("--tf32", type=int, choices=(0, 1), default=1, help="0: float32 convolutions without TF32")
     parser.add_argument("--patch_shape", nargs=3, type=int, help="crops for the autoencoder; the whole grid by default")
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
     parser.add_argument("--repeats", type=int, default=5, help="steps that are counted")
@@ -160,7 +162,7 @@ def _configuration(case: Case, options: argparse.Namespace, device: torch.device
     base, *overlays = SIZES[options.size]
     config = ConfigParser()
     config.read_config([str(CONFIGS / name) for name in (base, f"train_{case.stage}.yaml", *overlays)])
-    config["device"] = str(device)
+    config["device"], config["tf32"] = str(device), options.tf32
     config["amp"] = PRECISIONS[case.precision]
     config["gradient_checkpointing"], config["channels_last"] = case.checkpointing, case.channels_last
     config["perceptual_path"] = str(perceptual)
