@@ -14,10 +14,10 @@ calls of the three alternate after warm-up, and medians are compared, so that a 
 The case `command` is the whole way from files of weights to a volume's file, each way in a process of its own, with the
 resident memory of that process; it needs 2.3 GB of disk for weights of full size.
 
-The folder gets `sampling.json` and `sampling.tsv`, written after each case, and at last `sampling.png`. A call that fails
-is a row that says why, and the others go on; with --resume 1 the same command measures what is missing. Per cent are of
-the machine's own matrix multiplication in the way's precision and of its copy, measured first; FLOP and bytes are those
-of MONAI's plain network, each operator of which reads its inputs from memory and writes its output there.
+The folder gets `sampling.json` and `sampling.tsv`, written after each case, and at last `sampling.png`. A call that
+fails is a row that says why, and the others go on; with --resume 1 the same command measures what is missing. Per cent
+are of the machine's own matrix multiplication in the way's precision and of its copy, measured first; FLOP and bytes
+are those of MONAI's plain network, each operator of which reads its inputs from memory and writes its output there.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _measure_all(
             if report.has(about):
                 continue
             if begun + longest > until:
-                print(f"the minutes are over before {about}: --resume 1 goes on", file=sys.stderr)
+                print(f"stopped in time before {about}: --resume 1 goes on", file=sys.stderr)
                 return
             report.add([{**about, **row} for row in measure_case()])
             longest = max(longest, time.monotonic() - begun)

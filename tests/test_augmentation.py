@@ -15,7 +15,7 @@ from scipy.ndimage import shift
 from torch import Tensor, nn
 
 from scripts.core.errors import BundleError
-from scripts.training.augmentation import SEEDS, DeviceAugmentation, DrawSeedd, cubic_basis
+from scripts.training.augmentation import SEEDS, DeviceAugmentation, DrawSeedd, augmentation_on_device, cubic_basis
 from scripts.training.optimisation import Batch, Optimisation
 from scripts.training.step import Loss, TrainingStep
 
@@ -43,8 +43,8 @@ def test_each_volume_follows_from_its_seed_alone(volumes: Tensor) -> None:
     assert torch.equal(same[0], both[0]) and not torch.allclose(same[0], same[1], atol=0.01)
 
 
-def test_nothing_happens_at_strength_0(volumes: Tensor) -> None:
-    assert DeviceAugmentation(0)(volumes, torch.tensor([1, 2])) is volumes
+def test_nothing_happens_at_strength_0() -> None:
+    assert augmentation_on_device(0, shift=1.0) is None and augmentation_on_device("0.5") is not None
     with pytest.raises(BundleError, match="--device_augmentation must be at least 0"):
         DeviceAugmentation(-1)
 
@@ -72,7 +72,7 @@ def test_the_step_learns_from_augmented_images() -> None:
 
     network = nn.Linear(1, 1)
     optimisation = Optimisation(network, torch.optim.SGD(network.parameters(), 0.1))
-    engine: Any = SimpleNamespace(state=SimpleNamespace(device=torch.device("cpu"), epoch=1))
+    engine: Any = SimpleNamespace(state=SimpleNamespace(device=torch.device("cpu"), epoch=1, iteration=1))
     batch = [DrawSeedd("image")({"image": torch.ones(1)}) for _ in range(2)]
     assert batch[0][SEEDS] != batch[1][SEEDS]
     given = {name: torch.stack([one[name] for one in batch]) for name in ("image", SEEDS)}

@@ -21,6 +21,8 @@ from processes import run_python
 from torch import nn
 
 from scripts.core.errors import BundleError
+from scripts.training import checkpointing
+from scripts.training import engine as training_engine
 from scripts.training.checkpointing import (
     Checkpoints,
     Progress,
@@ -30,8 +32,6 @@ from scripts.training.checkpointing import (
     training_seed,
     why_damaged,
 )
-from scripts.training import checkpointing
-from scripts.training import engine as training_engine
 from scripts.training.engine import Facts, FiniteLosses, StopOnSignal, TimeLimit, check_options, epoch_length
 from scripts.training.optimisation import LearningRate
 from scripts.training.repeatable import Stream
@@ -377,12 +377,12 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 class TimedRun(Run):
     """Takes ten seconds an iteration, tells the rates it had, and how often an epoch ended."""
 
-    def __init__(self, folder: Path, seconds: list[float], minutes: Any, **options: Any) -> None:
+    def __init__(self, folder: Path, seconds: list[float], limit: Any, **options: Any) -> None:
         super().__init__(folder, **options)
         self.rates: list[float] = []
         self.epochs = 0
         rate = LearningRate(torch.optim.SGD(self.network.parameters(), 1.0), 1.0, "cosine")
-        for handler in (TimeLimit(minutes), rate):
+        for handler in (TimeLimit(limit), rate):
             handler.attach(self.engine)
         self.engine.add_event_handler(Events.ITERATION_STARTED, lambda: self.rates.append(rate.rate))
         self.engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: seconds.append(seconds[-1] + 10.0))
@@ -402,7 +402,8 @@ def test_training_ends_when_its_minutes_are_over(length: int, tmp_path: Path, se
     assert done == 7 and run.epochs == -(-done // length)  # the clock moves on after the limit has looked at it
     assert names(tmp_path)[-1] == "final.pt" and weight(tmp_path / "final.pt") == done
     assert Checkpoints(tmp_path).paths()[-1].name == f"checkpoint_iteration={done}.pt"
-    assert run.rates == pytest.approx([0.5 + 0.5 * math.cos(math.pi * max(0, n - 1) / 6) for n in range(done)], abs=0.01)
+    shares = [max(0, n - 1) / 6 for n in range(done)]
+    assert run.rates == pytest.approx([0.5 + 0.5 * math.cos(math.pi * share) for share in shares], abs=0.01)
 
 
 def test_minutes_of_all_runs_count(tmp_path: Path, seconds: list[float]) -> None:

@@ -82,9 +82,7 @@ def test_devices_of_a_machine_with_two_gpus(monkeypatch: pytest.MonkeyPatch) -> 
     assert compute_device("auto") == compute_device("cuda") == torch.device("cuda:1")
 
 
-def test_a_gpu_is_set_up_where_it_is_chosen(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_gpu_is_set_up_where_it_is_chosen(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     gpus(monkeypatch, 1)
     caplog.set_level("INFO")
     assert devices.precision_facts(compute_device("cuda")) == {"tf32": True} and torch.backends.cudnn.benchmark

@@ -32,8 +32,8 @@ def compute_device(device: str | torch.device, tf32: Any = True) -> torch.device
     Args:
         device: `auto` (CUDA where there is one, else the CPU), or a name such as `cpu`, `cuda`, `cuda:1`.
             Under torchrun `auto` and `cuda` mean the process's own GPU.
-        tf32: whether a GPU's float32 convolutions may take the 10 bits of TF32 for the 23 of float32, which is PyTorch's
-            default; matrix products take all of them either way.
+        tf32: whether a GPU's float32 convolutions may take TF32, 10 bits of the 23, as is PyTorch's default; matrix
+            products take all of them either way.
 
     Raises:
         BundleError: if the name is no device, or asks for a GPU that is not there.

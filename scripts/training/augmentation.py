@@ -34,7 +34,7 @@ class DeviceAugmentation:
     doi:10.1109/42.796284). What a volume becomes depends on its seed alone, to rounding, not on the batch.
 
     Args:
-        strength: factor of all that follows; 0 changes nothing.
+        strength: factor of all that follows.
         shift, deformation: standard deviations in voxels, along each axis.
         control: voxels between two control points.
         gain, gamma: standard deviations, of a factor of intensities and of the logarithm of their exponent.
@@ -61,8 +61,6 @@ class DeviceAugmentation:
     @torch.no_grad()
     def __call__(self, volumes: Tensor, seeds: Tensor) -> Tensor:
         """Volumes (B, 1, X, Y, Z) to the same shape, cut to 0 to 1."""
-        if self.strength == 0.0:
-            return volumes
         return torch.cat([self._augmented(one, seed) for one, seed in zip(volumes.split(1), seeds.tolist())])
 
     def _augmented(self, volume: Tensor, seed: int) -> Tensor:
@@ -85,6 +83,16 @@ class DeviceAugmentation:
         displacement = (voxels * unit).flip(0).permute(1, 2, 3, 0)  # grid_sample counts axes from the last
         identity = F.affine_grid(torch.eye(3, 4, device=volume.device)[None], list(volume.shape), align_corners=False)
         return F.grid_sample(volume, identity + displacement, padding_mode="zeros", align_corners=False)
+
+
+def augmentation_on_device(strength: Any, **settings: float) -> DeviceAugmentation | None:
+    """`DeviceAugmentation` of that strength, or None where it is 0.
+
+    Raises:
+        BundleError: as that.
+    """
+    made = DeviceAugmentation(strength, **settings)
+    return made if made.strength > 0.0 else None
 
 
 def cubic_basis(side: int, control: float) -> Tensor:
