@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from scripts.compute.devices import gpu_versions
 from scripts.networks.patching import OnCubes
 from scripts.networks.weights import Checkpoint, load_network
 
@@ -189,6 +190,17 @@ def fill_with_random_values(network: nn.Module) -> None:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What a report says of the machine and of versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    versions = {"torch": torch.__version__, "monai": monai.__version__}
+    versions: dict[str, Any] = {"torch": torch.__version__, "monai": monai.__version__}
+    name = torch.backends.cpu.get_cpu_capability()
+    if device.type == "cuda":
+        versions |= gpu_versions(device)
+        name = versions.pop("gpu")
     return {"device": device.type, "name": name, "threads": torch.get_num_threads(), **versions}
+
+
+def answers(device: torch.device) -> bool:
+    """Whether a device still computes: after some errors of CUDA a process cannot use its GPU any more."""
+    try:
+        return float(torch.ones(1, device=device).sum()) == 1.0
+    except RuntimeError:
+        return False

@@ -14,25 +14,26 @@ calls of the three alternate after warm-up, and medians are compared, so that a 
 The case `command` is the whole way from files of weights to a volume's file, each way in a process of its own, with the
 resident memory of that process; it needs 2.3 GB of disk for weights of full size.
 
-The folder gets `sampling.json`, `sampling.tsv` and `sampling.png`. Per cent are of the machine's own matrix
-multiplication in the way's precision and of its copy, measured first; FLOP and bytes are those of MONAI's plain
-network, each operator of which reads its inputs from memory and writes its output there.
+The folder gets `sampling.json` and `sampling.tsv`, written after each case, and at last `sampling.png`. A call that
+fails is a row that says why, and the others go on; with --resume 1 the same command measures what is missing. Per cent
+are of the machine's own matrix multiplication in the way's precision and of its copy, measured first; FLOP and bytes
+are those of MONAI's plain network, each operator of which reads its inputs from memory and writes its output there.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
@@ -41,6 +42,7 @@ from benchmarks.measuring import (
     SIZES,
     Measured,
     Work,
+    answers,
     counted,
     machine,
     measure,
@@ -49,41 +51,46 @@ from benchmarks.measuring import (
     relative_difference,
 )
 from benchmarks.sampling_command import SamplingCommand
+from benchmarks.sampling_report import Report
 from scripts.compute.devices import compute_device
 from scripts.compute.precision import half_precision
-from scripts.core.files import make_folder, replacing, write_json
+from scripts.core.errors import BundleError
+from scripts.core.files import make_folder
 from scripts.core.paths import CONFIGS
 from scripts.core.programs import errors_in_one_line
-from scripts.core.tables import write_table
 from scripts.diffusion.denoiser import HybridInferer
-from scripts.networks.cpu.acceleration import accelerate_autoencoder, accelerate_unet
+from scripts.networks.cpu.acceleration import AUTO, accelerate_autoencoder, accelerate_unet, is_fast
 from scripts.sampling.latent_diffusion import LatentDiffusion
 from scripts.volumes.nifti import write_volume
 
 WAYS = ("original", "monai", "ours")
 CASES = ("unet", "steps", "decode", "encode", "write")
 COMMAND = "command"
-AXES = {"steps": "steps", "batch": "unet", "voxels": "decode"}
-TITLES = {"steps": "trajectory", "unet": "UNet call"}
 
 Calls = dict[str, Callable[[], Tensor]]
 Measurements = dict[str, Callable[[], Measured]]
+Runs = dict[str, list[Measured] | str]
+"""Way -> its measurements, or why it failed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark with command-line arguments."""
     options = _options(arguments)
     with errors_in_one_line():
-        device = compute_device(options.device)
-        folder = make_folder(options.folder)
+        device = compute_device(options.device, options.tf32)
+        options.fast = int(is_fast(options.fast, device))
+        if options.amp == "auto":
+            options.amp = "bf16" if device.type == "cuda" else "0"
+        if options.decoder_amp is None:
+            options.decoder_amp = options.amp
+        about = {"machine": machine(device), "options": vars(options)}
+        print(about["machine"], file=sys.stderr, flush=True)
         ceilings = measured_ceilings(device)
-        rows = [row for size in options.size for row in _rows(size, options, device, ceilings)]
-        report = {"machine": machine(device), "ceilings": ceilings, "options": vars(options), "rows": rows}
-        write_json(folder / "sampling.json", report)
-        write_table(folder / "sampling.tsv", [{**row, "seconds": median(row["seconds"])} for row in rows])
-        with replacing(folder / "sampling.png") as path:
-            plot(rows).savefig(path, dpi=120, format="png")
-    _print_table(rows)
+        report = Report(make_folder(options.folder), {**about, "ceilings": ceilings}, bool(options.resume))
+        try:
+            _measure_all(report, options, device, ceilings)
+        finally:
+            report.finish()
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -105,12 +112,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--amp", default="auto", help="of monai and ours: 0, bf16 or fp16; auto is bf16 on a GPU, else 0"
     )
     parser.add_argument("--decoder_amp", help="of monai's and ours' autoencoder, where it is another")
-    parser.add_argument("--fast", type=int, default=1, choices=(0, 1), help="of ours")
+    parser.add_argument("--tf32", type=int, default=1, choices=(0, 1), help="0: float32 convolutions without TF32")
+    parser.add_argument("--fast", default=AUTO, help="of ours: 0, 1, or auto, which is 1 on a CPU")
     parser.add_argument("--streaming", nargs="+", default=["auto"], help="of ours: one or several of 0, 1, 2, auto")
     parser.add_argument("--compile", type=int, default=0, choices=(0, 1), help="of ours: PyTorch's compiler")
     parser.add_argument("--warmup", type=int, default=1, help="calls of each that are not counted")
     parser.add_argument("--repeats", type=int, default=3, help="calls of each that are counted")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and inputs")
+    parser.add_argument("--minutes", type=float, help="begin no case that might take longer")
+    parser.add_argument("--resume", type=int, default=0, choices=(0, 1), help="1: go on with what the folder holds")
     parser.add_argument("--folder", default="benchmark", help="where the report goes")
     options = parser.parse_args(arguments)
     if options.warmup < 0 or min(options.repeats, *options.batches, *options.steps) < 1:
@@ -123,11 +133,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def measured_ceilings(device: torch.device) -> dict[str, float]:
     """What the machine does at best: TFLOP/s of a matrix multiplication for each precision, GB/s of a copy."""
     side, numbers = (8192, 2**30) if device.type == "cuda" else (1536, 2**26)
-    found = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    found, allowed = {}, torch.backends.cuda.matmul.allow_tf32
+    kinds = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "tf32": (torch.float32, True)}
+    for name, (dtype, tf32) in kinds.items():
+        if tf32 and device.type != "cuda":
+            continue
+        torch.backends.cuda.matmul.allow_tf32 = tf32
         matrix = torch.randn(side, side, device=device, dtype=dtype)
         runs = [measure(lambda matrix=matrix: (matrix @ matrix)[:1], device) for _ in range(4)]  # type: ignore[misc]
         found[f"matmul_{name}_tflops"] = 2 * side**3 / min(run.seconds for run in runs) / 1e12
+    torch.backends.cuda.matmul.allow_tf32 = allowed
     source = torch.ones(numbers, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     runs = [measure(lambda: target.copy_(source)[:1], device) for _ in range(4)]
@@ -135,19 +150,41 @@ def measured_ceilings(device: torch.device) -> dict[str, float]:
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
-def _rows(
-    size: str, options: argparse.Namespace, device: torch.device, ceilings: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    if options.amp == "auto":
-        options.amp = "bf16" if device.type == "cuda" else "0"
-    if options.decoder_amp is None:
-        options.decoder_amp = options.amp
-    rows: list[dict[str, Any]] = []
-    for side in options.sides:
-        bench = Bench(_configuration(size, side), options, device)
-        with tempfile.TemporaryDirectory() as folder:
-            rows += _measured(size, bench, Path(folder), options, ceilings)
-    return rows
+def _measure_all(
+    report: Report, options: argparse.Namespace, device: torch.device, ceilings: Mapping[str, float]
+) -> None:
+    """Every case that is not in the report yet, as long as the minutes last.
+
+    Raises:
+        BundleError: if the GPU does not answer any more, or the report cannot be written.
+    """
+    minutes = math.inf if options.minutes is None else options.minutes
+    until, longest = time.monotonic() + 60.0 * minutes, 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        for about, measure_case in _cases(options, device, Path(folder), ceilings):
+            begun = time.monotonic()
+            if report.has(about):
+                continue
+            if begun + longest > until:
+                print(f"stopped in time before {about}: --resume 1 goes on", file=sys.stderr)
+                return
+            report.add([{**about, **row} for row in measure_case()])
+            longest = max(longest, time.monotonic() - begun)
+            if not answers(device):
+                raise BundleError(f"the GPU does not answer any more; what was measured is in {report.folder}")
+
+
+def _cases(
+    options: argparse.Namespace, device: torch.device, folder: Path, ceilings: Mapping[str, float]
+) -> Iterator[tuple[dict[str, Any], Callable[[], list[dict[str, Any]]]]]:
+    """What each case is of, and what measures it."""
+    for size in options.size:
+        for side in options.sides:
+            bench = Bench(_configuration(size, side), options, device, folder, size)
+            for case in options.cases:
+                for batch, steps in bench.variations(case):
+                    about = {"size": size, "case": case, "batch": batch, "steps": steps, "voxels": bench.voxels}
+                    yield about, partial(_rows, bench, case, batch, steps, ceilings)
 
 
 def _configuration(size: str, side: float) -> ConfigParser:
@@ -162,24 +199,26 @@ def _configuration(size: str, side: float) -> ConfigParser:
     return config
 
 
-def _measured(
-    size: str, bench: Bench, folder: Path, options: argparse.Namespace, ceilings: Mapping[str, float]
+def _rows(
+    bench: Bench, case: str, batch: int, steps: int | None, ceilings: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    varied = [(case, batch, steps) for case in options.cases for batch, steps in bench.variations(case)]
-    command = SamplingCommand(bench.config, size, options, folder) if COMMAND in options.cases else None
-    rows: list[dict[str, Any]] = []
-    for case, batch, steps in varied:
-        if command is not None and case == COMMAND:
-            measurements = command.calls(bench.ways("autoencoder_def"), steps or 1)
-        else:
-            measurements = bench.measurements(case, batch, steps)
-        runs = alternate(measurements, options.warmup, options.repeats)
+    """A row for each way; of one that failed, why."""
+    options = bench.options
+    try:
+        runs = alternate(bench.measurements(case, batch, steps), options.warmup, options.repeats)
         work = bench.work(case, batch, steps)
-        amp = options.decoder_amp if case in ("decode", "encode") else options.amp
-        about = {"size": size, "case": case, "batch": batch, "steps": steps, "voxels": bench.voxels}
-        for way, series in runs.items():
-            rows.append({**about, "way": way, **_figures(series, runs, work, ceilings, way, amp)})
-    return rows
+    except Exception as error:  # of any library that builds or compiles a network
+        runs, work = {way: _reason(error) for way in options.ways}, Work()
+    amp = options.decoder_amp if case in ("decode", "encode") else options.amp
+    good = {way: series for way, series in runs.items() if not isinstance(series, str)}
+    failed = {way: {"seconds": [], "failed": reason} for way, reason in runs.items() if isinstance(reason, str)}
+    figures = {way: _figures(series, good, work, ceilings, way, amp, options.tf32) for way, series in good.items()}
+    return [{"way": way, **{**figures, **failed}[way]} for way in runs]
+
+
+def _reason(error: Exception) -> str:
+    print(f"failed: {error!r}", file=sys.stderr, flush=True)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _figures(
@@ -189,12 +228,15 @@ def _figures(
     ceilings: Mapping[str, float],
     way: str,
     amp: str,
+    tf32: int,
 ) -> dict[str, Any]:
     seconds = median(run.seconds for run in series)
     half = way != "original" and half_precision(amp) is not None
-    ceiling = ceilings["matmul_bf16_tflops" if half else "matmul_fp32_tflops"]
+    float32 = "tf32" if tf32 and "matmul_tf32_tflops" in ceilings else "fp32"
+    ceiling = ceilings[f"matmul_{'bf16' if half else float32}_tflops"]
     gigabytes = work.bytes / 1e9 / (2 if half else 1)
     reference = runs.get("original")
+    error = relative_difference(series[-1].output, reference[-1].output) if reference else None
     return {
         "seconds": [round(run.seconds, 5) for run in series],
         "cpu_seconds": round(median(run.cpu_seconds for run in series), 4),
@@ -207,28 +249,37 @@ def _figures(
         "percent_of_matmul": round(100 * work.flop / 1e12 / seconds / ceiling, 1),
         "gigabytes": round(gigabytes, 4),
         "percent_of_copy": round(100 * gigabytes / seconds / ceilings["copy_gbs"], 1),
-        "relative_error": relative_difference(series[-1].output, reference[-1].output) if reference else None,
+        "relative_error": error if error is None or math.isfinite(error) else None,
+        "failed": None if error is None or math.isfinite(error) else "the output is not finite",
     }
 
 
 @torch.no_grad()
-def alternate(measurements: Measurements, warmup: int, repeats: int) -> dict[str, list[Measured]]:
-    """Measure each in turn, `warmup + repeats` times, and keep the last `repeats` of each."""
+def alternate(measurements: Measurements, warmup: int, repeats: int) -> Runs:
+    """Measure each in turn, `warmup + repeats` times, and keep the last `repeats` of each that never fails."""
     runs: dict[str, list[Measured]] = {way: [] for way in measurements}
+    failed: dict[str, str] = {}
     for number in range(warmup + repeats):
-        for way, measurement in measurements.items():
-            run = measurement()
+        for way in [way for way in runs if way not in failed]:
+            try:
+                run = measurements[way]()
+            except Exception as error:  # memory, or what a compiler cannot do: the other ways go on
+                failed[way] = _reason(error)
+                continue
             runs[way].append(run)
             said = f"{run.seconds:.2f} s, {run.cpu_seconds:.2f} CPU s, {run.growth / GIB:.2f} GiB more"
             print(f"{number + 1}/{warmup + repeats} {way} {said}", file=sys.stderr, flush=True)
-    return {way: series[warmup:] for way, series in runs.items()}
+    return {way: failed.get(way, series[warmup:]) for way, series in runs.items()}
 
 
 class Bench:
     """The calls that are timed, on networks that are made when first needed and let go when the others are."""
 
-    def __init__(self, config: ConfigParser, options: argparse.Namespace, device: torch.device) -> None:
+    def __init__(
+        self, config: ConfigParser, options: argparse.Namespace, device: torch.device, folder: Path, size: str
+    ) -> None:
         self.config, self.options, self.device = config, options, device
+        self.folder, self.size = folder, size
         self.conditions = len(config.get_parsed_content("conditions"))
         self.latent_shape = config.get_parsed_content("latent_shape")
         self.grid = config.get_parsed_content("grid")
@@ -247,8 +298,15 @@ class Bench:
 
     def measurements(self, case: str, batch: int, steps: int | None) -> Measurements:
         """Way -> measurement of a call."""
+        if case == COMMAND:
+            return self.command.calls(self.ways("autoencoder_def"), steps or 1)
         calls = self.calls(case, batch, steps)
         return {way: partial(measure, call, self.device) for way, call in calls.items()}
+
+    @cached_property
+    def command(self) -> SamplingCommand:
+        """The whole commands, with their files of weights."""
+        return SamplingCommand(self.config, self.size, self.options, self.folder)
 
     def calls(self, case: str, batch: int, steps: int | None) -> Calls:
         """Way -> call."""
@@ -350,53 +408,6 @@ class Bench:
             return volume[:1]
 
         return {"ours": write}
-
-
-def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Seconds of the parts, and how they grow with steps, batch and volume."""
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    parts, *axes = figure.subplots(1, 1 + len(AXES))
-    ways = list(dict.fromkeys(row["way"] for row in rows))
-    colours = {way: f"C{number}" for number, way in enumerate(ways)}
-    largest = max(row["voxels"] for row in rows)
-    least = {(row["case"], row["way"]): row for row in reversed(rows) if row["voxels"] == largest}
-    cases = list(dict.fromkeys(case for case, _ in reversed(least)))
-    for number, way in enumerate(ways):
-        heights = [median(least[case, way]["seconds"]) if (case, way) in least else 0.0 for case in cases]
-        places = [place + number * 0.8 / len(ways) for place in range(len(cases))]
-        parts.bar(places, heights, 0.8 / len(ways), label=way, color=colours[way], align="edge")
-    parts.set_xticks([place + 0.4 for place in range(len(cases))], cases, rotation=30)
-    parts.set(yscale="log", ylabel="seconds", title="parts")
-    for axis, (name, case) in zip(axes, AXES.items()):
-        for way in ways:
-            points = sorted((r[name], median(r["seconds"])) for r in _alone(rows, name, case, way))
-            axis.plot(*zip(*points), "o-", color=colours[way], label=way) if points else None
-        axis.set(
-            xscale="log", yscale="log", xlabel=name, ylabel="seconds", title=f"{TITLES.get(case, case)} over {name}"
-        )
-        axis.xaxis.set_major_locator(FixedLocator(sorted({row[name] for row in rows if row[name] is not None})))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-        axis.xaxis.set_minor_locator(NullLocator())
-    parts.legend(fontsize=7)
-    return figure
-
-
-def _alone(rows: Sequence[Mapping[str, Any]], name: str, case: str, way: str) -> list[Mapping[str, Any]]:
-    # Only `name` varies: the networks are those of the first size, the batch the smallest, the volume the largest.
-    found = [row for row in rows if (row["size"], row["case"], row["way"]) == (rows[0]["size"], case, way)]
-    fixed = {"batch": min, "voxels": max}
-    kept = {key: choose(row[key] for row in found) for key, choose in fixed.items() if key != name and found}
-    return [row for row in found if all(row[key] == value for key, value in kept.items())]
-
-
-def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    names = ["size", "voxels", "case", "batch", "steps", "way", "seconds", "cpu_seconds", "times_original", "peak_gib"]
-    names += ["growth_gib", "percent_of_matmul", "percent_of_copy", "relative_error"]
-    print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
-    for row in rows:
-        shown = {**row, "seconds": median(row["seconds"])}
-        cells = ["" if shown[name] is None else shown[name] for name in names]
-        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
 
 
 if __name__ == "__main__":

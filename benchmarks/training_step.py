@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ from tqdm import tqdm
 from benchmarks.measuring import GIB, SIZES, machine, measure
 from scripts.autoencoder.perceptual import LPIPS
 from scripts.compute.devices import compute_device
+from scripts.core.errors import BundleError
 from scripts.core.files import write_json
 from scripts.core.paths import CONFIGS
 from scripts.core.programs import errors_in_one_line
@@ -57,12 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark with command-line arguments."""
     options = _options(arguments)
     with errors_in_one_line():
-        device = compute_device(options.device)
+        device = compute_device(options.device, options.tf32)
+        print(machine(device), file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             perceptual = Path(folder) / "lpips.safetensors"
             save_file(LPIPS().state_dict(), perceptual)
-            rows: list[dict[str, Any]] = []
-            for case in tqdm(list(_cases(options)), unit="case"):
+            rows = _kept(options, device) if options.resume else []
+            done = [tuple(row[name] for name in Case._fields) for row in rows]
+            for case in tqdm([case for case in _cases(options) if case not in done], unit="case"):
                 rows.append(_row(case, options, device, perceptual, rows))
                 _write(rows, options, device)
     _print_table(rows)
@@ -77,10 +81,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", choices=sorted(PRECISIONS), default=sorted(PRECISIONS))
     parser.add_argument("--checkpointing", nargs="+", type=int, choices=(0, 1), default=[0, 1])
     parser.add_argument("--channels_last", nargs="+", type=int, choices=(0, 1), default=[0])
+    parser.add_argument("--tf32", type=int, choices=(0, 1), default=1, help="0: float32 convolutions without TF32")
     parser.add_argument("--patch_shape", nargs=3, type=int, help="crops for the autoencoder; the whole grid by default")
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
     parser.add_argument("--repeats", type=int, default=5, help="steps that are counted")
     parser.add_argument("--json", help="file to write the figures to")
+    parser.add_argument("--resume", type=int, default=0, choices=(0, 1), help="1: go on with what that file holds")
     options = parser.parse_args(arguments)
     if min(options.batches) < 1 or options.warmup < 0 or options.repeats < 1:
         parser.error("--batches and --repeats must be at least 1, --warmup at least 0")
@@ -98,6 +104,21 @@ def _write(rows: Sequence[dict[str, Any]], options: argparse.Namespace, device: 
     if options.json:
         report = {"size": options.size, "patch_shape": options.patch_shape, "machine": machine(device)}
         write_json(options.json, {**report, "steps": list(rows), "fits": fitting(rows)})
+
+
+def _kept(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """The steps of an earlier run that did not fail.
+
+    Raises:
+        BundleError: if that was on another machine, or of another size.
+    """
+    if not options.json or not Path(options.json).is_file():
+        return []
+    found = json.loads(Path(options.json).read_text())
+    about = {"size": options.size, "patch_shape": options.patch_shape, "machine": machine(device)}
+    if any(found[name] != value for name, value in about.items()):
+        raise BundleError(f"{options.json} holds steps of another machine or size: give another file")
+    return [row for row in found["steps"] if row["failed"] is None or row["failed"] == OUT_OF_MEMORY]
 
 
 def _row(
@@ -129,7 +150,8 @@ def _run(case: Case, options: argparse.Namespace, device: torch.device, perceptu
     config = _configuration(case, options, device, perceptual)
     step = config.get_parsed_content("train::step")
     batch = BATCHES[case.stage](config, case.batch, options.patch_shape)
-    engine = SimpleNamespace(state=SimpleNamespace(device=device, epoch=1 + int(config.get("warm_up_epochs", 0))))
+    epoch = 1 + int(config.get("warm_up_epochs", 0))
+    engine = SimpleNamespace(state=SimpleNamespace(device=device, epoch=epoch, iteration=1))
 
     def call() -> Tensor:
         return torch.tensor(step(engine, batch)["losses"]["loss"])
@@ -160,7 +182,7 @@ def _configuration(case: Case, options: argparse.Namespace, device: torch.device
     base, *overlays = SIZES[options.size]
     config = ConfigParser()
     config.read_config([str(CONFIGS / name) for name in (base, f"train_{case.stage}.yaml", *overlays)])
-    config["device"] = str(device)
+    config["device"], config["tf32"] = str(device), options.tf32
     config["amp"] = PRECISIONS[case.precision]
     config["gradient_checkpointing"], config["channels_last"] = case.checkpointing, case.channels_last
     config["perceptual_path"] = str(perceptual)

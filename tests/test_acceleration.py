@@ -8,6 +8,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,20 @@ from monai.networks.nets import DiffusionModelUNet
 from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
 from released import FILES, configuration
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measuring import fill_with_random_values
 from scripts.core.errors import BundleError
-from scripts.networks.cpu.acceleration import FastConvolution, FastUpsampling, accelerate_unet, forget_derived, is_fast
+from scripts.networks.cpu import acceleration
+from scripts.networks.cpu.acceleration import (
+    FastConvolution,
+    FastUpsampling,
+    accelerate_autoencoder,
+    accelerate_unet,
+    cast_once,
+    forget_derived,
+    is_fast,
+)
 from scripts.sampling.requests import sample_generator
 from scripts.volumes.nifti import read_volume
 
@@ -79,6 +90,50 @@ def test_in_bfloat16_the_weights_are_cast_once(plain: nn.Module, tokens: int) ->
     assert cast and all(weight.dtype == torch.bfloat16 for weight in cast)
     forget_derived(fast)
     assert not any(forward._derived for forward in kept)
+
+
+class Operators(TorchDispatchMode):
+    """Counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_weights_cast_once_give_autocast_s_output_from_fewer_operators(plain: nn.Module) -> None:
+    outputs, counts = [], []
+    for network in (plain, cast_once(copy.deepcopy(plain), torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16), Operators() as operators:
+            outputs.append(network(**inputs()))
+        counts.append(operators.number)
+    cast = [m for m in plain.modules() if isinstance(m, (nn.Conv3d, nn.Linear))]
+    assert torch.equal(*outputs)
+    assert counts[0] - counts[1] >= sum(len(list(module.parameters())) for module in cast)
+
+
+class OnGPU(nn.Conv3d):
+    """A convolution that says that it is on a GPU."""
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return iter([SimpleNamespace(device=torch.device("cuda"))])
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), (0, torch.float32)])
+def test_on_a_gpu_weights_are_cast_and_keep_their_layout(amp: Any, dtype: torch.dtype) -> None:
+    for fast in (False, True):
+        network = accelerate_unet(OnGPU(4, 4, 3), fast, amp)
+        assert network.weight.dtype is dtype and network.weight.is_contiguous()
+
+
+def test_on_a_gpu_the_autoencoder_is_not_computed_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceleration, "stream", lambda *given, **more: pytest.fail("streamed"))
+    for fast in (False, True):
+        accelerate_autoencoder(OnGPU(4, 4, 3), "auto", fast)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,10 @@ from scripts.volumes.nifti import read_volume, write_volume
 
 pytest.importorskip("generative")
 
-from benchmarks import similarity, steps, training_step, writing  # noqa: E402
+from benchmarks import sampling, similarity, steps, training_step, writing  # noqa: E402
 from benchmarks.command import run as measured_run  # noqa: E402
 from benchmarks.evaluation import SIZES, make_volumes  # noqa: E402
-from benchmarks.measuring import counted  # noqa: E402
+from benchmarks.measuring import Measured, Work, counted  # noqa: E402
 from benchmarks.preparation import main as time_preparation  # noqa: E402
 
 
@@ -71,6 +74,79 @@ def test_volumes_of_several_sizes(tmp_path: Path) -> None:
     assert [row["way"] for row in rows] == 2 * ["original", "ours"]
     (small, large) = sorted({row["voxels"] for row in rows})
     assert small < large and rows[0]["voxels"] == small and rows[0]["tflop"] < rows[-1]["tflop"]
+
+
+class FakeCalls:
+    """Stand in for the networks of `benchmarks.sampling`: each call gives ones, or fails where it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.failing: dict[tuple[str, str], Exception] = {}
+        self.measured: list[tuple[str, int]] = []
+        monkeypatch.setattr(sampling.Bench, "measurements", lambda bench, *what: self.measurements(*what))
+        monkeypatch.setattr(sampling.Bench, "work", lambda *given: Work(1.0, 1.0))
+        ceilings = {"matmul_fp32_tflops": 1.0, "matmul_bf16_tflops": 1.0, "copy_gbs": 1.0}
+        monkeypatch.setattr(sampling, "measured_ceilings", lambda device: ceilings)
+
+    def measurements(self, case: str, batch: int, steps: int | None) -> dict[str, Any]:
+        self.measured.append((case, batch))
+        return {way: partial(self.measure, case, way) for way in ("original", "ours")}
+
+    def measure(self, case: str, way: str) -> Measured:
+        if (case, way) in self.failing:
+            raise self.failing[case, way]
+        return Measured(0.5, 0.5, 2**30, 2**20, torch.ones(2))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> FakeCalls:
+    return FakeCalls(monkeypatch)
+
+
+def sample_tiny(folder: Path, *more: str) -> list[dict[str, Any]]:
+    words = "--size tiny --device cpu --warmup 0 --repeats 2 --cases unet decode --batches 1 4"
+    sampling.main([*words.split(), "--ways", "original", "ours", "--folder", str(folder), *more])
+    return json.loads((folder / "sampling.json").read_text())["rows"]
+
+
+def test_sampling_that_fails_in_one_case_goes_on_with_the_others(
+    calls: FakeCalls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls.failing = {("unet", "ours"): torch.OutOfMemoryError("out of memory\nof 80 GiB")}
+    rows = sample_tiny(tmp_path)
+    assert [(row["case"], row["way"], row["failed"]) for row in rows] == [
+        *2 * [("unet", "original", None), ("unet", "ours", "out of memory")],
+        *[("decode", "original", None), ("decode", "ours", None)],
+    ]
+    assert "out of memory" in capsys.readouterr().out
+    calls.failing, calls.measured = {}, []
+    assert not any(row["failed"] for row in sample_tiny(tmp_path, "--resume", "1"))
+    assert calls.measured == [("unet", 1), ("unet", 4)], "what had not failed is not measured again"
+    with pytest.raises(SystemExit, match="another machine or other options"):
+        sample_tiny(tmp_path, "--resume", "1", "--fast", "0")
+
+
+def test_sampling_keeps_what_it_has_when_the_gpu_is_gone_or_the_time_over(
+    calls: FakeCalls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "answers", lambda device: len(calls.measured) < 2)
+    with pytest.raises(SystemExit, match="does not answer"):
+        sample_tiny(tmp_path)
+    report = json.loads((tmp_path / "sampling.json").read_text())
+    assert [row["batch"] for row in report["rows"]] == [1, 1, 4, 4] and (tmp_path / "sampling.png").is_file()
+    assert sample_tiny(tmp_path, "--resume", "1", "--minutes", "-1") == report["rows"]
+    monkeypatch.setattr(sampling, "answers", lambda device: True)
+    assert [row["case"] for row in sample_tiny(tmp_path, "--resume", "1")][-1] == "decode"
+
+
+def test_sampling_on_a_full_disk_loses_nothing(
+    calls: FakeCalls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = sample_tiny(tmp_path, "--cases", "unet")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(full))
+    with pytest.raises(SystemExit, match="No space left"):
+        sample_tiny(tmp_path, "--resume", "1")
+    assert json.loads((tmp_path / "sampling.json").read_text())["rows"] == written
 
 
 def test_work_is_counted() -> None:

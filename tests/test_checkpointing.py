@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import resource
 import signal
@@ -20,6 +21,8 @@ from processes import run_python
 from torch import nn
 
 from scripts.core.errors import BundleError
+from scripts.training import checkpointing
+from scripts.training import engine as training_engine
 from scripts.training.checkpointing import (
     Checkpoints,
     Progress,
@@ -29,7 +32,8 @@ from scripts.training.checkpointing import (
     training_seed,
     why_damaged,
 )
-from scripts.training.engine import Facts, FiniteLosses, StopOnSignal, check_options, epoch_length
+from scripts.training.engine import Facts, FiniteLosses, StopOnSignal, TimeLimit, check_options, epoch_length
+from scripts.training.optimisation import LearningRate
 from scripts.training.repeatable import Stream
 
 
@@ -359,3 +363,67 @@ def test_loss_that_is_not_finite_names_all_there_is_to_know(tmp_path: Path) -> N
     told = str(caught.value)
     assert "'kl' is nan at iteration 6, on sub-1/a.nii.gz, sub-2/b.nii.gz" in told
     assert f"The last good checkpoint is {tmp_path / 'checkpoint_iteration=4.pt'}" in told
+
+
+@pytest.fixture
+def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock of the trainings: its last entry is what it shows."""
+    shown = [0.0]
+    for module in (training_engine, checkpointing):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: shown[-1]))
+    return shown
+
+
+class TimedRun(Run):
+    """Takes ten seconds an iteration, tells the rates it had, and how often an epoch ended."""
+
+    def __init__(self, folder: Path, seconds: list[float], limit: Any, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.rates: list[float] = []
+        self.epochs = 0
+        rate = LearningRate(torch.optim.SGD(self.network.parameters(), 1.0), 1.0, "cosine")
+        for handler in (TimeLimit(limit), rate):
+            handler.attach(self.engine)
+        self.engine.add_event_handler(Events.ITERATION_STARTED, lambda: self.rates.append(rate.rate))
+        self.engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: seconds.append(seconds[-1] + 10.0))
+        self.engine.add_event_handler(Events.EPOCH_COMPLETED, self._count)
+        self.seconds = seconds
+
+    def _count(self) -> None:
+        self.epochs += 1
+
+
+@pytest.mark.parametrize("length", [4, 3, 100])
+def test_training_ends_when_its_minutes_are_over(length: int, tmp_path: Path, seconds: list[float]) -> None:
+    """Wherever the epoch is: with a last validation and checkpoint, and with a rate that has fallen to 0."""
+    run = TimedRun(tmp_path, seconds, 1.0)
+    run(epochs=1000, length=length)
+    done = run.engine.state.iteration
+    assert done == 7 and run.epochs == -(-done // length)  # the clock moves on after the limit has looked at it
+    assert names(tmp_path)[-1] == "final.pt" and weight(tmp_path / "final.pt") == done
+    assert Checkpoints(tmp_path).paths()[-1].name == f"checkpoint_iteration={done}.pt"
+    shares = [max(0, n - 1) / 6 for n in range(done)]
+    assert run.rates == pytest.approx([0.5 + 0.5 * math.cos(math.pi * share) for share in shares], abs=0.01)
+
+
+def test_minutes_of_all_runs_count(tmp_path: Path, seconds: list[float]) -> None:
+    run = TimedRun(tmp_path, seconds, 1.0, every=1)
+    stop_at(run, 4)
+    with pytest.raises(KeyboardInterrupt):
+        run(epochs=1000, length=100)
+    seconds.append(5000.0)
+    for minutes, total in ((1.0, 7), (1.0, 7), (1.5, 10)):
+        again = TimedRun(tmp_path, seconds, minutes, every=1)
+        again(epochs=1000, length=100)
+        assert again.engine.state.iteration == total and weight(tmp_path / "final.pt") == total
+
+
+def test_checkpoints_by_the_clock(tmp_path: Path, seconds: list[float]) -> None:
+    TimedRun(tmp_path, seconds, None, keep=9, every=100, minutes=0.4)(epochs=1, length=10)
+    assert [path.stem.split("=")[1] for path in Checkpoints(tmp_path).paths()] == ["3", "6", "9", "10"]
+
+
+@pytest.mark.parametrize("minutes", [0, -1, "soon", float("nan")])
+def test_minutes_that_are_none(minutes: Any) -> None:
+    with pytest.raises(BundleError, match="--max_minutes must be"):
+        TimeLimit(minutes)

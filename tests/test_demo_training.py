@@ -4,30 +4,36 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from scripts.core.tables import read_table
+from scripts.core.tables import read_table, write_table
 from scripts.tools import demo_training
-from scripts.tools.demo_training import EPOCHS, PROBED, Machine, OutOfTimeError, main
+from scripts.tools.demo_training import Machine, OutOfTimeError, main
 
-VERBS: list[str | None] = [
-    "phantoms",
-    "phantoms",
-    "train_autoencoder",
-    "train_autoencoder",
-    "encode_latents",
-    "train_diffusion",
-]
-VERBS += ["train_diffusion", "train_brain_age", "train_brain_age", None, "figures", "side_by_side", "evaluate"]
+VERBS: list[str | None] = ["phantoms", "phantoms", "train_autoencoder", "encode_latents", "train_diffusion"]
+VERBS += ["train_brain_age", None, "figures", "side_by_side", "evaluate"]
+
+
+def wait_for(until: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Whether something becomes true in time."""
+    end = time.monotonic() + seconds
+    while not until() and time.monotonic() < end:
+        time.sleep(0.01)
+    return until()
+
+
+def make_machine(folder: Path, *words: str, minutes: float = float("inf")) -> Machine:
+    deadline = time.monotonic() + 60.0 * minutes
+    return Machine(folder, folder, demo_training._parser().parse_args(list(words)), deadline, {"done": []})
 
 
 class Commands:
@@ -35,11 +41,13 @@ class Commands:
 
     def __init__(self) -> None:
         self.ran: list[tuple[str | None, dict[str, Any]]] = []
+        self.options: list[dict[str, Any]] = []
         self.stop_at: int | None = None
 
-    def __call__(self, machine: Machine, verb: str | None, flags: Mapping[str, Any], processes: int = 1) -> None:
+    def __call__(self, machine: Machine, verb: str | None, flags: Mapping[str, Any], *args: Any, **more: Any) -> bool:
         if len(self.ran) == self.stop_at:
             raise OutOfTimeError
+        self.options.append(more)
         self.ran.append((verb, dict(flags)))
         folder = Path(flags.get("run_dir") or flags.get("output_dir") or flags["latents_dir"])
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,10 +55,8 @@ class Commands:
         if "run_dir" in flags:
             network = str(verb).removeprefix("train_")
             torch.save({network: {"weight": torch.ones(2)}, "facts": {}}, folder / f"{network}.pt")
-            for n in (1, 2):
-                checkpoint = folder / f"checkpoint_iteration={n * PROBED}.pt"
-                checkpoint.touch()
-                os.utime(checkpoint, (5.0 * n, 5.0 * n))
+        until = more.get("until")
+        return until is None or not wait_for(until)
 
     def verbs(self) -> list[str | None]:
         return [verb for verb, _ in self.ran]
@@ -59,31 +65,43 @@ class Commands:
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
     made = Commands()
-    monkeypatch.setattr(Machine, "run", lambda machine, *args: made(machine, *args))
+    monkeypatch.setattr(Machine, "run", lambda machine, *args, **more: made(machine, *args, **more))
     monkeypatch.setattr(demo_training, "losses", lambda run: {})
     monkeypatch.setattr(demo_training, "draw", lambda *args: None)
     return made
 
 
 def run(folder: Path, *more: str) -> None:
-    main(["--work_dir", str(folder / "work"), "--deliver_dir", str(folder / "kept"), "--samples", "5", *more])
+    write_table(folder / "participants.tsv", [{"participant_id": name} for name in ("sub-2", "sub-1")])
+    main(
+        [
+            "--heads_dir",
+            str(folder),
+            "--work_dir",
+            str(folder / "work"),
+            "--deliver_dir",
+            str(folder / "kept"),
+            "--samples",
+            "5",
+            *more,
+        ]
+    )
 
 
 def test_stages_in_their_order(commands: Commands, tmp_path: Path) -> None:
     run(tmp_path, "--autoencoder_minutes", "0.5")
     assert commands.verbs() == VERBS
-    planned = commands.ran[3][1]
-    assert (planned["max_epochs"], planned["epoch_length"]) == (EPOCHS, 6), "30 s of iterations that take 0.25 s"
+    assert commands.ran[2][1]["max_minutes"] == 0.5 and commands.ran[4][1]["max_minutes"] == 9.0
     kept = tmp_path / "kept" / "autoencoder.safetensors"
-    assert kept.is_file() and all(commands.ran[n][1]["autoencoder_path"] == kept for n in (4, 6, 9))
+    assert kept.is_file() and all(commands.ran[n][1]["autoencoder_path"] == kept for n in (3, 4, 6))
     rows = read_table(tmp_path / "work" / "conditions.tsv", ("gender", "age", "ventricular_vol", "brain_vol"))
     assert len(rows) == 5 and {row["gender"] for row in rows} <= {"0", "1"}
 
 
 def test_goes_on_where_the_minutes_ended(commands: Commands, tmp_path: Path) -> None:
-    commands.stop_at = 6
+    commands.stop_at = 4
     run(tmp_path)
-    assert commands.verbs() == VERBS[:6]
+    assert commands.verbs() == VERBS[:4]
     commands.stop_at = None
     run(tmp_path)
     assert commands.verbs() == VERBS, "nothing is timed or done again"
@@ -92,13 +110,13 @@ def test_goes_on_where_the_minutes_ended(commands: Commands, tmp_path: Path) -> 
 
 
 def test_goes_on_from_the_kept_weights_alone(commands: Commands, tmp_path: Path) -> None:
-    commands.stop_at = 6
+    commands.stop_at = 4
     run(tmp_path)
     shutil.rmtree(tmp_path / "work")
     shutil.copyfile(tmp_path / "kept" / "autoencoder.safetensors", tmp_path / "kept" / "diffusion.safetensors")
     commands.stop_at, commands.ran = None, []
     run(tmp_path)
-    assert commands.verbs() == ["phantoms", "phantoms", "encode_latents", *VERBS[6:]]
+    assert commands.verbs() == ["phantoms", "phantoms", "encode_latents", *VERBS[4:]]
     assert commands.ran[3][1]["pretrained"] == tmp_path / "kept" / "diffusion.safetensors"
 
 
@@ -148,9 +166,56 @@ def test_search_for_copies_needs_weights(
 
 
 def test_command_that_fails(tmp_path: Path) -> None:
-    machine = Machine(tmp_path, tmp_path, demo_training._parser().parse_args([]), float("inf"))
+    machine = make_machine(tmp_path)
     with pytest.raises(demo_training.BundleError, match="ended with exit code 3"):
         machine.call([sys.executable, "-c", "raise SystemExit(3)"])
     machine.deadline = time.monotonic() + demo_training.GRACE_S + 0.5
     with pytest.raises(OutOfTimeError):
         machine.call([sys.executable, "-c", "import time; time.sleep(60)"])
+
+
+def test_the_autoencoder_starts_on_the_first_phantoms_and_goes_on_with_all(commands: Commands, tmp_path: Path) -> None:
+    run(tmp_path, "--phantoms", "9", "--first", "4", "--decoder_minutes", "1", "--brain_age_minutes", "0")
+    ran = [flags for verb, flags in commands.ran if verb == "phantoms"]
+    made = [(Path(flags["output_dir"]).name, flags["num_phantoms"]) for flags in ran]
+    assert all(flags["heads"] == ["sub-1", "sub-2"] for flags in ran), (
+        "those that are there, in the order of the labels"
+    )
+    assert made == [("phantoms", 4), ("phantoms", 9), ("held_out", 40)]
+    trained = [(flags, more) for (verb, flags), more in zip(commands.ran, commands.options) if verb == VERBS[2]]
+    first, again, decoder = trained
+    assert "until" in first[1] and first[0] == again[0] and again[1]["until"] is None, "one training, stopped once"
+    assert decoder[1]["fine_tuning"] and decoder[0]["freeze"] and decoder[0]["run_dir"] != first[0]["run_dir"]
+    kept = tmp_path / "kept"
+    assert decoder[0]["pretrained"] == kept / demo_training.FIRST
+    assert (kept / "autoencoder.safetensors").is_file() and "train_brain_age" not in commands.verbs()
+
+
+def test_a_model_of_one_s_own_and_options_of_a_stage(commands: Commands, tmp_path: Path) -> None:
+    run(tmp_path, "--until", "diffusion", "--set", "diffusion.batch_size=64", "autoencoder.lr=1e-3")
+    assert commands.verbs() == VERBS[:5]
+    assert (commands.ran[2][1]["lr"], commands.ran[4][1]["batch_size"]) == ("1e-3", "64")
+    for wrong in ("batch_size=64", "diffusion.batch_size", "unet.lr=1"):
+        with pytest.raises(SystemExit, match="--set takes STAGE.OPTION=VALUE"):
+            run(tmp_path, "--set", wrong)
+
+
+def test_the_minutes_of_stages_that_are_to_fit(tmp_path: Path) -> None:
+    words = ["--fit", "1", "--minutes", "9", "--autoencoder_minutes", "30", "--diffusion_minutes", "10"]
+    machine = make_machine(tmp_path, *words, "--brain_age_minutes", "0", minutes=9)
+    first, second = machine.minutes("autoencoder"), machine.minutes("diffusion")
+    assert first == pytest.approx(3 * second, rel=0.01) and 7.5 < first + second < 8.5 - 0.3
+    machine.deadline -= 300.0
+    assert machine.minutes("autoencoder") == first, "a training that goes on has the minutes that it began with"
+    machine = make_machine(tmp_path, *words[4:])
+    assert (machine.minutes("autoencoder"), machine.minutes("diffusion")) == (30.0, 10.0)
+
+
+def test_weights_of_a_training_that_is_going_on(tmp_path: Path) -> None:
+    machine, run_dir = make_machine(tmp_path), tmp_path / "runs" / "diffusion"
+    run_dir.mkdir(parents=True)
+    for n in (100, 200):
+        content = {"diffusion": {"weight": torch.full((2,), n)}, "facts": {}}
+        torch.save(content, run_dir / f"checkpoint_iteration={n}.pt")
+    demo_training.deliver_weights(machine)
+    assert load_file(tmp_path / "diffusion.safetensors")["weight"].tolist() == [200.0, 200.0]

@@ -5,11 +5,14 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from scripts.compute.processes import meet
+from scripts.compute import processes
+from scripts.compute.processes import LONGEST_WAIT, meet
 from scripts.core.errors import BundleError
 
 
@@ -31,3 +34,17 @@ def test_each_start_has_one_name_of_its_own() -> None:
 def test_process_that_stays_alone_says_so(rank: int) -> None:
     with pytest.raises(BundleError, match="have not turned up"):
         meet(dist.HashStore(), rank, 2, patience=0.2)
+
+
+@pytest.mark.parametrize(("device", "backend", "own"), [("cuda:1", "nccl", "cuda:1"), ("cpu", "gloo", None)])
+def test_a_group_knows_its_device_and_waits_longer_than_a_validation(
+    device: str, backend: str, own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(processes, "meet", lambda *args: "name")
+    monkeypatch.setattr(dist, "init_process_group", lambda kind, **options: given.update(options, backend=kind))
+    processes.start(torch.device(device))
+    assert (given["backend"], given["timeout"], str(given["device_id"])) == (backend, LONGEST_WAIT, str(own))

@@ -13,6 +13,7 @@ import torch
 from ignite.engine import Engine
 from monai.bundle import ConfigParser
 
+from scripts.compute import devices
 from scripts.compute.devices import compute_device, process_rank
 from scripts.core.errors import BundleError, find_bundle_error, report_errors_in_one_line
 from scripts.core.options import whole_number, yes_or_no
@@ -53,9 +54,14 @@ def test_limits_of_whole_numbers() -> None:
             whole_number(value, "seed")
 
 
-def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def gpus(monkeypatch: pytest.MonkeyPatch, count: int, cudnn: int = 91700) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    devices._say_versions.cache_clear()
 
 
 def test_devices_of_a_machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +80,46 @@ def test_devices_of_a_machine_with_two_gpus(monkeypatch: pytest.MonkeyPatch) -> 
         compute_device("cuda:2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert compute_device("auto") == compute_device("cuda") == torch.device("cuda:1")
+
+
+def test_a_gpu_is_set_up_where_it_is_chosen(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    gpus(monkeypatch, 1)
+    caplog.set_level("INFO")
+    assert devices.precision_facts(compute_device("cuda")) == {"tf32": True} and torch.backends.cudnn.benchmark
+    assert f"gpu GPU 0, torch {torch.__version__}" in caplog.text and "cudnn 9.17.0" in caplog.text
+    assert devices.precision_facts(compute_device("cuda", tf32=0)) == {"tf32": False}
+    assert not caplog.records[1:], "versions are said once"
+    assert devices.precision_facts(compute_device("cpu", tf32=0)) == {}
+    with pytest.raises(BundleError, match="--tf32 must be 1 or 0"):
+        compute_device("cuda", tf32="half")
+    assert devices.volume_layout("cuda") is torch.contiguous_format
+    assert devices.volume_layout("cpu") is torch.channels_last_3d
+
+
+@pytest.mark.parametrize(("version", "warned"), [(90701, False), (90800, True), (91400, True), (91500, False)])
+def test_versions_of_cudnn_that_waste_memory(
+    version: int, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpus(monkeypatch, 1, version)
+    compute_device("cuda")
+    assert any("3D convolutions in bfloat16" in record.message for record in caplog.records) is warned
+
+
+def test_copies_to_a_gpu_leave_from_pinned_memory() -> None:
+    said: list[object] = []
+
+    class OnTheCPU:
+        def pin_memory(self) -> OnTheCPU:
+            said.append("pinned")
+            return self
+
+        def to(self, device: torch.device, non_blocking: bool = False) -> OnTheCPU:
+            said.append((device.type, non_blocking))
+            return self
+
+    for kind in ("cpu", "cuda"):
+        devices.sent(OnTheCPU(), torch.device(kind))  # type: ignore[arg-type]
+    assert said == [("cpu", False), "pinned", ("cuda", True)]
 
 
 @pytest.mark.parametrize("name", ["tpu", "gpu", "mps", "meta", "", "cpu0", None, 1.5])

@@ -176,6 +176,9 @@ def test_every_old_module_can_be_imported() -> None:
     for old, homes in OLD_NAMES.items():
         module, successor = (importlib.import_module(f"scripts.{name}") for name in (old, homes[0]))
         public = [n for n, value in vars(successor).items() if getattr(value, "__module__", "") == successor.__name__]
+        public = [
+            name for name in public if not name.startswith("__")
+        ]  # PyTorch's compiler leaves functions of its own
         assert all(getattr(module, name) is getattr(successor, name) for name in public), old
 
 

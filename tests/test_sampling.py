@@ -20,7 +20,9 @@ from processes import Finished
 from released import configuration
 
 from scripts.core.errors import find_bundle_error
+from scripts.core.files import write_json
 from scripts.diffusion.targets import TARGETS
+from scripts.sampling import saving
 
 CARD = {"gender": 1.0, "age": 0.7, "ventricular_vol": 0.7, "brain_vol": 0.5}
 CONFIGS = [BASE, TINY]
@@ -347,6 +349,18 @@ def test_row_of_a_table_is_the_sample_of_its_flags(sample: Sample, output_dir: P
     sample(seed=2, output_dir=str(tmp_path / "flags"), **flags)
     alone, (first, *_) = voxels(tmp_path / "flags"), voxels(output_dir).items()
     assert equal(alone, dict([first]))
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "same"),
+    [(True, False, False), (False, False, True), (None, False, True), (True, None, True), (None, None, True)],
+)
+def test_samples_of_another_float32_are_others(there: Any, wanted: Any, same: bool, tmp_path: Path) -> None:
+    """None: of a CPU, or of a GPU before sidecars said it."""
+    mine, other = ({"seed": 1} if tf32 is None else {"seed": 1, "tf32": tf32} for tf32 in (wanted, there))
+    write_json(tmp_path / "x.json", {**other, "versions": {"torch": "1"}})
+    assert saving._same_sample(tmp_path / "x.json", {**mine, "versions": {"torch": "2"}}) is same
+    assert not saving._same_sample(tmp_path / "x.json", {**mine, "seed": 2})
 
 
 def test_sidecar_says_how_the_sample_was_made(sample: Sample, bundle_copy: Path, output_dir: Path) -> None:

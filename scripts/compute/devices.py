@@ -1,17 +1,24 @@
 # SPDX-FileCopyrightText: Brain LDM contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Where to compute."""
+"""Where to compute, and how a GPU is set up for it."""
 
 from __future__ import annotations
 
 import logging
 import os
+from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from scripts.core.errors import BundleError
+from scripts.core.options import yes_or_no
 
 logger = logging.getLogger(__name__)
+
+WASTEFUL = ((9, 8), (9, 15))
+"""Versions of cuDNN, the last one excluded, whose 3D convolutions in bfloat16 take many times the memory."""
 
 
 def process_rank() -> tuple[int, int]:
@@ -19,12 +26,14 @@ def process_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def compute_device(device: str | torch.device) -> torch.device:
-    """The device to use, checked.
+def compute_device(device: str | torch.device, tf32: Any = True) -> torch.device:
+    """The device to use, checked; a GPU is set up: cuDNN measures which algorithm is the fastest for each size.
 
     Args:
         device: `auto` (CUDA where there is one, else the CPU), or a name such as `cpu`, `cuda`, `cuda:1`.
             Under torchrun `auto` and `cuda` mean the process's own GPU.
+        tf32: whether a GPU's float32 convolutions may take TF32, 10 bits of the 23, as is PyTorch's default; matrix
+            products take all of them either way.
 
     Raises:
         BundleError: if the name is no device, or asks for a GPU that is not there.
@@ -38,7 +47,7 @@ def compute_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, TypeError) as error:
         raise BundleError(f"--device must be auto, cpu, cuda or cuda:N, got '{device}'") from error
     if wanted.type == "cuda":
-        return _cuda(wanted)
+        return _set_up(_cuda(wanted), yes_or_no(tf32, "tf32"))
     if wanted.type != "cpu":
         raise BundleError(f"--device must be auto, cpu, cuda or cuda:N, got '{device}'")
     return wanted
@@ -51,3 +60,51 @@ def _cuda(wanted: torch.device) -> torch.device:
     if index >= torch.cuda.device_count():
         raise BundleError(f"--device cuda:{index}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
     return torch.device("cuda", index)
+
+
+def _set_up(gpu: torch.device, tf32: bool) -> torch.device:
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = tf32
+    if not tf32:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    if process_rank()[0] == 0:
+        _say_versions(gpu)
+    return gpu
+
+
+@cache
+def _say_versions(gpu: torch.device) -> None:
+    known = gpu_versions(gpu)
+    logger.info(", ".join(f"{name} {version}" for name, version in known.items()))
+    if known["cudnn"] and WASTEFUL[0] <= tuple(map(int, known["cudnn"].split(".")))[:2] < WASTEFUL[1]:
+        logger.warning(
+            f"cuDNN {known['cudnn']} takes tens of GB for some 3D convolutions in bfloat16: with --amp, install "
+            "nvidia-cudnn 9.15 or newer, or give --amp fp16"
+        )
+
+
+def gpu_versions(gpu: torch.device) -> dict[str, str | None]:
+    """The GPU's name, and the versions of PyTorch, of its CUDA and of cuDNN; None for what this build has not."""
+    number = torch.backends.cudnn.version()
+    cudnn = None if number is None else f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+    name = torch.cuda.get_device_name(gpu)
+    return {"gpu": name, "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": cudnn}
+
+
+def precision_facts(device: torch.device) -> dict[str, bool]:
+    """Whether float32 means TF32 in convolutions; nothing on a CPU, which has no TF32."""
+    return {"tf32": torch.backends.cudnn.allow_tf32} if device.type == "cuda" else {}
+
+
+def volume_layout(device: torch.device | str) -> torch.memory_format:
+    """How volumes and their convolutions' weights lie in memory where a layout may be chosen.
+
+    On a CPU with the channels last. On a GPU in PyTorch's plain order: its group normalisation brings every map into
+    that order, so that with channels last each norm of a network costs two transpositions.
+    """
+    return torch.contiguous_format if torch.device(device).type == "cuda" else torch.channels_last_3d
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU's tensor on the device: to a GPU from pinned memory, so that the copy waits for nothing computed there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 MEETING, PAUSE_S = "meeting", 0.05
 PATIENCE = timedelta(days=100)
+LONGEST_WAIT = timedelta(hours=2)
+"""For one message of the group: rank 0 may draw samples of a full-size model while the others wait."""
 
 T = TypeVar("T")
 
@@ -45,8 +47,15 @@ def start(device: torch.device) -> None:
         torch.cuda.set_device(device)
     store, own_rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(meet(store, own_rank, size), store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=own_rank,
+        world_size=size,
+        timeout=LONGEST_WAIT,
+        device_id=device if on_gpu else None,
+    )
     if rank() > 0:
         logging.disable(logging.WARNING)
     logger.info(f"working in {world_size()} processes")

@@ -16,6 +16,7 @@ from monai.networks.schedulers import DDIMScheduler, RFlowScheduler, Scheduler
 from torch import Tensor
 from tqdm import tqdm
 
+from scripts.compute.devices import sent
 from scripts.core.errors import BundleError
 from scripts.core.options import checked_steps, yes_or_no
 from scripts.diffusion.schedules import signal_and_noise, target_of
@@ -198,9 +199,7 @@ def rounded_signal_and_noise(schedule: Scheduler, timesteps: Sequence[int]) -> l
 def fresh_noise(latent: Tensor, generators: Generators) -> Tensor:
     """Standard normal noise of the latents' shape, each sample's from its own generator on the CPU."""
     noise = torch.stack([torch.randn(latent.shape[1:], generator=generator) for generator in generators])
-    if latent.device.type == "cuda":  # from pinned memory the copy does not wait for what the GPU still computes
-        noise = noise.pin_memory()
-    return noise.to(latent.device, non_blocking=True)
+    return sent(noise, latent.device)
 
 
 class CleanLatent:

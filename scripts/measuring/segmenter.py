@@ -22,6 +22,7 @@ from monai.networks.nets import UNet
 from monai.transforms import DivisiblePad, ScaleIntensityRangePercentiles
 from torch import Tensor, nn
 
+from scripts.compute.devices import volume_layout
 from scripts.compute.precision import autocast
 from scripts.core.errors import BundleError
 from scripts.core.paths import MODELS
@@ -137,7 +138,7 @@ class Segmenter:
         sha256: str = "",
     ) -> None:
         self.device, self.amp = torch.device(device), amp
-        self.network: nn.Module = network.to(self.device, memory_format=torch.channels_last_3d).eval()  # type: ignore[call-overload]
+        self.network: nn.Module = network.to(self.device, memory_format=volume_layout(self.device)).eval()  # type: ignore[call-overload]
         self.spacing, self.sha256 = float(facts["spacing"]), sha256
 
     def shares(self, volume: Tensor | np.ndarray, grid: Grid) -> Tensor:
@@ -161,7 +162,7 @@ class Segmenter:
     @torch.no_grad()
     def _applied(self, image: Tensor) -> Tensor:
         x, y, z = image.shape[1:]
-        padded = divisible(image)[None].to(memory_format=torch.channels_last_3d)
+        padded = divisible(image)[None].to(memory_format=volume_layout(self.device))
         with autocast(self.device, self.amp):
             found = self.network(padded)
         return found[0, :, :x, :y, :z].float().softmax(dim=0)

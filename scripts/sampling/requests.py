@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from scripts.compute.devices import process_rank
+from scripts.compute.devices import process_rank, sent
 from scripts.conditions.conditions import Conditions, flags_or_table
 from scripts.core.config import current_config
 from scripts.core.errors import BundleError
@@ -89,15 +89,16 @@ def prepare_noise(
 
     Args:
         batch: of `SampleRequests`.
-        device, non_blocking: of the noise and of the conditions.
+        device: of the noise and of the conditions.
+        non_blocking: as MONAI gives it; copies to a GPU never wait.
         shape: of the noise of one sample.
         kwargs: what MONAI gives besides is not used.
     """
     pairs = zip(batch["seed"].tolist(), batch["noise"].tolist(), strict=True)
     generators = [sample_generator(seed, index) for seed, index in pairs]
     noise = torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
-    condition = batch["condition"].to(device, non_blocking=non_blocking)
-    return noise.to(device), None, (), {"condition": condition, "generators": generators}
+    condition = sent(batch["condition"], device)
+    return sent(noise, device), None, (), {"condition": condition, "generators": generators}
 
 
 def sample_generator(seed: int, index: int) -> torch.Generator:

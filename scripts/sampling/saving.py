@@ -15,7 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch.utils.data import DataLoader
 
-from scripts.compute.devices import process_rank
+from scripts.compute.devices import precision_facts, process_rank
 from scripts.compute.writer import BackgroundWriter, HostCopy
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
@@ -28,6 +28,7 @@ from scripts.volumes.nifti import DTYPES, mid_planes, write_picture, write_volum
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "monai", "numpy", "nibabel")
+TF32 = "tf32"  # in sidecars of samples from a GPU, of this version on
 
 
 class SampleSaver:
@@ -43,6 +44,7 @@ class SampleSaver:
         facts: what the sidecar says of the model; see `scripts.sampling.family.ModelFamily.facts`.
         dtype: of the voxels on disk; see `scripts.volumes.nifti.write_volume`.
         write_threads: how many volumes are written at the same time; 0 writes before the next batch is sampled.
+        device: where they are sampled.
 
     Raises:
         BundleError: if the folder is not writable, the dtype not known, or the number of threads not whole.
@@ -56,6 +58,7 @@ class SampleSaver:
         facts: Mapping[str, Any],
         dtype: str = "uint8",
         write_threads: Any = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
         if dtype not in DTYPES:
             raise BundleError(f"--output_dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
@@ -63,7 +66,8 @@ class SampleSaver:
         self.grid = grid
         self.conditions = conditions
         self.writer = BackgroundWriter(write_threads)
-        self.facts = {**facts, "grid": {"shape": list(grid.shape), "affine": grid.affine.tolist()}, "dtype": dtype}
+        self.facts = {**facts, **precision_facts(torch.device(device)), "dtype": dtype}
+        self.facts["grid"] = {"shape": list(grid.shape), "affine": grid.affine.tolist()}
 
     def attach(self, engine: Engine) -> None:
         """Save after every batch of a MONAI evaluator."""
@@ -140,7 +144,10 @@ def _same_sample(sidecar: Path, wanted: Mapping[str, Any]) -> bool:
         raise BundleError(f"{sidecar} is damaged ({error}): remove it, and its sample is made again") from error
     if not isinstance(found, Mapping):
         return False
-    return {k: v for k, v in found.items() if k != "versions"} == {k: v for k, v in wanted.items() if k != "versions"}
+    compared = (found.keys() | wanted.keys()) - {"versions"}
+    if not (TF32 in found and TF32 in wanted):
+        compared -= {TF32}
+    return all(key in found and key in wanted and found[key] == wanted[key] for key in compared)
 
 
 def sample_all(evaluator: Engine, requests: SampleRequests, saver: SampleSaver) -> None:

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -24,7 +25,7 @@ from scripts.compute import processes
 from scripts.core.config import config_text, is_plain
 from scripts.core.errors import BundleError
 from scripts.core.files import make_folder, replacing
-from scripts.core.options import whole_number
+from scripts.core.options import is_absent, number, whole_number
 from scripts.core.paths import PACKAGE
 from scripts.training.repeatable import Stream
 
@@ -269,6 +270,7 @@ class Resume:
         if engine.state.iteration >= total:
             logger.warning("there is nothing left to train: --max_epochs above the epochs that are done goes on")
         engine.state.best = content["trainer"].get("best", -math.inf)
+        engine.state.seconds = content["trainer"].get("seconds", 0.0)
         _say_what_changed(content.get("config", "{}"), content.get("code", {}))
 
 
@@ -323,6 +325,7 @@ class SaveCheckpoints:
         result: name of the final file.
         shipped: which of the objects the best and final files hold.
         every: iterations between two checkpoints; None for one at the end of each epoch.
+        minutes: after which there is one more, whatever the iteration; None for no such ones.
         metric: name in `engine.state.metrics` of what tells the best; a leading `-` if less is better.
     """
 
@@ -335,8 +338,11 @@ class SaveCheckpoints:
         shipped: Sequence[str],
         every: Any = None,
         metric: str | None = None,
+        minutes: Any = None,
     ) -> None:
         self.checkpoints, self.objects, self.seed = checkpoints, present(objects), seed
+        self.seconds = math.inf if is_absent(minutes) else 60.0 * number(minutes, "checkpoint_minutes", least=0.0)
+        self.saved_at = math.inf
         self.result, self.shipped = checkpoints.folder / result, [name for name in shipped if name in self.objects]
         self.every = None if every is None else whole_number(every, "checkpoint_every", least=1)
         self.metric = metric
@@ -355,15 +361,17 @@ class SaveCheckpoints:
         if processes.is_main():
             self.checkpoints.lock()
         self.best = getattr(engine.state, "best", -math.inf)
+        self.saved_at = time.monotonic()
 
     def _save_within_epoch(self, engine: Engine) -> None:
-        if self.every and engine.state.iteration % self.every == 0 and not ends_epoch(engine):
+        due = self.every and engine.state.iteration % self.every == 0
+        if (due or time.monotonic() - self.saved_at > self.seconds) and not ends_epoch(engine):
             self.save(engine)
 
     def _save_after_epoch(self, engine: Engine) -> None:
         # After the validation, so that a training that is killed in it has it again.
         self._save_if_best(engine)
-        if self.every is None or engine.state.iteration % self.every == 0 or _is_last(engine):
+        if self.every is None or engine.state.iteration % self.every == 0 or ends_training(engine):
             self.save(engine)
 
     def save(self, engine: Engine) -> None:
@@ -371,9 +379,10 @@ class SaveCheckpoints:
         if not processes.is_main():
             return
         content = {name: thing.state_dict() for name, thing in self.objects.items()}
-        content["trainer"] = {**Progress(engine, self.seed).state_dict(), "best": self.best}
+        content["trainer"] = {**Progress(engine, self.seed).state_dict(), "best": self.best, **_time_spent(engine)}
         content |= {"config": self.config, "code": self.version}
         self.checkpoints.write(content, engine.state.iteration)
+        self.saved_at = time.monotonic()
 
     def _save_if_best(self, engine: Engine) -> None:
         if self.metric is None or self.metric.lstrip("-") not in engine.state.metrics:
@@ -403,5 +412,12 @@ def ends_epoch(engine: Engine) -> bool:
     return engine.state.iteration % engine.state.epoch_length == 0
 
 
-def _is_last(engine: Engine) -> bool:
-    return engine.state.iteration == engine.state.max_epochs * engine.state.epoch_length
+def ends_training(engine: Engine) -> bool:
+    """Whether the epoch that was just done is the last."""
+    return engine.state.epoch == engine.state.max_epochs
+
+
+def _time_spent(engine: Engine) -> dict[str, float]:
+    """The seconds that a training with a limit of minutes has taken so far."""
+    since = getattr(engine.state, "since", None)
+    return {} if since is None else {"seconds": round(time.monotonic() - since, 3)}

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import signal
+import time
 from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from scripts.compute import processes
+from scripts.compute.devices import volume_layout
 from scripts.compute.precision import recompute_activations
 from scripts.core.errors import BundleError
 from scripts.core.options import is_absent, number, whole_number, yes_or_no
@@ -159,6 +161,52 @@ class StopOnSignal:
             )
 
 
+class TimeLimit:
+    """Handler that ends a training when its minutes are over, as another ends after its last epoch.
+
+    The epoch that is going on ends with the iteration that is, is validated, and the result is written. What falls with
+    the learning rate's decay has then fallen to its end. All runs of a training count, stops between them do not.
+    Attach it before the rates, and after the handler that resumes.
+
+    Args:
+        max_minutes: the limit; None for none.
+
+    Raises:
+        BundleError: for a limit that is no number above 0.
+    """
+
+    def __init__(self, max_minutes: Any = None) -> None:
+        self.seconds = None if is_absent(max_minutes) else 60.0 * number(max_minutes, "max_minutes", least=0.0)
+        if self.seconds == 0.0:
+            raise BundleError("--max_minutes must be above 0")
+
+    def attach(self, engine: Engine) -> None:
+        """Follow a MONAI trainer, if there is a limit."""
+        if self.seconds is not None:
+            engine.add_event_handler(Events.STARTED, self.start)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self.end_in_time)
+
+    def start(self, engine: Engine) -> None:
+        """Go on with the time that was spent; with none left, there is nothing to train."""
+        engine.state.since = time.monotonic() - getattr(engine.state, "seconds", 0.0)
+        if self._is_over(engine):
+            logger.warning("the minutes of this training are over: --max_minutes above them goes on")
+            engine.state.max_epochs = engine.state.epoch
+
+    def end_in_time(self, engine: Engine) -> None:
+        """After an iteration: make the epoch the last, and end it; all processes do so together."""
+        if self._is_over(engine):
+            logger.info(f"the minutes are over after iteration {engine.state.iteration}")
+            engine.state.max_epochs = engine.state.epoch
+            if not ends_epoch(engine):
+                engine.terminate_epoch()
+
+    def _is_over(self, engine: Engine) -> bool:
+        spent = time.monotonic() - engine.state.since
+        engine.state.time_share = processes.all_max(spent / self.seconds) if self.seconds else 0.0
+        return engine.state.time_share >= 1.0
+
+
 def prepare_for_training(
     network: nn.Module, device: torch.device | str | None = None, checkpointing: Any = False, channels_last: Any = False
 ) -> nn.Module:
@@ -168,13 +216,16 @@ def prepare_for_training(
         network: what to train; changed in place.
         device: where to move it; None leaves it where it is.
         checkpointing: whether to compute activations again in the backward pass instead of keeping them.
-        channels_last: whether weights lie in memory with their channels last.
+        channels_last: whether weights lie in memory with their channels last, where the device gains by it; see
+            `scripts.compute.devices.volume_layout`.
     """
     if yes_or_no(checkpointing, "gradient_checkpointing"):
         recompute_activations(network, BLOCKS)
+    network = network.to(device)
     if yes_or_no(channels_last, "channels_last"):
-        network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return network.to(device).train()
+        layout = volume_layout(next(network.parameters()).device)
+        network = network.to(memory_format=layout)  # type: ignore[call-overload]
+    return network.train()
 
 
 def check_options(rates: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
@@ -222,7 +273,8 @@ def seed_networks(seed: int, deterministic: Any = False) -> None:
     """
     torch.manual_seed(seed)
     exact = yes_or_no(deterministic, "deterministic")
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
+    torch.backends.cudnn.deterministic = exact
+    torch.backends.cudnn.benchmark &= not exact
 
 
 def losses_of(output: Mapping[str, Any]) -> dict[str, float]:

@@ -132,7 +132,8 @@ class Optimisation:
 
 
 class LearningRate:
-    """Handler that sets an optimiser's rate at every iteration, as a function of the iteration alone.
+    """Handler that sets an optimiser's rate at every iteration, as a function of the iteration, and of time if that is
+    limited (`scripts.training.engine.TimeLimit`).
 
     A linear rise over the first iterations, then constant, half a cosine down to 0 at the end (Loshchilov and Hutter
     2017), or the same share less after each epoch. Nothing of it is kept in checkpoints, so a resumed training takes
@@ -171,16 +172,17 @@ class LearningRate:
 
     def __call__(self, engine: Engine) -> None:
         """Set the rate of the iteration that begins."""
+        state, share = engine.state, getattr(engine.state, "time_share", 0.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.at(engine.state.iteration - 1, engine.state.epoch_length, engine.state.max_epochs)
+            group["lr"] = self.at(state.iteration - 1, state.epoch_length, state.max_epochs, share)
 
     @property
     def rate(self) -> float:
         """The optimiser's rate now."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def at(self, done: int, epoch_length: int, epochs: int) -> float:
-        """The rate after `done` iterations of a training of that many epochs."""
+    def at(self, done: int, epoch_length: int, epochs: int, time_share: float = 0.0) -> float:
+        """The rate after `done` iterations of a training of that many epochs, or of a share of its minutes."""
         total = epochs * epoch_length
         if done < self.warm_up:
             return self.lr * (done + 1) / (self.warm_up + 1)
@@ -189,4 +191,4 @@ class LearningRate:
         if self.decay == "exponential":
             return self.lr * self.factor ** (done // epoch_length)
         share = (done - self.warm_up) / max(1, total - self.warm_up)
-        return self.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
+        return self.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, max(share, time_share))))

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from ignite.engine import Engine
 from torch import Tensor, nn
 
 from scripts.compute.processes import all_means
+from scripts.training.augmentation import SEEDS
 from scripts.training.ema import ExponentialMovingAverage
 from scripts.training.optimisation import Batch, Optimisation
 
@@ -66,10 +67,18 @@ class TrainingStep:
         optimisation: minimises with the network.
         loss: what it minimises.
         average: follows the weights, if not None.
+        augment: changes a batch's images on the device, by the seed of each sample that comes with the batch, if not
+            None; see `scripts.training.augmentation`.
     """
 
-    def __init__(self, optimisation: Optimisation, loss: Loss, average: ExponentialMovingAverage | None = None) -> None:
-        self.optimisation, self.loss, self.average = optimisation, loss, average
+    def __init__(
+        self,
+        optimisation: Optimisation,
+        loss: Loss,
+        average: ExponentialMovingAverage | None = None,
+        augment: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.optimisation, self.loss, self.average, self.augment = optimisation, loss, average, augment
 
     def __call__(self, engine: Engine, batch: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         """Train on one batch.
@@ -79,6 +88,8 @@ class TrainingStep:
         """
         device, epoch = engine.state.device, engine.state.epoch
         inputs = {name: batch[name].to(device=device, non_blocking=True) for name in self.loss.inputs}
+        if self.augment is not None:
+            inputs["image"] = self.augment(inputs["image"], batch[SEEDS])
         network = self.optimisation.network.train()
         before = self.loss.before_step(network, inputs, engine.state.iteration)
         losses = self.optimisation(inputs, partial(self.loss, network, epoch=epoch), self.loss.before_update)

@@ -79,8 +79,7 @@ def accelerate_unet(network: nn.Module, fast: bool = True, amp: Any = False, com
     Args:
         network: with its weights, on its device; it is changed in place.
         fast: whether to.
-        amp: precision that it will be called in; on a GPU the weights of convolutions and linear layers are cast to
-            it once, where autocast would cast the same weights to the same values at every call.
+        amp: precision that it will be called in; on a GPU, weights are then cast to it once; see `cast_once`.
         compiled: whether to compile it with PyTorch's compiler, into CUDA graphs on a GPU.
 
     Raises:
@@ -93,8 +92,8 @@ def accelerate_unet(network: nn.Module, fast: bool = True, amp: Any = False, com
                 module.forward = FORWARDS[type(module)](module)  # type: ignore[method-assign]
             if isinstance(module, SABlock):
                 module.use_flash_attention = True
-    if fast and on_gpu:
-        _for_gpu(network, half_precision(amp))
+    if on_gpu:
+        cast_once(network, half_precision(amp))
     if yes_or_no(compiled, "compile"):
         # Each size for itself: for sizes as variables, the compiler cannot lower the convolutions of `doubled`.
         network.compile(mode="reduce-overhead" if on_gpu else None, dynamic=False)
@@ -108,11 +107,20 @@ def forget_derived(network: nn.Module) -> None:
             module.forward.forget()
 
 
-def _for_gpu(network: nn.Module, dtype: torch.dtype | None) -> None:
-    network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+def cast_once(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A network whose convolutions and linear layers hold their weights in the type that autocast computes them in.
+
+    Autocast casts the same weights to the same values at every call, which is half of the operators of a call of the
+    UNet. The output is the same to the last bit; outside of autocast to `dtype` the network cannot be called any more.
+
+    Args:
+        network: changed in place.
+        dtype: None changes nothing.
+    """
     for module in network.modules():
         if dtype is not None and isinstance(module, (nn.Conv3d, nn.Linear)):
             module.to(dtype)
+    return network
 
 
 class Fast(ABC):
