@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from scripts.core.errors import BundleError
+
+TEMPORARY = re.compile(r"\.[0-9a-f]{1,12}-.")
+"""How the names begin under which files are written until they are complete."""
 
 
 def make_folder(path: str | os.PathLike) -> Path:
@@ -100,3 +104,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write `content` as indented JSON under a temporary name and rename it to `path`."""
     write_text(path, json.dumps(content, indent=4, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The map in a JSON file; an empty one where there is none, it is damaged, or it holds something else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -16,12 +16,12 @@ from scripts.conditions.conditions import Conditions
 from scripts.conditions.ranges import FILE as RANGES
 from scripts.conditions.ranges import learned_ranges
 from scripts.core.errors import BundleError
-from scripts.core.files import write_json, write_text
+from scripts.core.files import read_json, write_json, write_text
 from scripts.core.options import number
 from scripts.core.paths import CONFIGS
 from scripts.core.tables import MISSING, write_table
 from scripts.preparation.exclusions import Exclusions
-from scripts.preparation.prepared_scan import PreparedFiles, ScanPreparer, read_json
+from scripts.preparation.prepared_scan import PreparedFiles, ScanPreparer
 from scripts.preparation.quality_page import scan_name, write_page
 from scripts.preparation.sources import Source
 from scripts.volumes.datasets import SPLITS, TABLE, place

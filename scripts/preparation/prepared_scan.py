@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 
 from scripts.core.errors import BundleError
-from scripts.core.files import file_hash, make_folder, remove_leftovers, replacing, write_json, write_text
+from scripts.core.files import file_hash, make_folder, read_json, remove_leftovers, replacing, write_json, write_text
 from scripts.preparation.quality_page import FIGURES
 from scripts.preparation.quality_pictures import QualityPictures
 from scripts.preparation.registration import LPS
@@ -247,12 +247,3 @@ def itk_transform(rigid: np.ndarray) -> str:
         "FixedParameters: 0 0 0",
     )
     return "\n".join(lines) + "\n"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The dictionary in a JSON file; an empty one where there is none, or it is damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

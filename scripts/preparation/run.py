@@ -17,11 +17,11 @@ from typing import Any
 from tqdm import tqdm
 
 from scripts.compute.devices import process_rank
+from scripts.compute.ownership import OutputFolder
 from scripts.compute.pool import results
 from scripts.compute.processes import arrive
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
-from scripts.core.files import make_folder
 from scripts.core.options import is_absent, whole_number, yes_or_no
 from scripts.preparation.covariates import Columns, Covariates
 from scripts.preparation.exclusions import Exclusions
@@ -91,6 +91,8 @@ class Preparation:
         overwrite: Any = False,
     ) -> None:
         self.part, self.parts = _part(shard)
+        inputs = {"input_dir": input_dir, "input_table": input_table}
+        self.output = OutputFolder(dataset_dir, "dataset_dir", "prepare", inputs, part=(self.part, self.parts))
         self.num_workers = whole_number(num_workers, "num_workers")
         self.only_assemble = yes_or_no(assemble, "assemble")
         division = Splits(
@@ -101,7 +103,7 @@ class Preparation:
         self.scans = [_known(source, covariates) for source in sources]
         exclusions = Exclusions(exclude)
         exclusions.check([source.name for source in sources], [source.participant for source in sources])
-        self.dataset_dir = make_folder(dataset_dir)
+        self.dataset_dir = self.output.claim()
         self.preparer = ScanPreparer(space, steps, self.dataset_dir, yes_or_no(overwrite, "overwrite"))
         ranges, origin = yes_or_no(learn_ranges, "learn_ranges"), Path(str(input_dir or input_table))
         self.dataset = PreparedDataset(
@@ -114,6 +116,12 @@ class Preparation:
         Raises:
             BundleError: after all good scans are written, if any scan failed; at once if there is no room on the disk.
         """
+        try:
+            self._run()
+        finally:
+            self.output.release()
+
+    def _run(self) -> None:
         share, where = self.scans[self.part - 1 :: self.parts], self.dataset_dir / "logs"
         failed = [] if self.only_assemble else self._prepare(share)
         if self.only_assemble or self.dataset.is_complete(self.scans):
