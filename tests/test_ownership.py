@@ -191,7 +191,9 @@ def test_a_rerun_says_what_differs_and_refuses_other_inputs(tmp_path: Path, capl
     with pytest.raises(BundleError, match="holds what `segment` made of .*a: give another --output_dir"):
         other.claim()
     (tmp_path / "a").rename(tmp_path / "moved")
-    OutputFolder(tmp_path / "out", "output_dir", "segment", {"volumes_dir": tmp_path / "moved"}, ["volumes_dir"]).check()
+    OutputFolder(
+        tmp_path / "out", "output_dir", "segment", {"volumes_dir": tmp_path / "moved"}, ["volumes_dir"]
+    ).check()
 
 
 def test_samples_are_taken_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
