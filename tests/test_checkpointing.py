@@ -184,7 +184,7 @@ def test_another_version_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 
 def test_what_a_killed_training_left_is_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / ".123-checkpoint_iteration=4.pt").write_bytes(b"half")
+    (tmp_path / ".123456789abc-checkpoint_iteration=4.pt").write_bytes(b"half")
     Run(tmp_path)()
     assert not list(tmp_path.glob(".*.pt"))
 

@@ -2,18 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders that a command fills: they know which command that is, and no two commands meet in one.
 
-A folder that a command has filled holds a mark, `.made_by.json`: the command, the folders and files that it read, its
+A folder that a command has filled holds a mark, `.made_by`: the command, the folders and files that it read, its
 settings. While it writes, it holds a lock, `.lock`. Folders of versions before 2.2.0 have no mark; what lies in them
 tells whose they are.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from scripts.core.paths import ROOT
 
 logger = logging.getLogger(__name__)
 
-MARK, LOCK = ".made_by.json", ".lock"
+MARK, LOCK = ".made_by", ".lock"
 LOCKS = re.compile(r"\.lock(-(\d+)-of-(\d+))?")
 DERIVATIVES = "derivatives"
 """Where BIDS has what was made of a dataset: within it, and yet not a part of it."""
@@ -79,8 +81,9 @@ TRADES = {
 """Command -> what it leaves behind. Those of samples and of figures are alike: either may go on with the other's."""
 ALIKE = {"sample", "figures"}
 
-_held: dict[Path, FileLock] = {}
-"""The locks of this process. A command that failed within a longer process may try again."""
+_held: dict[Path, tuple[int, FileLock]] = {}
+"""The locks of this process, whose id stands with them, since a fork has them too. A command that failed within a
+longer process may try again."""
 
 
 class OutputFolder:
@@ -156,10 +159,8 @@ class OutputFolder:
         return self.path
 
     def release(self) -> None:
-        """Let others in."""
-        lock = _held.pop(self._lock_path(), None)
-        if lock is not None:
-            lock.release()
+        """Let others in; of a folder in which nothing was made, the mark goes as well."""
+        _let_go(self._lock_path())
 
     def _check_reads(self) -> None:
         own = self.path.resolve()
@@ -225,7 +226,7 @@ class OutputFolder:
             found = LOCKS.fullmatch(other.name)
             if found and int(found[3] or 1) != parts:
                 self._take(other).release()
-        _held[own] = self._take(own)
+        _held[own] = os.getpid(), self._take(own)
 
     def _take(self, path: Path) -> FileLock:
         lock = FileLock(path, thread_local=False)  # of this process, not of those that it forks
@@ -241,6 +242,23 @@ class OutputFolder:
                 f"cannot lock --{self.flag} {self.name}: {path}: {error.strerror or error}; give another folder"
             ) from error
         return lock
+
+
+@atexit.register
+def release_all() -> None:
+    """Let others into all folders of this process, as it ends."""
+    for path in list(_held):
+        _let_go(path)
+
+
+def _let_go(path: Path) -> None:
+    owner, lock = _held.pop(path, (0, None))
+    if lock is not None and owner == os.getpid():
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # while it is held: who waits for it sees that it has no name any more
+            if os.listdir(path.parent) == [MARK]:
+                (path.parent / MARK).unlink()
+        lock.release()
 
 
 def owner_of(folder: Path, expected: str = "") -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from scripts.core.errors import BundleError
 
-TEMPORARY = re.compile(r"\.[0-9a-f]{1,12}-.")
+TEMPORARY = re.compile(r"\.[0-9a-f]{12}-.")
 """How the names begin under which files are written until they are complete."""
 
 
