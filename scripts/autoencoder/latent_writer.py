@@ -10,6 +10,7 @@ other scans or another recipe, are replaced by new ones, into which the rows tha
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -49,7 +50,7 @@ class LatentWriter:
         latent_shape: Sequence[int],
         dtype: str,
         prepares: bool = True,
-        patience: float = 600.0,
+        patience: float = math.inf,
     ) -> None:
         self.folder, self.recipes = folder, recipes
         self.shape, self.dtype = (len(recipes), 2, *latent_shape), np.dtype(dtype)

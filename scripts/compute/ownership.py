@@ -33,6 +33,8 @@ from scripts.core.paths import ROOT
 logger = logging.getLogger(__name__)
 
 MARK, LOCK = ".made_by", ".lock"
+INNER = ("figures", "logs")
+"""Folders that commands make in theirs."""
 LOCKS = re.compile(r"\.lock(-(\d+)-of-(\d+))?")
 DERIVATIVES = "derivatives"
 """Where BIDS has what was made of a dataset: within it, and yet not a part of it."""
@@ -178,6 +180,11 @@ class OutputFolder:
             raise BundleError(f"--{self.flag} {self.name} is the bundle's own folder, or holds it: give another")
         if self.path.exists() and not self.path.is_dir():
             raise BundleError(f"--{self.flag} {self.name} is no folder: give another")
+        for name in INNER:
+            if (self.path / name).exists() and not (self.path / name).is_dir():
+                raise BundleError(
+                    f"{self.path / name} is no folder, and `{self.command}` writes into one: move it away"
+                )
         around = next((parent for parent in own.parents if (parent / MARK).is_file()), None)
         if around is not None and DERIVATIVES not in own.relative_to(around).parts:
             raise BundleError(

@@ -8,6 +8,7 @@ With one process every function here does nothing and costs nothing, so that cal
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 import warnings
@@ -46,7 +47,8 @@ def start(device: torch.device) -> None:
     store, own_rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(meet(store, own_rank, size), store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
+    # A process may take hours longer than another. One that dies closes its connections, which the others notice.
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=PATIENCE)
     if rank() > 0:
         logging.disable(logging.WARNING)
     logger.info(f"working in {world_size()} processes")
@@ -69,7 +71,7 @@ def arrive(where: str) -> None:
     store.wait([str(one) for one in range(size)], PATIENCE)
 
 
-def meet(store: dist.Store, own_rank: int, size: int, patience: float = 600.0) -> str:
+def meet(store: dist.Store, own_rank: int, size: int, patience: float = math.inf) -> str:
     """A name that the processes of this start have in common, and those of no earlier start had.
 
     Processes that torchrun restarts share the store of those before, whose addresses in it are no longer true, and
@@ -81,7 +83,7 @@ def meet(store: dist.Store, own_rank: int, size: int, patience: float = 600.0) -
         store: of all processes.
         own_rank: number of this process.
         size: how many there are.
-        patience: seconds to wait for the others.
+        patience: seconds to wait for the others, who may still be at work: one that has died ends the waiting anyway.
 
     Raises:
         BundleError: if they do not turn up.

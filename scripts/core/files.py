@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,21 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write `content` as indented JSON under a temporary name and rename it to `path`."""
     write_text(path, json.dumps(content, indent=4, allow_nan=False) + "\n")
+
+
+def fingerprints(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Name -> size in bytes and SHA-256 of files, for the sidecar that is written after them."""
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in paths}
+
+
+def are_whole(folder: Path, files: Any) -> bool:
+    """Whether files in a folder are what `fingerprints` has said of them."""
+    if not isinstance(files, Mapping) or not all(isinstance(one, Mapping) for one in files.values()):
+        return False
+    paths = {folder / name: one for name, one in files.items()}
+    return all(path.is_file() and path.stat().st_size == one.get("bytes") for path, one in paths.items()) and all(
+        file_hash(path) == one.get("sha256") for path, one in paths.items()
+    )
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:

@@ -194,15 +194,24 @@ class Progress:
         return {"samples": stream.size, "batch": stream.batch_size * processes.world_size()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the engine go on from there, in the middle of an epoch if need be."""
+        """Let the engine go on from there, in the middle of an epoch if need be.
+
+        Raises:
+            BundleError: for what is no number of iterations.
+        """
+        done = state.get("iteration")
+        if not isinstance(done, int) or done < 0:
+            raise BundleError(
+                f"the checkpoint to resume says that {done} iterations are done: remove it, and the one before is taken"
+            )
         for name, now in self._stream().items():
             if state.get(name, now) != now:
                 logger.warning(
                     f"going on with {now} {WORDS[name]}, which were {state[name]}: iterations keep their count, and "
                     "the order of the samples is another one from here"
                 )
-        self.engine.state.iteration = state["iteration"]
-        self.engine.state.epoch = state["iteration"] // self.engine.state.epoch_length
+        self.engine.state.iteration = done
+        self.engine.state.epoch = done // self.engine.state.epoch_length
 
 
 def training_state(
