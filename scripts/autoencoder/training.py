@@ -190,9 +190,9 @@ def check_patch(patch_shape: Any, grid: Grid, discriminator_layers: Any = None) 
         )
     layers = 0 if discriminator_layers is None else whole_number(discriminator_layers, "discriminator_layers", least=1)
     if layers and min(sides) >> layers < 3:
-        most = max(1, (min(sides) // 3).bit_length() - 1)
+        fitting = max(1, (min(sides) // 3).bit_length() - 1)
         raise BundleError(
-            f"--discriminator_layers {layers} leave nothing of a crop of {list(sides)} voxels: at most {most}"
+            f"--discriminator_layers {layers} leave nothing of a crop of {list(sides)} voxels: at most {fitting}"
         )
 
 

@@ -187,9 +187,8 @@ def find_volumes(folder: Path, flag: str, warn: Callable[[str], None] = logger.w
             count, first = len(others), others[0].name
             warn(f"{folder / TABLE} has no row for {count} of the volumes in {folder}, {first} the first: left out")
     elif len(found) < len(searched):
-        first = next(path for path in searched if path not in set(found))
-        count = len(searched) - len(found)
-        warn(f"{count} volumes below {folder} are other commands' or no samples, {first} the first: left out")
+        left = [path for path in searched if path not in set(found)]
+        warn(f"{len(left)} volumes below {folder} are other commands' or no samples, {left[0]} the first: left out")
     return listed or found
 
 
