@@ -32,7 +32,8 @@ def test_every_option_of_a_verb_has_a_type_and_its_default_is_of_it(verb: str) -
 
 WRONG: list[tuple[str, Any]] = [
     ("momentum", 2), ("momentum", 1), ("momentum", "x"), ("cache_rate", 2), ("latent_scale", 0),
-    ("latent_scale", "nan"),    ("discriminator_channels", 0), ("discriminator_layers", 20), ("initial_log_variance", 1e9), ("lr", 0), ("lr", -1),
+    ("latent_scale", "nan"),    ("discriminator_channels", 0), ("discriminator_layers", 20),
+    ("initial_log_variance", 1e9), ("lr", 0), ("lr", -1),
     ("resample_to_grid", "x"), ("population::male", 2), ("population::correlation", 2), ("looks::noise", -1),
     ("looks::gamma", 1), ("anatomy::wavelength", 0), ("intracranial_mm3", -1), ("grid::spacing", "nan"),
     ("grid::spacing", [1, 0, 1]), ("grid::spacing", [1, 1]), ("grid::shape", [1.5, 2, 2]), ("grid::origin", "x"),
@@ -43,7 +44,8 @@ WRONG: list[tuple[str, Any]] = [
     ("network_def::num_res_blocks", 0), ("autoencoder_channels", []), ("autoencoder_channels", 64), ("freeze", [1]),
     ("schedules::ddim::beta_end", 1), ("samplers::ddim::eta", -0.1), ("streaming", 3), ("fast", "maybe"),
     ("dataset_dir", ""), ("dataset_dir", " "), ("dataset_dir", 202601), ("dataset_dir", ("a", "b")),
-    ("output_dir", "a\0"),    ("real_dir", " "), ("synthetic_dir", ["a", ""]), ("family", ["a"]), ("heads", 3), ("evaluator::decollate", "x"),
+    ("output_dir", "a\0"),    ("real_dir", " "), ("synthetic_dir", ["a", ""]), ("family", ["a"]), ("heads", 3),
+    ("evaluator::decollate", "x"),
     ("train::optimizer::betas", "x"), ("metrics::privacy::candidates", 0), ("num_inference_steps", 0), ("seed", -1),
     ("seed", 10**30), ("validation_fraction", 1.1), ("sex_words", "x"),
 ]  # fmt: skip
