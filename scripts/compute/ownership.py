@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from scripts.compute.devices import process_rank
 from scripts.compute.processes import arrive
 from scripts.core.config import current_config, is_plain
-from scripts.core.errors import BundleError
+from scripts.core.errors import BundleError, working_in
 from scripts.core.files import TEMPORARY, make_folder, read_json, write_json
 from scripts.core.options import is_absent
 from scripts.core.paths import ROOT
@@ -148,6 +148,7 @@ class OutputFolder:
         self.check()
         known = read_json(self.path / MARK)
         make_folder(self.path)
+        working_in.append(self.path)
         self._lock()
         if self.part is None or self.part[1] == 1:
             clear_leftovers(self.path)

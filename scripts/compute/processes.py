@@ -28,7 +28,8 @@ from scripts.core.errors import BundleError
 
 logger = logging.getLogger(__name__)
 
-MEETING, PAUSE_S = "meeting", 0.05
+NOT_THERE = "the other processes of this training have not turned up: start all of them"
+MEETING, PAUSE_S, SAID_EVERY_S = "meeting", 0.05, 300.0
 PATIENCE = timedelta(days=100)
 
 T = TypeVar("T")
@@ -88,12 +89,12 @@ def meet(store: dist.Store, own_rank: int, size: int, patience: float = math.inf
     Raises:
         BundleError: if they do not turn up.
     """
-    own, until = uuid4().hex, time.monotonic() + patience
+    own, waiting = uuid4().hex, Waiting("the other processes", patience, NOT_THERE)
     if own_rank == 0:
         store.set(MEETING, own)
         for other in range(1, size):
             while not store.check([f"{own} {other}"]):
-                _pause(until)
+                waiting.pause()
             store.set(f"{own} {store.get(f'{own} {other}').decode()}", "")
         return own
     name = ""
@@ -101,14 +102,36 @@ def meet(store: dist.Store, own_rank: int, size: int, patience: float = math.inf
         if store.check([MEETING]):
             name = store.get(MEETING).decode()
             store.set(f"{name} {own_rank}", own)
-        _pause(until)
+        waiting.pause()
     return name
 
 
-def _pause(until: float) -> None:
-    if time.monotonic() > until:
-        raise BundleError("the other processes of this training have not turned up: start all of them")
-    time.sleep(PAUSE_S)
+class Waiting:
+    """Short pauses, with a line in the log now and then, for as long as the patience lasts.
+
+    Args:
+        whom: who is waited for, in words.
+        patience: seconds.
+        lost: what to say when it is at its end.
+    """
+
+    def __init__(self, whom: str, patience: float, lost: str) -> None:
+        self.whom, self.lost, self.patience = whom, lost, patience
+        self.since, self.said = time.monotonic(), 0
+
+    def pause(self) -> None:
+        """Wait a moment.
+
+        Raises:
+            BundleError: if the patience is at its end.
+        """
+        waited = time.monotonic() - self.since
+        if waited > self.patience:
+            raise BundleError(self.lost)
+        if waited > SAID_EVERY_S * (self.said + 1):
+            self.said += 1
+            logger.warning(f"waiting for {self.whom} since {waited / 60:.0f} minutes: are all of them started?")
+        time.sleep(PAUSE_S)
 
 
 def wait_for_all_processes() -> None:
