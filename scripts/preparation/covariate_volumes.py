@@ -280,7 +280,7 @@ def normalised_for_head_size(volumes: Structures, where: str, record: Record, sp
         return volumes.conditions(where)
     from scripts.measuring.segmenter import brain_volumes  # type: ignore[import-not-found] # reads weights when imported
 
-    return volumes.conditions(where, brain_volumes(record.on_grid(), space.grid)["intracranial_mm3"])
+    return volumes.conditions(where, brain_volumes(as_stored(record.on_grid()), space.grid)["intracranial_mm3"])
 
 
 def normalisation() -> dict[str, Any]:

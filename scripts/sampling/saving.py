@@ -130,7 +130,11 @@ class SampleSaver:
             raise BundleError(
                 f"{sidecar} is of a sample made with other settings: choose another --output_dir or --seed"
             )
-        whole = are_whole(self.folder, found[FILES]) if FILES in found else all(_is_readable(path) for path in files if path.exists())
+        whole = (
+            are_whole(self.folder, found[FILES])
+            if FILES in found
+            else all(_is_readable(path) for path in files if path.exists())
+        )
         if not whole:
             logger.warning(f"the sample of {sidecar} is damaged, or a part of it is gone: it is made again")
         return whole
