@@ -20,6 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,11 @@ def file_cases() -> Iterator[Case]:
     for name, readers in READERS.items():
         for word, damage in DAMAGES.items():
             for verb, flags in readers:
-                yield Case(f"{verb} with {name} {word}", verb, flags, lambda old, n=name, d=damage: d(old / n), False)
+                yield Case(f"{verb} with {name} {word}", verb, flags, partial(_harm, name, damage), False)
+
+
+def _harm(name: str, damage: Callable[[Path], None], old: Path) -> None:
+    damage(old / name)
 
 
 @dataclass(frozen=True)
