@@ -28,6 +28,12 @@ def folder(path: Path, command: str = "sample", **reads: Any) -> OutputFolder:
     return OutputFolder(path, "output_dir", command, reads)
 
 
+def filled(output: OutputFolder) -> None:
+    """As a command does that makes something."""
+    (output.claim() / "made").write_text("a result")
+    output.release()
+
+
 def content(path: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
@@ -36,8 +42,7 @@ def content(path: Path) -> dict[Path, bytes]:
 def claimed(tmp_path: Path) -> OutputFolder:
     """A folder that `sample` has filled."""
     found = folder(tmp_path / "own")
-    found.claim()
-    found.release()
+    filled(found)
     return found
 
 
@@ -52,10 +57,8 @@ def test_every_verb_that_writes_claims_its_folder() -> None:
 @pytest.mark.parametrize("command", TRADES)
 def test_a_folder_is_its_commands_alone(command: str, tmp_path: Path) -> None:
     own = folder(tmp_path / "own", command)
-    own.claim()
-    own.release()
-    own.claim()
-    own.release()
+    filled(own)
+    filled(own)
     assert owner_of(tmp_path / "own") == command
     for other in TRADES:
         if {command, other} <= {"sample", "figures"} or command == other:
@@ -145,6 +148,20 @@ def test_what_cannot_be_taken_is_one_line(tmp_path: Path) -> None:
         folder(tmp_path / "marked").claim()
 
 
+def test_where_nothing_was_made_nothing_is_left(tmp_path: Path) -> None:
+    code = "from scripts.compute.ownership import OutputFolder\nOutputFolder({!r}, 'output_dir', 'sample').claim()"
+    assert run_python("-c", f"{code.format(str(tmp_path / 'a'))}\nraise SystemExit(3)").returncode == 3
+    folder(tmp_path / "b").claim()
+    folder(tmp_path / "b").release()
+    assert [list((tmp_path / name).iterdir()) for name in "ab"] == [[], []]
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_line(claimed: OutputFolder) -> None:
+    (claimed.path / "figures").write_text("x")
+    with pytest.raises(BundleError, match="figures is no folder"):
+        claimed.claim()
+
+
 def test_two_commands_do_not_fill_one_folder_at_once(claimed: OutputFolder) -> None:
     code = "from scripts.compute.ownership import OutputFolder\nOutputFolder({!r}, 'output_dir', 'sample'{}).claim()"
     other, part = (code.format(str(claimed.path), more) for more in ("", ", part=(1, 2)"))
@@ -183,8 +200,7 @@ def test_a_rerun_says_what_differs_and_refuses_other_inputs(tmp_path: Path, capl
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     first = OutputFolder(tmp_path / "out", "output_dir", "segment", {"volumes_dir": tmp_path / "a"}, ["volumes_dir"])
-    first.claim()
-    first.release()
+    filled(first)
     mark = json.loads((tmp_path / "out" / MARK).read_text())
     (tmp_path / "out" / MARK).write_text(json.dumps({**mark, "settings": {"amp": "bf16", "segmenter_path": "x"}}))
     other = OutputFolder(tmp_path / "out", "output_dir", "segment", {"volumes_dir": tmp_path / "b"}, ["volumes_dir"])

@@ -130,6 +130,11 @@ class OutputFolder:
         self._check_reads()
         self._check_owner()
         self._check_same(read_json(self.path / MARK).get("reads", {}))
+        for name in INNER:
+            if (self.path / name).exists() and not (self.path / name).is_dir():
+                raise BundleError(
+                    f"{self.path / name} is no folder, and `{self.command}` writes into one: move it away"
+                )
 
     def claim(self) -> Path:
         """Check that the folder is this command's or nobody's, take it, mark it, and clear away what a kill left there.
@@ -181,11 +186,6 @@ class OutputFolder:
             raise BundleError(f"--{self.flag} {self.name} is the bundle's own folder, or holds it: give another")
         if self.path.exists() and not self.path.is_dir():
             raise BundleError(f"--{self.flag} {self.name} is no folder: give another")
-        for name in INNER:
-            if (self.path / name).exists() and not (self.path / name).is_dir():
-                raise BundleError(
-                    f"{self.path / name} is no folder, and `{self.command}` writes into one: move it away"
-                )
         around = next((parent for parent in own.parents if (parent / MARK).is_file()), None)
         if around is not None and DERIVATIVES not in own.relative_to(around).parts:
             raise BundleError(
@@ -215,7 +215,7 @@ class OutputFolder:
         for option in self.same:
             old = [Path(str(path)) for path in (before.get(option) or [])] if isinstance(before, Mapping) else []
             now = [path.resolve() for path in self.reads.get(option, [])]
-            if old and old != now and any(path.exists() for path in old):  # a folder that was moved is the same
+            if old and now and old != now and any(path.exists() for path in old):  # a folder that was moved is the same
                 raise BundleError(
                     f"--{self.flag} {self.name} holds what `{self.command}` made of {', '.join(map(str, old))}: give "
                     f"another --{self.flag} for --{option} {', '.join(map(str, now))}"
