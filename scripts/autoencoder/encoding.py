@@ -33,6 +33,7 @@ from scripts.volumes.datasets import TABLE
 
 logger = logging.getLogger(__name__)
 
+MANY = 10**6
 DTYPES = ("float16", "float32")
 Scans = Sequence[Mapping[str, Any]]
 
@@ -110,7 +111,9 @@ class LatentEncoder:
             self._finish(scans, writer)
 
     def _check_room(self, scans: int) -> None:
-        """Before as much as a list of the latents is made."""
+        """Before as much as a list of the latents is made, where that would be a long one."""
+        if scans * self.versions < MANY:
+            return
         each = 2 * int(np.prod(self.latent_shape)) * np.dtype(self.dtype).itemsize
         check_disk(self.folder, scans * self.versions * each - _written(self.folder), "latent_versions", self.versions)
 

@@ -129,7 +129,7 @@ class OutputFolder:
         """
         self._check_reads()
         self._check_owner()
-        self._check_same(read_json(self.path / MARK).get("reads", {}))
+        self._check_same(read_json(self.path / MARK))
         for name in INNER:
             if (self.path / name).exists() and not (self.path / name).is_dir():
                 raise BundleError(
@@ -161,7 +161,10 @@ class OutputFolder:
         if TRADES[self.command].tells:
             _tell_what_changed(known.get("settings", {}), settings)
         reads = {option: [str(path.resolve()) for path in paths] for option, paths in self.reads.items()}
-        write_json(self.path / MARK, {"command": self.command, "reads": reads, "settings": settings})
+        write_json(
+            self.path / MARK,
+            {"command": self.command, "folder": str(self.path.resolve()), "reads": reads, "settings": settings},
+        )
         if self.part is None:
             arrive(f"claimed {self.name}")
         return self.path
@@ -211,11 +214,15 @@ class OutputFolder:
         if within is not None:
             raise BundleError(f"--{self.flag} {self.name} lies around {within}, which `{owner_of(within)}` fills")
 
-    def _check_same(self, before: Any) -> None:
+    def _check_same(self, mark: Mapping[str, Any]) -> None:
+        """A folder that was moved is the same, and one that lies to a copied folder as the other to the first."""
+        before, there = mark.get("reads", {}), str(mark.get("folder", ""))
         for option in self.same:
-            old = [Path(str(path)) for path in (before.get(option) or [])] if isinstance(before, Mapping) else []
-            now = [path.resolve() for path in self.reads.get(option, [])]
-            if old and now and old != now and any(path.exists() for path in old):  # a folder that was moved is the same
+            old = [str(path) for path in before.get(option) or []] if isinstance(before, Mapping) else []
+            now = [str(path.resolve()) for path in self.reads.get(option, [])]
+            own = str(self.path.resolve())
+            alike = old == now or [os.path.relpath(p, there) for p in old] == [os.path.relpath(p, own) for p in now]
+            if old and now and not alike and any(os.path.exists(path) for path in old):
                 raise BundleError(
                     f"--{self.flag} {self.name} holds what `{self.command}` made of {', '.join(map(str, old))}: give "
                     f"another --{self.flag} for --{option} {', '.join(map(str, now))}"
