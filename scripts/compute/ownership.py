@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from scripts.compute.devices import process_rank
-from scripts.compute.processes import arrive
+from scripts.compute.processes import arrive, arrives
 from scripts.core.config import current_config, is_plain
 from scripts.core.errors import BundleError, working_in
 from scripts.core.files import TEMPORARY, make_folder, read_json, write_json
@@ -33,6 +33,7 @@ from scripts.core.paths import ROOT
 logger = logging.getLogger(__name__)
 
 MARK, LOCK = ".made_by", ".lock"
+OF_THE_BUNDLE = ("benchmarks", "configs", "docs", "scripts", "tests")
 INNER = ("figures", "logs")
 """Folders that commands make in theirs."""
 LOCKS = re.compile(r"\.lock(-(\d+)-of-(\d+))?")
@@ -155,7 +156,7 @@ class OutputFolder:
         make_folder(self.path)
         working_in.append(self.path)
         self._lock()
-        if self.part is None or self.part[1] == 1:
+        if self.part == (1, 1) or (self.part is None and arrives()):
             clear_leftovers(self.path)
         settings = _settings()
         if TRADES[self.command].tells:
@@ -185,8 +186,8 @@ class OutputFolder:
 
     def _check_owner(self) -> None:
         own = self.path.resolve()
-        if own == ROOT or own in ROOT.parents:
-            raise BundleError(f"--{self.flag} {self.name} is the bundle's own folder, or holds it: give another")
+        if own == ROOT or own in ROOT.parents or any(own.is_relative_to(ROOT / name) for name in OF_THE_BUNDLE):
+            raise BundleError(f"--{self.flag} {self.name} is a folder of the bundle itself, or holds it: give another")
         if self.path.exists() and not self.path.is_dir():
             raise BundleError(f"--{self.flag} {self.name} is no folder: give another")
         around = next((parent for parent in own.parents if (parent / MARK).is_file()), None)
@@ -240,7 +241,9 @@ class OutputFolder:
         for other in sorted(own.parent.glob(f"{LOCK}*")):
             found = LOCKS.fullmatch(other.name)
             if found and int(found[3] or 1) != parts:
-                self._take(other).release()
+                stale = self._take(other)
+                other.unlink(missing_ok=True)
+                stale.release()
         _held[own] = os.getpid(), self._take(own)
 
     def _take(self, path: Path) -> FileLock:
@@ -252,6 +255,8 @@ class OutputFolder:
             raise BundleError(
                 f"another {what} is at work in {self.name}: wait for it, or give this one its own --{self.flag}"
             ) from error
+        except NotImplementedError:
+            logger.warning(f"{self.name} lies on a file system without locks: let one command at a time write there")
         except OSError as error:
             raise BundleError(
                 f"cannot lock --{self.flag} {self.name}: {path}: {error.strerror or error}; give another folder"
@@ -284,8 +289,8 @@ def owner_of(folder: Path, expected: str = "") -> str | None:
         expected: a command whose traces count before those of others.
     """
     marked = read_json(folder / MARK).get("command")
-    if marked in TRADES:
-        return str(marked)
+    if isinstance(marked, str) and marked in TRADES:
+        return marked
     for command in sorted(TRADES, key=lambda one: one != expected):
         if any(_glob(folder, TRADES[command].traces)):
             return command

@@ -55,6 +55,11 @@ def start(device: torch.device) -> None:
     logger.info(f"working in {world_size()} processes")
 
 
+def arrives() -> bool:
+    """Whether `arrive` waits for all processes, or there is but one: others may have been started by hand."""
+    return process_rank()[1] == 1 or dist.is_torchelastic_launched()
+
+
 def arrive(where: str) -> None:
     """Wait, for as long as it takes, until every process that `torchrun` started has come to this place.
 
