@@ -192,6 +192,7 @@ def test_what_a_killed_training_left_is_cleared_away(tmp_path: Path) -> None:
 def test_validation_that_was_interrupted_is_had_again(tmp_path: Path) -> None:
     """The checkpoint of an epoch is from after its validation; the best of an earlier training in the folder is not."""
     save({"facts": {"best": 99.0}}, tmp_path / "best.pt")
+    (tmp_path / "losses.jsonl").touch()
     measured: list[int] = []
 
     def attach(run: Run, fails: bool) -> None:

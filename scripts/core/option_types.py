@@ -37,6 +37,7 @@ class OptionType:
         words: what else may stand there, or all that may stand there for a `text`.
         count: least and most entries of a list.
         optional: whether it may be left out, as `null`.
+        single: whether one number may stand for a list.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class OptionType:
     words: tuple[str, ...] = ()
     count: tuple[int, int] = (0, 1000)
     optional: bool = False
+    single: bool = False
 
     def check(self, value: Any, flag: str) -> None:
         """Refuse what the option may not be.
@@ -127,6 +129,7 @@ class OptionType:
 
     def _list(self, value: Any, flag: str) -> Sequence[Any]:
         least, most = self.count
+        value = [value] if self.single and not isinstance(value, (list, tuple)) else value
         if not isinstance(value, (list, tuple)) or not least <= len(value) <= most:
             counted = f"{least}" if least == most else f"{least} to {most}" if most < 1000 else f"at least {least}"
             raise BundleError(f'--{flag} must be a list of {counted}, such as "[1,2,3]", got {value!r}')
@@ -192,7 +195,7 @@ OPTIONS: Mapping[str, OptionType] = {
     "autoencoder_channels": OptionType("wholes", 1, 65536, count=(1, 16)),
     "network_def::channels": OptionType("wholes", 1, 65536, count=(1, 16)),
     "network_def::num_head_channels": OptionType("wholes", 0, 65536, count=(1, 16)),
-    "*_def::num_res_blocks": OptionType("whole", 1, 64),
+    "*_def::num_res_blocks": OptionType("wholes", 1, 64, count=(1, 16), single=True),
     "*_def::norm_num_groups": _whole(1, 65536),
     "*_def::norm_eps": POSITIVE,
     "grid::shape": OptionType("wholes", 1, 100_000, count=(3, 3)),
@@ -246,6 +249,18 @@ OPTIONS: Mapping[str, OptionType] = {
     "affine": SHARE,
     "intensity_shift": SHARE,
     "gamma": SHARE,
+    # the baselines
+    "generator_path": PATH,
+    "noise_size": _whole(1, 10**6),
+    "generator_channels": OptionType("wholes", 1, 65536, count=(1, 16)),
+    "gan_discriminator_channels": OptionType("wholes", 1, 65536, count=(1, 16)),
+    "feature_weight": _number(1.0e-6, 1.0),
+    "intensity": SHARE,
+    "r1": NOT_NEGATIVE,
+    "r1_every": _whole(1),
+    "instance_noise": NOT_NEGATIVE,
+    "balance": SHARE,
+    "diversity_volumes": _whole(2, 10**6),
     # latents and the diffusion model
     "latents_dir": PATH,
     "latent_versions": _whole(1, 10**12),
