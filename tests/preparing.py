@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 from stand_ins import KnownPose
 
+from scripts.compute.ownership import LOCK, MARK
 from scripts.conditions.conditions import Conditions
 from scripts.preparation.checks import CheckScan
 from scripts.preparation.run import Preparation
@@ -93,5 +94,5 @@ def preparation(target: TargetSpace, dataset_dir: Path, **options: Any) -> Prepa
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder by its path, with its bytes."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MARK, LOCK))
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

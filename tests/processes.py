@@ -8,6 +8,7 @@ output, folder and environment are as those of a new interpreter; the seconds of
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -113,3 +114,5 @@ def _run(words: Sequence[str], folder: str, environment: Mapping[str, str], text
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         sys.exit(1)
+    finally:
+        atexit._run_exitfuncs()  # which an interpreter does, and a process of multiprocessing does not

@@ -188,7 +188,7 @@ def test_another_version_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 
 def test_what_a_killed_training_left_is_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / ".123-checkpoint_iteration=4.pt").write_bytes(b"half")
+    (tmp_path / ".123456789abc-checkpoint_iteration=4.pt").write_bytes(b"half")
     Run(tmp_path)()
     assert not list(tmp_path.glob(".*.pt"))
 
@@ -196,6 +196,7 @@ def test_what_a_killed_training_left_is_cleared_away(tmp_path: Path) -> None:
 def test_validation_that_was_interrupted_is_had_again(tmp_path: Path) -> None:
     """The checkpoint of an epoch is from after its validation; the best of an earlier training in the folder is not."""
     save({"facts": {"best": 99.0}}, tmp_path / "best.pt")
+    (tmp_path / "losses.jsonl").touch()
     measured: list[int] = []
 
     def attach(run: Run, fails: bool) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from scripts.compute import processes
-from scripts.compute.processes import LONGEST_WAIT, meet
+from scripts.compute.processes import PATIENCE, meet
 from scripts.core.errors import BundleError
 
 
@@ -47,4 +47,4 @@ def test_a_group_knows_its_device_and_waits_longer_than_a_validation(
     monkeypatch.setattr(processes, "meet", lambda *args: "name")
     monkeypatch.setattr(dist, "init_process_group", lambda kind, **options: given.update(options, backend=kind))
     processes.start(torch.device(device))
-    assert (given["backend"], given["timeout"], str(given["device_id"])) == (backend, LONGEST_WAIT, str(own))
+    assert (given["backend"], given["timeout"], str(given["device_id"])) == (backend, PATIENCE, str(own))

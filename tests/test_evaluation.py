@@ -442,7 +442,7 @@ def test_bad_volumes_are_refused_and_nothing_is_written(tmp_path: Path, message:
     BAD_FILES[message](folder_of(tmp_path / "volumes", 1) / "zzz.nii.gz")
     with pytest.raises(BundleError, match=message):
         run_here(tmp_path / "output", **{flag: str(tmp_path / "volumes")})
-    assert not [path for path in (tmp_path / "output").glob("*") if path.name != "values"]
+    assert not [path for path in (tmp_path / "output").glob("[!.]*") if path.name != "values"]
 
 
 BAD_REQUESTS: dict[str, dict[str, Any]] = {
@@ -521,7 +521,7 @@ def test_bad_requests_are_refused_and_nothing_is_written(tmp_path: Path, message
     given = {k: within(tmp_path, v) if k.endswith("_dir") else v for k, v in BAD_REQUESTS[message].items()}
     with pytest.raises(BundleError, match=message):
         run_here(tmp_path / "output", autoencoder_path=str(tmp_path / "nowhere.pt"), **given)
-    assert not list((tmp_path / "output").glob("*"))
+    assert not list((tmp_path / "output").glob("[!.]*"))
 
 
 @pytest.mark.parametrize("flag", ["synthetic_dir", "real_dir", "reconstruct_dir", "training_dir"])
@@ -546,7 +546,7 @@ def test_what_cannot_be_used_is_told_before_anything_is_computed(tmp_path: Path)
         run_here(tmp_path / "output", **flags, **{"feature_networks::medicalnet::path": str(page)})
     with pytest.raises(BundleError, match="what was asked for of .* is not known"):
         run_here(tmp_path / "output", **with_features(tmp_path), segmentations=str(tmp_path / "maps"))
-    assert not list((tmp_path / "output").rglob("*.*"))
+    assert not list((tmp_path / "output").rglob("[!.]*.*"))
 
 
 def test_pairs_need_no_weights_and_follow_from_the_seed(tmp_path: Path) -> None:
@@ -570,7 +570,7 @@ def test_samples_that_are_real_or_training_volumes_are_told(tmp_path: Path) -> N
     assert "the models a and b share 1 volumes, byte for byte: is a folder wrong?" in warnings
     with pytest.raises(BundleError, match="--synthetic_dir and --training_dir hold the same volumes"):
         run_here(tmp_path / "other", **{**flags, "training_dir": flags["real_dir"], "real_dir": flags["training_dir"]})
-    assert not list((tmp_path / "other").glob("*"))
+    assert not list((tmp_path / "other").glob("[!.]*"))
 
 
 FEW = {"synthetic_dir": (1, 2), "real_dir": (3, 4), "training_dir": (5,)}
@@ -581,10 +581,12 @@ def test_an_evaluation_leaves_no_tables_of_an_earlier_one(tmp_path: Path) -> Non
     fewer = {flag: str(folder_of(tmp_path / f"few_{flag}", *seeds)) for flag, seeds in FEW.items()}
     run_here(folder, **{**flags, **fewer}, **{"metrics::privacy::candidates": 1})
     (folder / "notes.tsv").write_text("mine")
-    assert {"privacy.tsv", "privacy.png", "real_pairs.tsv", "table_1.tsv"} <= {path.name for path in folder.iterdir()}
+    assert {"privacy.tsv", "privacy.png", "real_pairs.tsv", "table_1.tsv"} <= {
+        path.name for path in folder.glob("[!.]*")
+    }
     run_here(folder, synthetic_dir=flags["synthetic_dir"], num_pairs=1)
     kept = ["evaluation.html", "evaluation.json", "evaluation.tsv", "synthetic_pairs.tsv", "table_1.tsv"]
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*kept, "features", "notes.tsv", "values"])
+    assert sorted(path.name for path in folder.glob("[!.]*")) == sorted([*kept, "features", "notes.tsv", "values"])
     (folder / "evaluation.json").write_text("[")
     run_here(folder, synthetic_dir=flags["synthetic_dir"], num_pairs=1)
     assert (folder / "notes.tsv").read_text() == "mine"
@@ -651,7 +653,7 @@ def test_only_the_first_process_reports(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("scripts.evaluation.run.process_rank", lambda: (1, 2))
     with pytest.raises(FileNotFoundError):
         run_here(tmp_path / "output", **flags)
-    assert sorted(path.name for path in (tmp_path / "output").iterdir()) == ["features", "values"]
+    assert sorted(path.name for path in (tmp_path / "output").glob("[!.]*")) == ["features", "values"]
 
 
 def test_medicalnet_needs_its_file(tmp_path: Path) -> None:
@@ -660,7 +662,7 @@ def test_medicalnet_needs_its_file(tmp_path: Path) -> None:
     for path in (None, str(tmp_path / "gone.pth")):
         with pytest.raises(BundleError, match="give --medicalnet_path resnet_50_23dataset.pth from https"):
             run_here(tmp_path / "output", **flags, medicalnet_path=path)
-    assert not list((tmp_path / "output").glob("*"))
+    assert not list((tmp_path / "output").glob("[!.]*"))
 
 
 def test_evaluate_from_the_command_line(tmp_path: Path, tiny: RunTiny, output_dir: Path) -> None:
@@ -674,7 +676,7 @@ def test_evaluate_from_the_command_line(tmp_path: Path, tiny: RunTiny, output_di
     reports = [f"evaluation.{suffix}" for suffix in ("html", "json", "tsv")]
     tables = [f"{name}.tsv" for name in ("real_pairs", "reconstruction", "synthetic_pairs", "synthetic_real_pairs")]
     names = [*reports, *tables, "reconstruction.png", "regions.png", "regions.tsv", "table_1.tsv", "values"]
-    assert sorted(path.name for path in output_dir.iterdir()) == sorted(names)
+    assert sorted(path.name for path in output_dir.glob("[!.]*")) == sorted(names)
 
     measures = json.loads((output_dir / "evaluation.json").read_text())["measures"]
     pairs = measures["synthetic_pairs"]

@@ -121,7 +121,7 @@ def test_table_and_facts(done: Bundle) -> None:
     facts = json.loads((done.latents / "encoding.json").read_text())
     assert facts["encoder_sha256"] == encoder_sha256(torch.load(done.weights, weights_only=True))
     assert facts["augmentation"] == {"seed": 3, "flip": 0.5, "affine": 1.0} and facts["versions"] == 1
-    assert {path.name for path in done.latents.iterdir()} == set(NAMES)
+    assert {path.name for path in done.latents.glob("[!.]*")} == set(NAMES)
 
 
 def test_second_run_changes_nothing(work: Bundle) -> None:

@@ -141,7 +141,7 @@ def test_damaged_samples_of_an_earlier_run_are_told(bundle_copy: Path, run_here:
         assert str(sidecar) in refused(run_here, [BASE, FIGURES, TINY], **given)
     sidecar.unlink()
     run_here([BASE, FIGURES, TINY], **given)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == sorted(
         ["volumes.png", volume.name, sidecar.name, "sample_seed-0_000000.png"]
     )
 
@@ -167,8 +167,8 @@ def test_names_are_no_formulae_and_a_folder_given_twice_is_told(
 ) -> None:
     folder = str(write_dataset(tmp_path / "real", configuration().get_parsed_content("grid")))
     names = {r"<b>$\frac$": folder, "again": folder}
-    run_here([BASE, SIDE, TINY], models=names, count=1, output_dir=str(tmp_path))
-    assert (tmp_path / "models.png").is_file()
+    run_here([BASE, SIDE, TINY], models=names, count=1, output_dir=str(tmp_path / "out"))
+    assert (tmp_path / "out" / "models.png").is_file()
     assert [text for text in caplog.messages if r"<b>$\frac$ and again are one folder" in text]
     assert not [text for text in caplog.messages if "axes run elsewhere" in text]
 
@@ -181,7 +181,7 @@ def test_models_whose_axes_run_elsewhere_are_told(
         image = nib.Nifti1Image(np.zeros((8, 9, 10), np.float32), np.diag([side, 1.0, 1.0, 1.0]))
         nib.save(image, tmp_path / name / "x.nii")
     models = {name: str(tmp_path / name) for name in ("a", "b")}
-    run_here([BASE, SIDE, TINY], models=models, count=1, output_dir=str(tmp_path))
+    run_here([BASE, SIDE, TINY], models=models, count=1, output_dir=str(tmp_path / "out"))
     assert "axes run elsewhere (those of a to RAS, those of b to LAS)" in caplog.text
 
 

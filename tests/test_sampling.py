@@ -47,7 +47,7 @@ def flags_of(given: dict[str, Any]) -> list[str]:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return sorted(path.name for path in folder.glob("[!.]*")) if folder.is_dir() else []
 
 
 def voxels(folder: Path) -> dict[str, np.ndarray]:
@@ -404,10 +404,10 @@ def test_the_same_command_keeps_what_is_there(
     sample: Sample, output_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     sample(seed=4, num_samples=2)
-    before = {path: path.stat().st_mtime_ns for path in output_dir.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in output_dir.glob("[!.]*")}
     with caplog.at_level("INFO"):
         sample(seed=4, num_samples=2)
-    assert {path: path.stat().st_mtime_ns for path in output_dir.iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in output_dir.glob("[!.]*")} == before
     assert any("2 of 2 samples" in record.message and "already" in record.message for record in caplog.records)
 
 

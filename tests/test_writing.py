@@ -94,7 +94,7 @@ def test_a_copy_from_the_gpu_holds_what_was_there_when_it_was_asked_for() -> Non
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*"))} if folder.is_dir() else {}
 
 
 def flags(bundle: Path, folder: Path, **others: Any) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from scripts.autoencoder.latent_writer import VOLUME, LatentWriter
-from scripts.autoencoder.latents import ENCODING, Posteriors, array_sha256, read_encoding
+from scripts.autoencoder.latents import ENCODING, POSTERIORS, Posteriors, array_sha256, read_encoding
 from scripts.compute.devices import process_rank
 from scripts.compute.precision import autocast
 from scripts.core.errors import BundleError
 from scripts.core.files import file_hash, make_folder, write_json
+from scripts.core.option_types import check_disk
 from scripts.core.options import whole_number
 from scripts.core.tables import write_table
 from scripts.networks.weights import Checkpoint, encoder_sha256
@@ -32,6 +33,7 @@ from scripts.volumes.datasets import TABLE
 
 logger = logging.getLogger(__name__)
 
+MANY = 10**6
 DTYPES = ("float16", "float32")
 Scans = Sequence[Mapping[str, Any]]
 
@@ -100,12 +102,20 @@ class LatentEncoder:
         """
         rank, world = process_rank()
         make_folder(self.folder)
+        self._check_room(len(scans))
         recipes = [self._recipe(*self._scan(scans, row)) for row in range(len(scans) * self.versions)]
         writer = LatentWriter(self.folder, np.array(recipes), self.latent_shape, self.dtype, prepares=rank == 0)
         new = self._encode(scans, writer, range(rank, len(recipes), world))
         logger.info(f"{self.folder}: {new} latents encoded, of {len(recipes)} in all")
         if writer.is_complete():
             self._finish(scans, writer)
+
+    def _check_room(self, scans: int) -> None:
+        """Before as much as a list of the latents is made, where that would be a long one."""
+        if scans * self.versions < MANY:
+            return
+        each = 2 * int(np.prod(self.latent_shape)) * np.dtype(self.dtype).itemsize
+        check_disk(self.folder, scans * self.versions * each - _written(self.folder), "latent_versions", self.versions)
 
     def _scan(self, scans: Scans, row: int) -> tuple[Mapping[str, Any], int]:
         return scans[row // self.versions], row % self.versions
@@ -157,6 +167,12 @@ class LatentEncoder:
         except BundleError:
             known = {}
         return known["moments"] if known.get("encoded_sha256") == encoded else moments(Posteriors(self.folder).array)
+
+
+def _written(folder: Path) -> int:
+    """Bytes of the array that is there, which a new one takes the place of."""
+    path = folder / POSTERIORS
+    return path.stat().st_size if path.is_file() else 0
 
 
 class Volumes(Dataset):

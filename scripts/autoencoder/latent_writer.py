@@ -10,9 +10,9 @@ other scans or another recipe, are replaced by new ones, into which the rows tha
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts.autoencoder.latents import ENCODED, POSTERIORS, in_making, mapped
+from scripts.compute.processes import Waiting
 from scripts.core.errors import BundleError
 from scripts.core.files import replacing
 
@@ -49,7 +50,7 @@ class LatentWriter:
         latent_shape: Sequence[int],
         dtype: str,
         prepares: bool = True,
-        patience: float = 600.0,
+        patience: float = math.inf,
     ) -> None:
         self.folder, self.recipes = folder, recipes
         self.shape, self.dtype = (len(recipes), 2, *latent_shape), np.dtype(dtype)
@@ -78,14 +79,10 @@ class LatentWriter:
             self._encoded.write(row, np.stack([self.recipes[row], np.frombuffer(volume_sha256, np.uint8)]), flush=False)
 
     def _wait(self, patience: float) -> None:
-        until = time.monotonic() + patience
+        lost = f"the process of rank 0 has not prepared {self.folder}: start all ranks with the same flags"
+        waiting = Waiting(f"rank 0, which prepares {self.folder},", patience, lost)
         while not self._is_prepared():
-            if time.monotonic() > until:
-                raise BundleError(
-                    f"the process of rank 0 has not prepared {self.folder} in {patience:.0f} s: "
-                    "start all ranks with the same flags, rank 0 among them"
-                )
-            time.sleep(0.2)
+            waiting.pause()
 
     def _is_prepared(self) -> bool:
         posteriors, encoded = self._existing()

@@ -162,7 +162,9 @@ def read_encoding(folder: str | Path) -> dict[str, Any]:
     try:
         encoding = json.loads(path.read_text(encoding="utf-8"))
         fresh = encoding["encoded_sha256"] == array_sha256(mapped(encoded)) and not in_making(encoded).exists()
-    except (OSError, ValueError, KeyError, TypeError):
+        fresh &= all(np.isfinite(float(encoding["moments"][name])) for name in ("mean", "square"))
+        fresh &= int(encoding["rows"]) >= 0
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         fresh = False
     if not fresh:
         raise BundleError(f"the encoding in {folder} is not finished: {AGAIN}")

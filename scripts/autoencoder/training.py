@@ -181,11 +181,13 @@ def perceptual_loss(path: str, weight: float, fake_3d_ratio: float, device: torc
     return None if _weight("perceptual", weight) == 0.0 else SlicePerceptualLoss(path, fake_3d_ratio).to(device)
 
 
-def check_patch(patch_shape: Any, grid: Grid) -> None:
-    """Refuse a shape of crops that is none.
+def check_patch(patch_shape: Any, grid: Grid, discriminator_layers: Any = None) -> None:
+    """Refuse a shape of crops that is none, and a discriminator of which nothing is left at its end.
+
+    Each of the discriminator's layers halves the crop, and its two last convolutions take a voxel each.
 
     Raises:
-        BundleError: unless it is three whole numbers, each from 1 to the grid's side.
+        BundleError: unless it is three whole numbers, each from 1 to the grid's side; for too many layers.
     """
     sides = patch_shape if isinstance(patch_shape, Sequence) and not isinstance(patch_shape, str) else [patch_shape]
     fits = [isinstance(side, int) and 1 <= side <= most for side, most in zip(sides, grid.shape)]
@@ -193,6 +195,12 @@ def check_patch(patch_shape: Any, grid: Grid) -> None:
         most = list(grid.shape)
         raise BundleError(
             f'--patch_shape must be three whole numbers up to {most}, such as "[64,64,64]", not {patch_shape}'
+        )
+    layers = 0 if discriminator_layers is None else whole_number(discriminator_layers, "discriminator_layers", least=1)
+    if layers and min(sides) >> layers < 3:
+        fitting = max(1, (min(sides) // 3).bit_length() - 1)
+        raise BundleError(
+            f"--discriminator_layers {layers} leave nothing of a crop of {list(sides)} voxels: at most {fitting}"
         )
 
 

@@ -8,6 +8,7 @@ With one process every function here does nothing and costs nothing, so that cal
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 import warnings
@@ -27,10 +28,9 @@ from scripts.core.errors import BundleError
 
 logger = logging.getLogger(__name__)
 
-MEETING, PAUSE_S = "meeting", 0.05
+NOT_THERE = "the other processes of this training have not turned up: start all of them"
+MEETING, PAUSE_S, SAID_EVERY_S = "meeting", 0.05, 300.0
 PATIENCE = timedelta(days=100)
-LONGEST_WAIT = timedelta(hours=2)
-"""For one message of the group: rank 0 may draw samples of a full-size model while the others wait."""
 
 T = TypeVar("T")
 
@@ -48,17 +48,23 @@ def start(device: torch.device) -> None:
     store, own_rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(meet(store, own_rank, size), store)
     on_gpu = device.type == "cuda"
+    # A process may take hours longer than another. One that dies closes its connections, which the others notice.
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=store,
         rank=own_rank,
         world_size=size,
-        timeout=LONGEST_WAIT,
+        timeout=PATIENCE,
         device_id=device if on_gpu else None,
     )
     if rank() > 0:
         logging.disable(logging.WARNING)
     logger.info(f"working in {world_size()} processes")
+
+
+def arrives() -> bool:
+    """Whether `arrive` waits for all processes, or there is but one: others may have been started by hand."""
+    return process_rank()[1] == 1 or dist.is_torchelastic_launched()
 
 
 def arrive(where: str) -> None:
@@ -78,7 +84,7 @@ def arrive(where: str) -> None:
     store.wait([str(one) for one in range(size)], PATIENCE)
 
 
-def meet(store: dist.Store, own_rank: int, size: int, patience: float = 600.0) -> str:
+def meet(store: dist.Store, own_rank: int, size: int, patience: float = math.inf) -> str:
     """A name that the processes of this start have in common, and those of no earlier start had.
 
     Processes that torchrun restarts share the store of those before, whose addresses in it are no longer true, and
@@ -90,17 +96,17 @@ def meet(store: dist.Store, own_rank: int, size: int, patience: float = 600.0) -
         store: of all processes.
         own_rank: number of this process.
         size: how many there are.
-        patience: seconds to wait for the others.
+        patience: seconds to wait for the others, who may still be at work: one that has died ends the waiting anyway.
 
     Raises:
         BundleError: if they do not turn up.
     """
-    own, until = uuid4().hex, time.monotonic() + patience
+    own, waiting = uuid4().hex, Waiting("the other processes", patience, NOT_THERE)
     if own_rank == 0:
         store.set(MEETING, own)
         for other in range(1, size):
             while not store.check([f"{own} {other}"]):
-                _pause(until)
+                waiting.pause()
             store.set(f"{own} {store.get(f'{own} {other}').decode()}", "")
         return own
     name = ""
@@ -108,14 +114,36 @@ def meet(store: dist.Store, own_rank: int, size: int, patience: float = 600.0) -
         if store.check([MEETING]):
             name = store.get(MEETING).decode()
             store.set(f"{name} {own_rank}", own)
-        _pause(until)
+        waiting.pause()
     return name
 
 
-def _pause(until: float) -> None:
-    if time.monotonic() > until:
-        raise BundleError("the other processes of this training have not turned up: start all of them")
-    time.sleep(PAUSE_S)
+class Waiting:
+    """Short pauses, with a line in the log now and then, for as long as the patience lasts.
+
+    Args:
+        whom: who is waited for, in words.
+        patience: seconds.
+        lost: what to say when it is at its end.
+    """
+
+    def __init__(self, whom: str, patience: float, lost: str) -> None:
+        self.whom, self.lost, self.patience = whom, lost, patience
+        self.since, self.said = time.monotonic(), 0
+
+    def pause(self) -> None:
+        """Wait a moment.
+
+        Raises:
+            BundleError: if the patience is at its end.
+        """
+        waited = time.monotonic() - self.since
+        if waited > self.patience:
+            raise BundleError(self.lost)
+        if waited > SAID_EVERY_S * (self.said + 1):
+            self.said += 1
+            logger.warning(f"waiting for {self.whom} since {waited / 60:.0f} minutes: are all of them started?")
+        time.sleep(PAUSE_S)
 
 
 def wait_for_all_processes() -> None:

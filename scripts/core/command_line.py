@@ -42,6 +42,7 @@ _brain_images() {
 complete -o default -F _brain_images python python3
 """
 WITH_WHAT = "--with what? Give the name of an overlay, or a .yaml or .json file of your own"
+TRACKERS = ("mlflow",)
 FILES_FOR_MONAI = ("args_file", "meta_file", "logging_file")
 SHELLS = {"bash": COMPLETION, "zsh": "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n" + COMPLETION}
 
@@ -192,6 +193,9 @@ def _check(request: Request) -> None:
     for name in FILES_FOR_MONAI:
         if flags.get(name) is not None and not Path(flags[name] or "").is_file():
             raise UsageError(f"--{name} {flags[name]}: there is no such file")
+    tracking = flags.get("tracking")
+    if tracking is not None and tracking not in TRACKERS and not Path(tracking).is_file():
+        raise UsageError(f"--tracking must be {' or '.join(TRACKERS)}, or a file of settings for it, got '{tracking}'")
     config = merge(request.files)
     for name in (name for name, value in flags.items() if value is None and _needs_value(name, config)):
         raise UsageError(f"--{name} what? Give a value behind it")

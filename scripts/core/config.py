@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,9 @@ from typing import Any, NoReturn
 from monai.bundle import ConfigParser
 from monai.bundle.properties import InferProperties, MetaProperties, TrainProperties
 
-from scripts.core.errors import BundleError, is_monai_command
+from scripts.core.errors import BundleError, is_bundle_command, is_monai_command
+from scripts.core.option_types import OPTIONS, SECTIONS, as_typed, check_option, check_sizes, type_of
+from scripts.core.options import is_absent
 from scripts.core.paths import CONFIGS
 from scripts.core.verbs import (
     SEPARATOR,
@@ -115,9 +118,13 @@ def check_flags() -> None:
     whole, such as `samplers`, are for that component to refuse. On MONAI's command line, a flag that only other
     configurations have a use for is refused as well; `python -m scripts` has done that before.
 
+    Then values are compared with the table of types and ranges, `scripts.core.option_types`. Paths and words of the
+    command line are taken as they were typed, and `null` becomes None.
+
     Raises:
         BundleError: naming the unknown flag and its nearest known names, or where a flag belongs; for the flag of a
-            condition that the configuration does not have, and for `conditions` that are no map.
+            condition that the configuration does not have, and for `conditions` that are no map; for a
+            value that is none of what its option may be.
     """
     config = current_config()
     declared, referred = _declared(), set(references(config))
@@ -132,6 +139,52 @@ def check_flags() -> None:
     if is_monai_command():
         flags = with_args_file(read_flags(sys.argv[1:]))
         refuse_foreign_flags(flags, _files_of(flags.get("config_file")), config)
+    _check_values()
+
+
+def _check_values() -> None:
+    """Compare the values of the running configuration with the table of options, and put the words as typed in."""
+    parser, defaults = _parser(), _defaults()
+    if is_bundle_command():
+        for name, text in read_flags(sys.argv[1:]).items():
+            typed = None if text is None or name not in parser.config else as_typed(name, text)
+            if typed is not None and typed != parser.config[name]:
+                _put(parser, name, typed)
+    for name, value in list(_values(parser.config)):
+        section = _first(name)
+        if section in SECTIONS and SEPARATOR in name and type_of(name) is None and not isinstance(value, Mapping):
+            _refuse(name, _beside(name, {*defaults, *OPTIONS}))
+        check_option(name, value, defaults.get(name))
+        known = OPTIONS.get(name)
+        if known is not None and known.optional and isinstance(value, str) and is_absent(value):
+            _put(parser, name, None)
+    check_sizes(parser.config)
+
+
+def _put(parser: ConfigParser, name: str, value: Any) -> None:
+    """Another value for a plain top-level id that nothing has been built from yet."""
+    parser.config[name] = value
+    item = parser.ref_resolver.items.get(name)
+    if item is not None:
+        item.update_config(value)
+
+
+def _values(config: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """The ids of a configuration with their values, those within maps and components too."""
+    for key, value in config.items():
+        if not str(key).startswith("_"):
+            name = f"{section}{key}"
+            yield name, value
+            if isinstance(value, Mapping):
+                yield from _values(value, name + SEPARATOR)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """The plain values that the files in `configs/` give to ids, by id."""
+    files = [f for f in sorted(CONFIGS.iterdir()) if f.suffix in (".json", ".yaml") and f.stem != "metadata"]
+    found = [(name, value) for f in files for name, value in _values(load_config(f))]
+    return {name.lstrip("+"): value for name, value in found if not isinstance(value, Mapping)}
 
 
 def _files_of(text: str | None) -> list[Path]:

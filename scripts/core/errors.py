@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
+from pathlib import Path
 from types import TracebackType
 
 FROM_A_WORKER = re.compile(r"in DataLoader worker process[\s\S]*^(?:\w+\.)*BundleError: (.*)", re.MULTILINE)
@@ -16,6 +18,19 @@ NO_MEMORY = re.compile(
 MISSING_ID = re.compile(
     r"query key: ([\w:]+)|the referring item `@([\w:]+)` is not defined|run ID '(.*?)' doesn't exist"
 )
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OF_FILES = (
+    *NO_ROOM,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.EIO,
+)
+working_in: list[Path] = []
+"""The folders that this process fills: an error of the system need not say where it was."""
 MONAI_COMMAND, OWN_COMMAND = "monai/bundle/__main__.py", "scripts/__main__.py"
 
 
@@ -82,12 +97,31 @@ def _out_of_memory(error: BaseException | None) -> str | None:
     return None
 
 
-def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    known: object = find_bundle_error(error) or _out_of_memory(error) or _failed_component(error) or _missing_id(error)
-    if issubclass(kind, KeyboardInterrupt):
-        known = "interrupted: what was finished is kept, and the same command goes on from there"
+def _system_error(error: BaseException | None) -> str | None:
+    """What the operating system had against a file or folder, such as a full disk, and where."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in OF_FILES:
+            where = str(error.filename or " or ".join(map(str, working_in)) or "the output")
+            room = ": make room" if error.errno in NO_ROOM else ""
+            return f"cannot write {where}: {error.strerror}{room}. What was finished is kept"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def explain(error: BaseException) -> str | None:
+    """One line on an error that a user can act on; None for one that needs its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted: what was finished is kept, and the same command goes on from there"
+    if found := find_bundle_error(error):
+        return str(found)
+    known = _out_of_memory(error) or _system_error(error) or _failed_component(error) or _missing_id(error)
     if known is None and LOST_PEER.search(str(error.__cause__ or error)):
-        known = "another process of this training has stopped: its own error says why"
+        return "another process of this command has stopped: its own error says why"
+    return known
+
+
+def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    known = explain(error)
     if known is None:
         sys.__excepthook__(kind, error, traceback)
     else:

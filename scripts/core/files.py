@@ -8,14 +8,18 @@ import glob
 import hashlib
 import json
 import os
+import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from scripts.core.errors import BundleError
+
+TEMPORARY = re.compile(r"\.[0-9a-f]{12}-.")
+"""How the names begin under which files are written until they are complete."""
 
 
 def make_folder(path: str | os.PathLike) -> Path:
@@ -100,3 +104,27 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write `content` as indented JSON under a temporary name and rename it to `path`."""
     write_text(path, json.dumps(content, indent=4, allow_nan=False) + "\n")
+
+
+def fingerprints(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Name -> size in bytes and SHA-256 of files, for the sidecar that is written after them."""
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in paths}
+
+
+def are_whole(folder: Path, files: Any) -> bool:
+    """Whether files in a folder are what `fingerprints` has said of them."""
+    if not isinstance(files, Mapping) or not all(isinstance(one, Mapping) for one in files.values()):
+        return False
+    paths = {folder / name: one for name, one in files.items()}
+    return all(path.is_file() and path.stat().st_size == one.get("bytes") for path, one in paths.items()) and all(
+        file_hash(path) == one.get("sha256") for path, one in paths.items()
+    )
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The map in a JSON file; an empty one where there is none, it is damaged, or it holds something else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

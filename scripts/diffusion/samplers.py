@@ -101,8 +101,9 @@ class OneStepSampler(Sampler):
 class LeadingDDIMScheduler(DDIMScheduler):
     """MONAI's DDIM schedule with the timesteps that the released model was sampled with.
 
-    For n of N steps these are (n - 1) * (N // n), ..., N // n, 0. MONAI 1.6 spaces its own from N - 1 down
-    to 0 but still steps by N // n, so that it lands between the timesteps of its list.
+    For n of N steps these are i N / n, rounded down, for i from n - 1 to 0: more steps start no later, and where n
+    divides N, as the released 50 do, all are N / n apart. MONAI 1.6 spaces its own from N - 1 down to 0 but still
+    steps by N // n, so that it lands between the timesteps of its list.
     """
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
@@ -113,8 +114,8 @@ class LeadingDDIMScheduler(DDIMScheduler):
         """
         steps = checked_steps(num_inference_steps, self.num_train_timesteps)
         self.num_inference_steps = steps
-        stride = self.num_train_timesteps // steps
-        self.timesteps = torch.arange(steps - 1, -1, -1, device=device) * stride + self.steps_offset
+        places = torch.arange(steps - 1, -1, -1, device=device) * self.num_train_timesteps // steps
+        self.timesteps = places + self.steps_offset
 
 
 class DDIMSampler(OneStepSampler):

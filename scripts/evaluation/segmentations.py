@@ -27,7 +27,7 @@ from scripts.measuring.segmenter import SHIPPED, Segmenter
 from scripts.measuring.tools import SegmentationTool, chosen_way
 from scripts.volumes.folders import VolumeFolder, find_volumes
 from scripts.volumes.head_size import Structures
-from scripts.volumes.labels import belongs, label_volumes, read_synthseg, stem
+from scripts.volumes.labels import belongs, by_stem, label_volumes, read_synthseg, stem
 from scripts.volumes.nifti import UNREADABLE
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Segmentations(Input):
         assert self.path is not None
         if self.path.is_file():
             return list(read_synthseg(self.path))
-        return [stem(path) for path in find_volumes(self.path, self.flag)]
+        return list(by_stem(find_volumes(self.path, self.flag), self.flag))
 
     def measured(self) -> dict[str, dict[str, float]]:
         """Name of each segmented volume -> the volumes of its structures in mm3, by name of the condition.
@@ -97,8 +97,9 @@ class Segmentations(Input):
         assert self.path is not None
         if self.path.is_file():
             return self.normalised(read_synthseg(self.path))
-        paths = find_volumes(self.path, self.flag)
-        found = {stem(path): label_volumes(path) for path in tqdm(paths, "label maps", unit="volume", disable=None)}
+        maps = by_stem(find_volumes(self.path, self.flag), self.flag)
+        bar = tqdm(maps.items(), "label maps", unit="volume", disable=None)
+        found = {name: label_volumes(path) for name, path in bar}
         return self.normalised(found)
 
     def normalised(self, found: Mapping[str, Structures]) -> dict[str, dict[str, float]]:

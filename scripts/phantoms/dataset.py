@@ -18,7 +18,7 @@ from tqdm import tqdm
 from scripts.compute.devices import process_rank
 from scripts.conditions.conditions import Conditions, flags_or_table
 from scripts.core.errors import BundleError
-from scripts.core.files import make_folder, replacing, write_json
+from scripts.core.files import are_whole, fingerprints, make_folder, read_json, replacing, write_json
 from scripts.core.options import whole_number
 from scripts.core.tables import read_table, write_table
 from scripts.phantoms.making import Phantom, Phantoms
@@ -71,6 +71,7 @@ class PhantomFolder:
     ) -> None:
         self.phantoms, self.conditions, self.requests = phantoms, conditions, requests
         self.folder = make_folder(output_dir)
+        self.whole: set[int] = set()
 
     def run(self) -> None:
         """Make what is missing, then the dataset's table of all that is there.
@@ -104,15 +105,26 @@ class PhantomFolder:
             BundleError: if a phantom of other settings has its place.
         """
         sidecar = self.folder / _path(number, "T1w.json")
-        try:
-            known = json.loads(sidecar.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        if known.get("made_by") != self._made_by(number):
+        known = read_json(sidecar)
+        if not isinstance(known.get("row"), Mapping) or "made_by" not in known:
+            return None  # there is none, or it is damaged
+        if known["made_by"] != self._made_by(number):
             raise BundleError(
                 f"{sidecar} is of a phantom made by other settings: choose another --output_dir or --seed"
             )
-        return known["row"]
+        if number not in self.whole and not self._is_whole(number, known.get("files")):
+            return None
+        self.whole.add(number)
+        return dict(known["row"])
+
+    def _paths(self, number: int) -> list[Path]:
+        """Volume and label map."""
+        return [self.folder / _path(number, ending) for ending in ("T1w.nii.gz", "dseg.nii.gz")]
+
+    def _is_whole(self, number: int, files: Any) -> bool:
+        if files is None:  # of a version before 2.2.0
+            return all(path.is_file() for path in self._paths(number))
+        return are_whole(self._paths(number)[0].parent, files)
 
     def _made_by(self, number: int) -> dict[str, Any]:
         settings = {"format": FORMAT, "seed": self.requests.seed, "number": number, **self.phantoms.settings()}
@@ -134,7 +146,8 @@ class PhantomFolder:
             **{f"requested_{name}": round(getattr(phantom.requested, name), 1) for name in RAW[2:]},
             **phantom.facts,
         }
-        write_json(self.folder / _path(number, "T1w.json"), {"made_by": self._made_by(number), "row": row})
+        known = {"made_by": self._made_by(number), "row": row, "files": fingerprints(self._paths(number))}
+        write_json(self.folder / _path(number, "T1w.json"), known)
 
     def _in_words(self, covariates: Covariates) -> dict[str, Any]:
         words = {c.raw: {code: word for word, code in c.codes.items()} for c in self.conditions}

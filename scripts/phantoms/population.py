@@ -13,6 +13,7 @@ import torch
 
 from scripts.conditions.conditions import Condition, Conditions
 from scripts.core.errors import BundleError
+from scripts.core.option_types import OptionType
 from scripts.core.options import yes_or_no
 
 TRIES = 1000
@@ -38,6 +39,9 @@ class Covariates:
 
 
 RAW = tuple(field.name for field in fields(Covariates))
+VOLUME, AGE = OptionType("number", above=0.0, most=1.0e7), OptionType("number", 0.0, 120.0)
+POSSIBLE = {"age_years": AGE, **dict.fromkeys(RAW[2:], VOLUME)}
+"""Raw name -> what a person can have, if only as a phantom."""
 
 
 class Population:
@@ -145,16 +149,18 @@ def as_raw(conditions: Conditions, request: Mapping[str, Any], where: str = "") 
         where: words for messages.
 
     Raises:
-        BundleError: as `Conditions.from_request`.
+        BundleError: as `Conditions.from_request`, and for what no head can have.
     """
     stated = {c.raw for c in conditions if any(_is_stated(request.get(flag)) for flag in (c.name, c.raw))}
     vector = conditions.from_request(request, where, warn=False)
     values = {c.raw: c.denormalise(v) for c, v in zip(conditions, vector.double().tolist(), strict=True)}
     exact = {name: request[name] for name in stated if isinstance(request.get(name), (int, float))}
-    found = {name: float(exact.get(name, values[name])) for name in stated}
-    if "intracranial_mm3" in request and _is_stated(request["intracranial_mm3"]):
-        found["intracranial_mm3"] = float(request["intracranial_mm3"])
-    return found
+    found: dict[str, Any] = {name: exact.get(name, values[name]) for name in stated}
+    if _is_stated(request.get(RAW[-1])):
+        found[RAW[-1]] = request[RAW[-1]]
+    for name in found.keys() & POSSIBLE.keys():
+        POSSIBLE[name].check(found[name], f"{name}{where}")
+    return {name: float(value) for name, value in found.items()}
 
 
 def _is_stated(value: Any) -> bool:

@@ -22,8 +22,8 @@ from scripts.core.options import is_absent
 from scripts.measuring.tools import SegmentationTool, chosen_way
 from scripts.preparation.steps import Record, TargetSpace
 from scripts.volumes.head_size import Structures
-from scripts.volumes.labels import QUANTITIES, belongs, label_volumes, read_synthseg, stem
-from scripts.volumes.nifti import write_volume
+from scripts.volumes.labels import QUANTITIES, belongs, by_stem, label_volumes, read_synthseg, stem
+from scripts.volumes.nifti import as_stored, write_volume
 from scripts.volumes.scans import Scan, ScanError
 
 LABELS_COLUMN = "labels"
@@ -47,6 +47,9 @@ class VolumeMethod(ABC):
     def reads(self, name: str, raw: Path, row: Mapping[str, str]) -> Path | None:
         """The file besides the scan itself that holds its labels; None if there is none. See `MeasureVolumes.reads`."""
         return None
+
+    def check(self) -> None:  # noqa: B027 (most need no program)
+        """Raise a `BundleError` if the program that it needs is not there; before the first scan."""
 
     def settings(self) -> dict[str, Any]:
         """Plain data on which the volumes depend."""
@@ -99,7 +102,7 @@ class GivenVolumes(VolumeMethod):
         if self.path.is_file():
             self.table, self.maps = read_synthseg(self.path), {}
         elif self.path.is_dir():
-            self.table, self.maps = {}, {stem(file): file for file in self._files()}
+            self.table, self.maps = {}, by_stem(self._files(), "segmentations")
         else:
             raise BundleError(f"--segmentations: there is no folder of label maps and no table {self.path}")
 
@@ -160,6 +163,10 @@ class ByTool(VolumeMethod):
             where = f"{self.segmenter.name}'s label map of {record.name}"
             return normalised_for_head_size(label_volumes(found), where, record, space), labels
 
+    def check(self) -> None:
+        """See `VolumeMethod`."""
+        self.segmenter.program()
+
     def settings(self) -> dict[str, Any]:
         """The program's name, and how brains are normalised."""
         return {"segmenter": self.segmenter.name, **normalisation()}
@@ -172,7 +179,7 @@ class OwnSegmenter(VolumeMethod):
         """See `VolumeMethod`."""
         from scripts.measuring.segmenter import brain_volumes  # type: ignore[import-not-found] # reads weights when imported
 
-        found = brain_volumes(record.on_grid(), space.grid)
+        found = brain_volumes(as_stored(record.on_grid()), space.grid)
         return {name: found[f"{name}_mm3"] for name in QUANTITIES}, None
 
     def settings(self) -> dict[str, Any]:
@@ -226,6 +233,11 @@ class MeasureVolumes:
         wanted = self.way is not None and any(raw_name in self.measures for raw_name in lacking)
         return self.way.reads(name, raw, row) if self.way and wanted else None
 
+    def check(self) -> None:
+        """Whether the program is there that the way needs, before the first scan."""
+        if self.way is not None:
+            self.way.check()
+
     @property
     def measures(self) -> tuple[str, ...]:
         """Raw names of the conditions that are measured where they lack."""
@@ -268,7 +280,7 @@ def normalised_for_head_size(volumes: Structures, where: str, record: Record, sp
         return volumes.conditions(where)
     from scripts.measuring.segmenter import brain_volumes  # type: ignore[import-not-found] # reads weights when imported
 
-    return volumes.conditions(where, brain_volumes(record.on_grid(), space.grid)["intracranial_mm3"])
+    return volumes.conditions(where, brain_volumes(as_stored(record.on_grid()), space.grid)["intracranial_mm3"])
 
 
 def normalisation() -> dict[str, Any]:

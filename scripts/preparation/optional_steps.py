@@ -43,6 +43,11 @@ class SuperResolve:
         self.method = _chosen(method, methods, "super_resolution")
         self.function = None if self.method is None else methods[self.method]
 
+    def check(self) -> None:
+        """Whether the method's program is there, before the first scan."""
+        if self.function is not None and hasattr(self.function, "check"):
+            self.function.check()
+
     def __call__(self, record: Record) -> Record:
         """The record with its scan, if the method is on.
 
@@ -85,6 +90,10 @@ class UniRes:
             raise BundleError(f"unires: the voxel must be larger than 0 mm, got {voxel:g}")
         self.command, self.device, self.voxel = command, device, float(voxel)
         self.options = [str(option) for option in options]
+
+    def check(self) -> None:
+        """Raise a `BundleError` if the program is not there."""
+        find_program(self.command, SOURCE)
 
     def __call__(self, scan: Scan) -> Scan:
         """The scan at isotropic voxels, in the same world millimetres.
@@ -175,6 +184,16 @@ class StripSkull:
     ) -> None:
         self.space, self.name = space, _chosen(stripper, strippers, flag)
         self.make = None if self.name is None else strippers[self.name]
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it leaves volumes as they are."""
+        return self.make is None
+
+    def check(self) -> None:
+        """Whether the program is there that it needs, before the first scan; see `Stripper.check`."""
+        if self.stripper is not None:
+            self.stripper.check()
 
     @cached_property
     def stripper(self) -> Stripper | None:

@@ -16,12 +16,12 @@ from scripts.conditions.conditions import Conditions
 from scripts.conditions.ranges import FILE as RANGES
 from scripts.conditions.ranges import learned_ranges
 from scripts.core.errors import BundleError
-from scripts.core.files import write_json, write_text
+from scripts.core.files import read_json, write_json, write_text
 from scripts.core.options import number
 from scripts.core.paths import CONFIGS
 from scripts.core.tables import MISSING, write_table
 from scripts.preparation.exclusions import Exclusions
-from scripts.preparation.prepared_scan import PreparedFiles, ScanPreparer, read_json
+from scripts.preparation.prepared_scan import PreparedFiles, ScanPreparer
 from scripts.preparation.quality_page import scan_name, write_page
 from scripts.preparation.sources import Source
 from scripts.volumes.datasets import SPLITS, TABLE, place
@@ -180,9 +180,8 @@ class PreparedDataset:
 
     def tables(self, scans: Sequence[Scan]) -> Tables:
         """What the tables say, read from the scans' own files."""
-        of_subject = self.splits.of([scan.source for scan in scans])
         with_sessions = any(scan.source.session for scan in scans)
-        tables = Tables([], set(), [], [])
+        tables, prepared = Tables([], set(), [], []), list[tuple[Scan, PreparedFiles, dict[str, Any]]]()
         for scan in scans:
             files = PreparedFiles(self.dataset_dir, scan.source)
             noted = _failure(scan) if scan.fault else read_json(files.failure)
@@ -190,11 +189,15 @@ class PreparedDataset:
             if noted:
                 tables.failures.append({key: noted.get(key) for key in ("participant_id", "path", "reason", "message")})
             elif known:
-                tables.rows.append(self._row(scan, files, known, of_subject, with_sessions))
+                prepared.append((scan, files, known))
                 if self.exclusions.reason(scan.source.name, scan.source.participant):
                     tables.excluded.add(scan.source.name)
             else:
                 tables.missing.append(scan.source.name)
+        sources = [scan.source for scan, _, _ in prepared]
+        taken = [source for source in sources if source.name not in tables.excluded]
+        of_subject = {**self.splits.of(sources), **self.splits.of(taken)}
+        tables.rows.extend(self._row(*one, of_subject, with_sessions) for one in prepared)
         return tables
 
     def _row(
@@ -211,7 +214,7 @@ class PreparedDataset:
             **({"session_id": source.session or MISSING} if with_sessions else {}),
             "path": files.volume.relative_to(self.dataset_dir).as_posix(),
             **scan.covariates,
-            **{name: f"{value:.10g}" for name, value in known["covariates"].items()},
+            **{name: f"{value:.10g}" for name, value in known["covariates"].items() if name in scan.lacking},
             "split": of_subject[source.subject],
             **known["measured"],
         }

@@ -19,20 +19,20 @@ import nibabel as nib
 import numpy as np
 
 from scripts.core.errors import BundleError
-from scripts.core.files import file_hash, make_folder, remove_leftovers, replacing, write_json, write_text
+from scripts.core.files import file_hash, make_folder, read_json, remove_leftovers, replacing, write_json, write_text
 from scripts.preparation.quality_page import FIGURES
 from scripts.preparation.quality_pictures import QualityPictures
-from scripts.preparation.registration import LPS
+from scripts.preparation.registration import LPS, Registration
 from scripts.preparation.sources import Source
 from scripts.preparation.steps import Record, Step, TargetSpace, recognised, step_identity
-from scripts.volumes.nifti import MNI152, SPACE, write_volume
+from scripts.volumes.nifti import MNI152, SPACE, read_volume, write_volume
 from scripts.volumes.scans import Scan, ScanError, read_scan
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-PREPARED, KEPT, FAILED = "prepared", "kept", "failed"
+PREPARED, MEASURED, KEPT, FAILED = "prepared", "measured", "kept", "failed"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Outcome:
     """What became of one scan.
 
     Attributes:
-        state: `prepared`, `kept` where it already was, or `failed`.
+        state: `prepared`, `measured` where that alone was lacking, `kept` where it already was, or `failed`.
         reason, message: of a failure, in a few words to count it by, and in full.
         warnings: what the user should look at.
         no_room: whether its files could not be written for want of room, which ends the run.
@@ -89,6 +89,7 @@ class ScanPreparer:
     def __init__(self, space: TargetSpace, steps: Mapping[str, Step], dataset_dir: Path, overwrite: bool) -> None:
         self.space, self.steps = space, dict(steps)
         self.dataset_dir, self.overwrite = dataset_dir, overwrite
+        self.measuring = [name for name, step in self.steps.items() if hasattr(step, "measures")]
         self.measures = {raw for step in self.steps.values() for raw in getattr(step, "measures", ())}
         settings = {name: step_identity(step) for name, step in self.steps.items()}
         self.recipe: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **space.facts, "steps": settings}))
@@ -99,35 +100,67 @@ class ScanPreparer:
         return QualityPictures(self.space.template)
 
     def __call__(self, work: Work) -> Outcome:
-        """Prepare one scan, unless it already is; what goes wrong is written into `logs/` and returned."""
+        """Prepare one scan, or what of it is not there yet; what goes wrong is written into `logs/` and returned."""
         files = PreparedFiles(self.dataset_dir, work.source)
         try:
-            if not self.overwrite and self._is_done(work, files):
-                outcome = Outcome(KEPT)
-            else:
-                outcome = Outcome(PREPARED, warnings=self._prepare(work, files))
+            outcome = self._completed(work, files)
             files.failure.unlink(missing_ok=True)
         except Exception as error:  # one scan must not end the others
             outcome = _failure(error)
             write_failure(files, work.source, outcome, "" if isinstance(error, BundleError) else traceback.format_exc())
         return outcome
 
+    def _completed(self, work: Work, files: PreparedFiles) -> Outcome:
+        known, hashes = read_json(files.sidecar), self._read(work)
+        same = known.get("source_sha256") == hashes["source_sha256"]
+        if self.overwrite or not same or self.differing(files, known):
+            return Outcome(PREPARED, warnings=self._prepare(work, files))
+        asked = [f"{name}_sha256" for name in self.measuring if self._is_on(name) and f"{name}_sha256" in hashes]
+        if self.is_measured(known, work.lacking) and all(known.get(key) == hashes[key] for key in asked):
+            return Outcome(KEPT)
+        record = self._prepared(work, files, known)
+        if record is None:
+            return Outcome(PREPARED, warnings=self._prepare(work, files))
+        return Outcome(MEASURED, warnings=self._measure(record, work, files, known))
+
     def known(self, files: PreparedFiles, lacking: Sequence[str]) -> dict[str, Any] | None:
-        """The sidecar of a scan that these very steps have prepared, in this order; None if there is none."""
+        """The sidecar of a scan that these very steps have prepared, in this order; None if there is none.
+
+        What it measured counts where a measurement is asked for; where none is, that of an earlier run stays.
+        """
         known = read_json(files.sidecar)
-        made_by, steps = self._made_by(lacking), recognised(known.get("steps"))
-        alike = {**{key: known.get(key) for key in made_by}, "steps": steps} == made_by
-        same = alike and list(steps) == list(made_by["steps"])
-        there = all(path.is_file() for path in (files.volume, files.transform, files.picture))
-        return known if same and there else None
+        return known if not self.differing(files, known) and self.is_measured(known, lacking) else None
+
+    def differing(self, files: PreparedFiles, known: Mapping[str, Any]) -> list[str]:
+        """What a prepared volume was made with otherwise than now, in words; empty if it is there and the same.
+
+        Args:
+            files: of the scan.
+            known: its sidecar.
+        """
+        if not known or not all(path.is_file() for path in (files.volume, files.transform, files.picture)):
+            return ["files that are not there"]
+        steps, now = recognised(known.get("steps")), self.recipe["steps"]
+        facts = [key for key, value in self.recipe.items() if key != "steps" and known.get(key) != value]
+        other = [name for name in now if name not in self.measuring and steps.get(name) != now[name]]
+        order = [] if list(steps) == list(now) or other else ["the order of the steps"]
+        return [*facts, *(f"step {name}" for name in other), *order]
+
+    def is_measured(self, known: Mapping[str, Any], lacking: Sequence[str]) -> bool:
+        """Whether a sidecar has the measurements that are asked for."""
+        steps, covariates = recognised(known.get("steps")), known.get("covariates", {})
+        return all(
+            not (wanted := [raw for raw in lacking if raw in getattr(self.steps[name], "measures", ())])
+            or (steps.get(name) == self.recipe["steps"][name] and set(wanted) <= set(covariates))
+            for name in self.measuring
+        )
+
+    def _is_on(self, name: str) -> bool:
+        return bool(getattr(self.steps[name], "measures", ()))
 
     def _made_by(self, lacking: Sequence[str]) -> dict[str, Any]:
         """The recipe, and which of the conditions that no table states it is to measure."""
         return {**self.recipe, "lacking": [raw for raw in lacking if raw in self.measures]}
-
-    def _is_done(self, work: Work, files: PreparedFiles) -> bool:
-        known = self.known(files, work.lacking)
-        return known is not None and all(known.get(key) == value for key, value in self._read(work).items())
 
     def _read(self, work: Work) -> dict[str, str]:
         """The hash of each file that is read of this scan, by its name in the sidecar; empty where there is none."""
@@ -138,6 +171,36 @@ class ScanPreparer:
             if hasattr(step, "reads")
         }
         return {key: _hash(path) for key, path in {"source_sha256": source.path, **further}.items()}
+
+    def _prepared(self, work: Work, files: PreparedFiles, known: Mapping[str, Any]) -> Record | None:
+        """The record of a scan whose volume is there, as the measuring steps take it; None where that cannot be."""
+        names = list(self.steps)
+        after = names[min(names.index(name) for name in self.measuring) :]
+        if not all(name in self.measuring or getattr(self.steps[name], "is_off", False) for name in after):
+            return None  # a later step has changed the volume since
+        columns = {column for name in self.measuring for column in getattr(self.steps[name], "columns", {})}
+        try:
+            volume = read_volume(files.volume, self.space.grid.shape)
+            measured = {name: value for name, value in known["measured"].items() if name not in columns}
+            rigid = np.array(known["template_to_scan_mm"], float).reshape(4, 4)
+            scale = known["scale"] if "scale" in known else measured["head_scale"]  # before 2.2.0, rounded
+            found = Registration(rigid, float(scale), float(measured["similarity"]))
+        except (BundleError, AttributeError, KeyError, TypeError, ValueError):
+            return None
+        source, scan = work.source, Scan(volume, self.space.grid.affine)
+        record = Record(source.name, scan, scan, work.lacking, source.row, source.path, found, volume)
+        return record.updated(measured=measured)
+
+    def _measure(self, record: Record, work: Work, files: PreparedFiles, known: Mapping[str, Any]) -> tuple[str, ...]:
+        """Take the measurements anew, and nothing else."""
+        for name in self.measuring:
+            record = self.steps[name](record)
+        if record.labels is not None:
+            remove_leftovers(files.labels)
+            write_labels(files.labels, record.labels)
+        results = {"measured": dict(record.measured), "covariates": dict(record.covariates)}
+        write_json(files.sidecar, {**known, **self._read(work), **self._made_by(work.lacking), **results})
+        return record.warnings
 
     def _prepare(self, work: Work, files: PreparedFiles) -> tuple[str, ...]:
         source, hashes = work.source, self._read(work)
@@ -182,6 +245,7 @@ def _results(record: Record) -> dict[str, Any]:
         "covariates": dict(record.covariates),
         "warnings": list(record.warnings),
         "template_to_scan_mm": record.registered().rigid.tolist(),
+        "scale": record.registered().scale,
     }
 
 
@@ -247,12 +311,3 @@ def itk_transform(rigid: np.ndarray) -> str:
         "FixedParameters: 0 0 0",
     )
     return "\n".join(lines) + "\n"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The dictionary in a JSON file; an empty one where there is none, or it is damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import Any
 from tqdm import tqdm
 
 from scripts.compute.devices import process_rank
+from scripts.compute.ownership import OutputFolder
 from scripts.compute.pool import results
 from scripts.compute.processes import arrive
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
-from scripts.core.files import make_folder
+from scripts.core.files import read_json
 from scripts.core.options import is_absent, whole_number, yes_or_no
 from scripts.preparation.covariates import Columns, Covariates
 from scripts.preparation.exclusions import Exclusions
@@ -29,6 +31,7 @@ from scripts.preparation.prepared_dataset import FAILURES, PreparedDataset, Scan
 from scripts.preparation.prepared_scan import (
     FAILED,
     KEPT,
+    MEASURED,
     PREPARED,
     Outcome,
     PreparedFiles,
@@ -91,6 +94,8 @@ class Preparation:
         overwrite: Any = False,
     ) -> None:
         self.part, self.parts = _part(shard)
+        inputs = {"input_dir": input_dir, "input_table": input_table}
+        self.output = OutputFolder(dataset_dir, "dataset_dir", "prepare", inputs, part=(self.part, self.parts))
         self.num_workers = whole_number(num_workers, "num_workers")
         self.only_assemble = yes_or_no(assemble, "assemble")
         division = Splits(
@@ -101,7 +106,11 @@ class Preparation:
         self.scans = [_known(source, covariates) for source in sources]
         exclusions = Exclusions(exclude)
         exclusions.check([source.name for source in sources], [source.participant for source in sources])
-        self.dataset_dir = make_folder(dataset_dir)
+        self.output.check()
+        for step in steps.values():
+            if not self.only_assemble and hasattr(step, "check"):
+                step.check()
+        self.dataset_dir = self.output.claim()
         self.preparer = ScanPreparer(space, steps, self.dataset_dir, yes_or_no(overwrite, "overwrite"))
         ranges, origin = yes_or_no(learn_ranges, "learn_ranges"), Path(str(input_dir or input_table))
         self.dataset = PreparedDataset(
@@ -114,7 +123,14 @@ class Preparation:
         Raises:
             BundleError: after all good scans are written, if any scan failed; at once if there is no room on the disk.
         """
+        try:
+            self._run()
+        finally:
+            self.output.release()
+
+    def _run(self) -> None:
         share, where = self.scans[self.part - 1 :: self.parts], self.dataset_dir / "logs"
+        self._say_what_differs(self.scans if self.only_assemble else share)
         failed = [] if self.only_assemble else self._prepare(share)
         if self.only_assemble or self.dataset.is_complete(self.scans):
             share, where = self.scans, self.dataset_dir / FAILURES
@@ -123,6 +139,34 @@ class Preparation:
             logger.info("other parts are not finished: the last one writes the tables, or --assemble 1")
         arrive("prepared")
         _raise_if(failed, len(share), where)
+
+    def _say_what_differs(self, scans: Sequence[Scan]) -> None:
+        """What an earlier run has left that other settings have made, and what becomes of it, before anything is done.
+
+        Raises:
+            BundleError: if tables alone are to be written, and there is nothing that these settings have made.
+        """
+        again, measured, good = Counter[str](), 0, 0
+        for scan in scans:
+            files = PreparedFiles(self.dataset_dir, scan.source)
+            known = read_json(files.sidecar)
+            differing = self.preparer.differing(files, known) if known else []
+            again.update([", ".join(differing)] if differing else [])
+            measured += bool(known) and not differing and not self.preparer.is_measured(known, scan.lacking)
+            good += bool(known) and not differing
+        others = "; ".join(f"{count} with other {what}" for what, count in again.most_common())
+        if self.only_assemble and again and not good:
+            raise BundleError(
+                f"no scan in {self.dataset_dir} was prepared by these settings ({others}): nothing is written; give "
+                "--assemble 1 with the options of the preparation"
+            )
+        if again:
+            logger.warning(f"scans there were prepared {others}: they are {self._fate('prepared again')}")
+        if measured:
+            logger.info(f"of {measured} prepared scans the volumes alone are {self._fate('measured')}")
+
+    def _fate(self, what: str) -> str:
+        return "left out of the tables" if self.only_assemble else what
 
     def _conclude(self, tables: Tables) -> list[dict[str, Any]]:
         left_out = f", {len(tables.excluded)} of them excluded from the table" if tables.excluded else ""
@@ -163,7 +207,7 @@ class _Progress:
 
     def __init__(self, total: int) -> None:
         self.total, self.since = total, time.monotonic()
-        self.counts = dict.fromkeys((PREPARED, KEPT, FAILED), 0)
+        self.counts = dict.fromkeys((PREPARED, MEASURED, KEPT, FAILED), 0)
         self.bar = tqdm(
             total=total, desc="preparing", unit="scan", disable=None, bar_format="{l_bar}{bar}| {n}/{total}{postfix}"
         )
@@ -184,7 +228,7 @@ class _Progress:
             logger.info(f"{done} of {self.total} scans: {self._pace()}")
 
     def _pace(self) -> str:
-        done, computed = sum(self.counts.values()), self.counts[PREPARED] + self.counts[FAILED]
+        done, computed = sum(self.counts.values()), sum(self.counts.values()) - self.counts[KEPT]
         seconds = (time.monotonic() - self.since) / max(1, computed)
         left = timedelta(seconds=round(seconds * (self.total - done)))
         counted = ", ".join(f"{count} {state}" for state, count in self.counts.items() if count)

@@ -28,6 +28,9 @@ from scripts.volumes.scans import Scan
 class Stripper(ABC):
     """A way to find the brain in a prepared volume."""
 
+    def check(self) -> None:  # noqa: B027 (most need no program)
+        """Raise a `BundleError` if the program that it needs is not there; before the first scan."""
+
     @abstractmethod
     def mask(self, volume: np.ndarray, grid: Grid, scale: float = 1.0) -> np.ndarray:
         """The brain with its ventricles.
@@ -93,6 +96,10 @@ class CommandStripper(Stripper):
     def __init__(self, command: str, arguments: Sequence[str], written: str = "mask.nii.gz", source: str = "") -> None:
         self.command, self.arguments, self.written = command, [str(a) for a in arguments], written
         self.source = source or "install it and put it on the PATH"
+
+    def check(self) -> None:
+        """See `Stripper`."""
+        find_program(self.command, self.source)
 
     def mask(self, volume: np.ndarray, grid: Grid, scale: float = 1.0) -> np.ndarray:
         """See `Stripper`; the scale is not used."""

@@ -4,22 +4,27 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
+import zlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from scripts.compute.devices import precision_facts, process_rank
 from scripts.compute.writer import BackgroundWriter, HostCopy
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
-from scripts.core.files import make_folder, write_json
+from scripts.core.files import are_whole, fingerprints, make_folder, write_json
+from scripts.core.option_types import check_disk
 from scripts.core.options import whole_number
 from scripts.sampling.requests import SampleRequests
 from scripts.volumes.grid import Grid
@@ -29,13 +34,16 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "monai", "numpy", "nibabel")
 TF32 = "tf32"  # in sidecars of samples from a GPU, of this version on
+ENDINGS, FILES = ("nii.gz", "png"), "files"
+LEAST_SHARE = 0.01
+"""Of the bytes of a volume, what is left of it compressed, at the least."""
 
 
 class SampleSaver:
     """Handler that writes each sampled volume: NIfTI, JSON sidecar and a picture of the three mid planes.
 
-    The sidecar comes last, so that a volume with a sidecar is complete. Other threads compress and write, while the
-    device samples the next batch: `finish` waits for them.
+    The sidecar comes last, with size and hash of the others, so that it tells whether they are whole. Other threads
+    compress and write, while the device samples the next batch: `finish` waits for them.
 
     Args:
         output_dir: folder to write to.
@@ -107,21 +115,33 @@ class SampleSaver:
         stem = self.stem(seed, index)
         write_volume(f"{stem}.nii.gz", volume, self.grid, self.facts["dtype"])
         write_picture(f"{stem}.png", mid_planes(volume))
-        write_json(f"{stem}.json", self._sidecar(seed, index, vector))
+        files = fingerprints(Path(f"{stem}.{ending}") for ending in ENDINGS)
+        write_json(f"{stem}.json", {**self._sidecar(seed, index, vector), FILES: files})
         logger.info(f"wrote {stem}.nii.gz, its .json and its .png")
 
     def is_done(self, seed: int, index: int, vector: torch.Tensor) -> bool:
-        """Whether this very sample is there already.
+        """Whether this very sample is there already, whole.
 
         Raises:
             BundleError: if another one has its name: it would be lost. Also if its sidecar is damaged.
         """
-        volume, sidecar = (Path(f"{self.stem(seed, index)}.{ending}") for ending in ("nii.gz", "json"))
-        if not (volume.exists() and sidecar.exists()):
+        stem = self.stem(seed, index)
+        sidecar, files = Path(f"{stem}.json"), [Path(f"{stem}.{ending}") for ending in ENDINGS]
+        if not (files[0].exists() and sidecar.exists()):
             return False
-        if _same_sample(sidecar, self._sidecar(seed, index, vector)):
-            return True
-        raise BundleError(f"{sidecar} is of a sample made with other settings: choose another --output_dir or --seed")
+        found = _read_sidecar(sidecar)
+        if not _same_sample(found, self._sidecar(seed, index, vector)):
+            raise BundleError(
+                f"{sidecar} is of a sample made with other settings: choose another --output_dir or --seed"
+            )
+        whole = (
+            are_whole(self.folder, found[FILES])
+            if FILES in found
+            else all(_is_readable(path) for path in files if path.exists())
+        )
+        if not whole:
+            logger.warning(f"the sample of {sidecar} is damaged, or a part of it is gone: it is made again")
+        return whole
 
     def stem(self, seed: int, index: int) -> str:
         """Path of a sample's files without their endings."""
@@ -137,17 +157,32 @@ class SampleSaver:
         }
 
 
-def _same_sample(sidecar: Path, wanted: Mapping[str, Any]) -> bool:
+def _read_sidecar(sidecar: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{sidecar} is damaged ({error}): remove it, and its sample is made again") from error
-    if not isinstance(found, Mapping):
-        return False
-    compared = (found.keys() | wanted.keys()) - {"versions"}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _same_sample(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    compared = (found.keys() | wanted.keys()) - {"versions", FILES}
     if not (TF32 in found and TF32 in wanted):
         compared -= {TF32}
     return all(key in found and key in wanted and found[key] == wanted[key] for key in compared)
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether a file of a version that noted no hashes can be read to its end, its checksums included."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else Image.open(path) as file:
+            while isinstance(file, gzip.GzipFile) and file.read(1 << 22):
+                pass
+            if isinstance(file, Image.Image):
+                file.load()
+        return path.stat().st_size > 0
+    except (OSError, EOFError, ValueError, SyntaxError, zlib.error):
+        return False
 
 
 def sample_all(evaluator: Engine, requests: SampleRequests, saver: SampleSaver) -> None:
@@ -159,6 +194,8 @@ def sample_all(evaluator: Engine, requests: SampleRequests, saver: SampleSaver) 
         BundleError: if a sample of other settings stands where one of these would be written, or one cannot be written.
     """
     requests.start()
+    least = len(requests) * LEAST_SHARE * np.prod(saver.grid.shape, dtype=float)
+    check_disk(saver.folder, least, "num_samples", len(requests))
     if requests.fixed_seed is None:
         logger.info(f"seed {requests.seed}: give --seed {requests.seed} to sample the same volumes again")
     done = [i for i in requests.rows if saver.is_done(requests.seed, i, requests.vectors[i])]
@@ -181,4 +218,5 @@ def loader(requests: SampleRequests, batch_size: Any) -> DataLoader:
     Raises:
         BundleError: unless `batch_size` is a whole number above 0.
     """
-    return DataLoader(requests, batch_size=whole_number(batch_size, "batch_size", least=1))
+    most = max(1, len(requests))  # PyTorch's loader lays out a list of the size that it is given
+    return DataLoader(requests, batch_size=min(most, whole_number(batch_size, "batch_size", least=1)))

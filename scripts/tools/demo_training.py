@@ -61,7 +61,7 @@ DELIVERED = (
     "evaluation/table_1.tsv",
     "evaluation/reconstruction.png",
     "figures/extrapolation.png",
-    "figures/models.png",
+    "side_by_side/models.png",
 )
 FIRST = "autoencoder_first.safetensors"  # before its decoder was trained by itself
 NEEDED = {
@@ -384,12 +384,12 @@ def sample(machine: Machine) -> None:
 
 def draw_figures(machine: Machine) -> None:
     """Samples beyond the range of training, as in the paper's Figure 4, and eight of the samples beside each other."""
-    folder = machine.work_dir / "figures"
+    folder, beside = machine.work_dir / "figures", machine.work_dir / "side_by_side"
     columns = [{"ventricular_vol": value} for value in (-0.5, 0.0, 1.0, 1.5, 1.9)]
     cells = {"figure": "extrapolation", "rows": [{}], "columns": columns, "seed": 500}
     machine.run("figures", {**cells, "output_dir": folder, **_networks(machine), "device": machine.options.device})
     models = {"demo": str(machine.work_dir / "samples")}
-    machine.run("side_by_side", {"models": models, "count": min(8, machine.options.samples), "output_dir": folder})
+    machine.run("side_by_side", {"models": models, "count": min(8, machine.options.samples), "output_dir": beside})
 
 
 def evaluate(machine: Machine) -> None:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from ignite.engine import Engine, Events
 
 from scripts.compute import processes
+from scripts.compute.ownership import OutputFolder
 from scripts.core.config import config_text, is_plain
 from scripts.core.errors import BundleError
 from scripts.core.files import make_folder, replacing
@@ -32,7 +32,7 @@ from scripts.training.repeatable import Stream
 logger = logging.getLogger(__name__)
 
 PATTERN = "checkpoint_iteration={}.pt"
-BEST, LOCK = "best.pt", ".lock"
+BEST = "best.pt"
 WORDS = {"samples": "samples in the dataset", "batch": "samples in a batch of all processes"}
 EARLIER_NAMES = {"optimisation": "generator_step", "discriminator_optimisation": "discriminator_step"}
 """What checkpoints of earlier versions call an object, where they do so otherwise."""
@@ -45,15 +45,17 @@ class Checkpoints:
     Args:
         folder: made by rank 0 with the first checkpoint; several nodes must share it.
         keep: how many of the newest ones to keep.
+        reads: option -> folder that the training reads.
 
     Raises:
         BundleError: unless at least one is kept.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep: Any = 2) -> None:
+    def __init__(self, folder: str | os.PathLike, keep: Any = 2, reads: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(str(folder))
         self.keep = whole_number(keep, "keep_checkpoints", least=1)
-        self._lock: FileLock | None = None
+        self.output = OutputFolder(folder, "run_dir", "train", reads)
+        self.is_locked = False
 
     def paths(self) -> list[Path]:
         """All of them, oldest first."""
@@ -83,26 +85,16 @@ class Checkpoints:
         """Keep other trainings out of the folder, until `unlock`, and clear away what a killed one left.
 
         Raises:
-            BundleError: if another training is at work there.
+            BundleError: if another training is at work there, or for what `OutputFolder.claim` refuses.
         """
-        if self._lock is not None:
-            return
-        lock = FileLock(make_folder(self.folder) / LOCK)  # of this process, not of those that it forks
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise BundleError(
-                f"another training is at work in {self.folder}: give this one its own --run_dir"
-            ) from error
-        self._lock = lock
-        for left in self.folder.glob(".*-*.pt"):
-            left.unlink(missing_ok=True)
+        if not self.is_locked:
+            self.output.claim()
+            self.is_locked = True
 
     def unlock(self) -> None:
         """Let others in again."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        self.output.release()
+        self.is_locked = False
 
     def write(self, content: Mapping[str, Any], iteration: int) -> Path:
         """Write one, flush it to the disk, give it its name, and only then remove the oldest.
@@ -203,15 +195,24 @@ class Progress:
         return {"samples": stream.size, "batch": stream.batch_size * processes.world_size()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the engine go on from there, in the middle of an epoch if need be."""
+        """Let the engine go on from there, in the middle of an epoch if need be.
+
+        Raises:
+            BundleError: for what is no number of iterations.
+        """
+        done = state.get("iteration")
+        if not isinstance(done, int) or done < 0:
+            raise BundleError(
+                f"the checkpoint to resume says that {done} iterations are done: remove it, and the one before is taken"
+            )
         for name, now in self._stream().items():
             if state.get(name, now) != now:
                 logger.warning(
                     f"going on with {now} {WORDS[name]}, which were {state[name]}: iterations keep their count, and "
                     "the order of the samples is another one from here"
                 )
-        self.engine.state.iteration = state["iteration"]
-        self.engine.state.epoch = state["iteration"] // self.engine.state.epoch_length
+        self.engine.state.iteration = done
+        self.engine.state.epoch = done // self.engine.state.epoch_length
 
 
 def training_state(

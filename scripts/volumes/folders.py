@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from scripts.compute.kept import Values
+from scripts.compute.ownership import only_results
 from scripts.core.errors import BundleError
 from scripts.core.files import file_hash
 from scripts.core.inputs import Input
@@ -173,7 +174,8 @@ def find_volumes(folder: Path, flag: str, warn: Callable[[str], None] = logger.w
     """
     if not folder.is_dir():
         raise BundleError(f"--{flag}: there is no folder {folder}")
-    found = _searched(folder)
+    searched = _searched(folder)
+    found = only_results(folder, searched)
     rows = read_table(folder / TABLE) if (folder / TABLE).is_file() else []
     listed = _listed(folder, rows)
     if not (listed or found):
@@ -184,6 +186,9 @@ def find_volumes(folder: Path, flag: str, warn: Callable[[str], None] = logger.w
         if others:
             count, first = len(others), others[0].name
             warn(f"{folder / TABLE} has no row for {count} of the volumes in {folder}, {first} the first: left out")
+    elif len(found) < len(searched):
+        left = [path for path in searched if path not in set(found)]
+        warn(f"{len(left)} volumes below {folder} are other commands' or no samples, {left[0]} the first: left out")
     return listed or found
 
 

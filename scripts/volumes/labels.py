@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,20 @@ def _structures(row: Mapping[str, str], where: str) -> Structures:
 def stem(path: Path) -> str:
     """The name of a file without its folder, `.nii`, `.nii.gz`, `.mgz` or `.mgh`."""
     return re.sub(r"\.(nii\.gz|nii|mgz|mgh)$", "", path.name)
+
+
+def by_stem(paths: Iterable[Path], flag: str) -> dict[str, Path]:
+    """Files by their names without endings.
+
+    Raises:
+        BundleError: naming two files of one name, of which one would be lost.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        other = found.setdefault(stem(path), path)
+        if other != path:
+            raise BundleError(f"--{flag}: {other} and {path} have one name: which is meant? Leave one of them out")
+    return found
 
 
 def belongs(segmentation: str, volume: str) -> bool:

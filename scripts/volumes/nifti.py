@@ -68,6 +68,11 @@ def _image(data: np.ndarray, grid: Grid) -> nib.Nifti1Image:
     return image
 
 
+def as_stored(volume: np.ndarray) -> np.ndarray:
+    """Intensities 0..1 as they are read back from a uint8 file, so that what is measured of both is the same."""
+    return np.rint(np.clip(volume, 0.0, 1.0) * 255).astype(np.float32) * _slope(255)
+
+
 def _quantised(volume: np.ndarray, grid: Grid, dtype: str) -> nib.Nifti1Image:
     top = np.iinfo(dtype).max
     image = _image(np.rint(np.clip(volume, 0.0, 1.0) * top).astype(dtype), grid)

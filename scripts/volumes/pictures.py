@@ -31,7 +31,8 @@ def figure_path(run_dir: str | os.PathLike, name: str, iteration: int) -> Path:
 def figures_of(run_dir: str | os.PathLike, iteration: int) -> dict[str, Path]:
     """Name -> file of every picture that was drawn at an iteration."""
     end = figure_path(run_dir, "", iteration).name
-    return {path.name.removesuffix(end): path for path in sorted((Path(run_dir) / FOLDER).glob(f"*{end}"))}
+    found = sorted((Path(run_dir) / FOLDER).glob(f"[!.]*{end}"))  # not what a killed process has left half written
+    return {path.name.removesuffix(end): path for path in found}
 
 
 def reconstruction_picture(
