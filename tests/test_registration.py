@@ -149,6 +149,9 @@ def test_an_unlikely_size_is_refused_by_its_number(
     said = str(caught.value)
     assert f"{scale:g} of its length" in said and f'--steps::register::scales "{allowed}"' in said
     assert Register(space, scales=[0.5, 1.3])(record).registered().scale == scale
+    for wrong in ([1.1, 0.7], [0.7], "ab", 3, [0.7, float("nan")]):
+        with pytest.raises(BundleError, match="steps::register::scales"):
+            Register(space, scales=wrong)  # type: ignore[arg-type]
     known = {"version": 1, "seed": 1, "enough_similarity": 0.4, "min_similarity": 0.25}
     assert steps.step_identity(Register(space)) == known == steps.step_identity(Register(space, scales=[0.7, 1.12]))
     assert steps.step_identity(Register(space, scales=[0.5, 1.3])) != known

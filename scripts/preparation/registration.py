@@ -223,10 +223,9 @@ def register(
         if likely and _most_similar(likely).similarity >= enough:
             return _most_similar(likely)
         starts += [_registration(scan, template, start) for start in some]
-    found = [*fits, *starts]
-    best = _most_similar([one for one in found if scales[0] <= one.scale <= scales[1]] or found)
+    best = _best_within(scales, [*fits, *starts])
     search = _CoarseSearch(scan, template, best.scale, POLISH_MM)
-    return _most_similar([best, _registration(scan, template, search.polished(best, template.centre))])
+    return _best_within(scales, [best, _registration(scan, template, search.polished(best, template.centre))])
 
 
 def _rounds(
@@ -235,13 +234,19 @@ def _rounds(
     """Places to fit from, template world to scan world, the likeliest first, and the sizes at which a fit is enough."""
     search = _CoarseSearch(scan, template)
     yield search.best(NODS), LIKELY_SCALES
-    yield from ((search.at_scale(scale), LIKELY_SCALES) for scale in TYPICAL_SCALES)
+    for scale in TYPICAL_SCALES:
+        yield search.at_scale(scale), scales if scale == TYPICAL_SCALES[-1] else LIKELY_SCALES
     yield _CoarseSearch(scan, template, CHILDS_SCALE).best(NODS), scales
     yield search.best(ALL_ROUND), scales
 
 
 def _most_similar(found: Sequence[Registration]) -> Registration:
     return max(found, key=lambda one: one.similarity)
+
+
+def _best_within(scales: Sequence[float], found: Sequence[Registration]) -> Registration:
+    """The most similar of those whose scale is within limits; of all, if there are none."""
+    return _most_similar([one for one in found if scales[0] <= one.scale <= scales[1]] or found)
 
 
 def _registration(scan: Scan, template: Template, fitted: np.ndarray) -> Registration:
@@ -286,7 +291,7 @@ class _CoarseSearch:
     """
 
     def __init__(self, scan: Scan, template: Template, scale: float = SCALE, step: float = COARSE_MM) -> None:
-        self.scale, self.height = scale, HEAD_HEIGHT_MM * scale / SCALE
+        self.scale, self.height = scale, HEAD_HEIGHT_MM * (scale / SCALE)
         coarse = Template(thinned(template.head, step), template.brain)
         near = coarse.near_brain(SKULL_MARGIN_MM)
         self.points = _apply(coarse.head.affine, np.argwhere(near))

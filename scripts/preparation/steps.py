@@ -334,6 +334,16 @@ class Register:
             f'"[{min(low, found.scale - 0.05):.2f},{max(high, found.scale + 0.05):.2f}]"'
         )
 
+    def __post_init__(self) -> None:
+        try:
+            low, high = (float(one) for one in self.scales)
+        except (TypeError, ValueError):
+            low, high = 0.0, 0.0
+        if not 0.0 < low < high < float("inf"):
+            raise ScanError(
+                "wrong steps", f"`steps::register::scales` needs two lengths, such as [0.7,1.12], got {self.scales}"
+            )
+
     def settings(self) -> dict[str, Any]:
         """The numbers; the limits of size only where they are others than the default, which sidecars of 2.1.0 lack."""
         stated = {"seed": self.seed, "enough_similarity": self.enough_similarity, "min_similarity": self.min_similarity}
