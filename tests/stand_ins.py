@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from scripts.preparation.registration import Registration
-from scripts.preparation.steps import Record
+from scripts.preparation.steps import NoMatchError, Record
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,20 @@ class FailsOn:
     def __call__(self, record: Record) -> Record:
         if record.name == self.name:
             raise ZeroDivisionError("division by zero")
+        return record
+
+
+@dataclass(frozen=True)
+class LostOn:
+    """Matches nowhere, at the scan of this name."""
+
+    name: str
+
+    def __call__(self, record: Record) -> Record:
+        if record.name == self.name:
+            raise NoMatchError(
+                "does not match (similarity 0.21 at 1.16 of its length): is it a T1-weighted head?", record
+            )
         return record
 
 

@@ -56,7 +56,7 @@ def test_collapsed_posterior_is_told_once_and_again_after_recovery(caplog: pytes
 
 def test_standard_normal_posterior_is_collapsed_and_a_usual_one_not() -> None:
     noise = torch.randn(4, 3, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-    for scale, sigma, expected in ((0.05, 1.0, 1), (1.0, 0.01, 0), (0.3, 0.3, 0)):
+    for scale, sigma, expected in ((0.05, 1.0, 1), (1.0, 0.01, 0), (0.3, 0.08, 0), (0.3, 0.3, 1)):
         mean = scale * noise
         kl = 0.5 * (mean.square() + sigma**2 - 2 * torch.tensor(sigma).log() - 1).mean().item()
         values = {"val_kl_per_value": kl, "val_latent_sigma": sigma, "val_latent_std": mean.std().item()}

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from scripts.autoencoder import latent_writer
-from scripts.autoencoder.encoding import LatentEncoder
+from scripts.autoencoder.encoding import LatentEncoder, moments
 from scripts.autoencoder.latent_writer import ArrayFile, LatentWriter
 from scripts.autoencoder.latents import (
     PosteriorMeand,
@@ -37,7 +37,9 @@ from scripts.autoencoder.latents import (
     latent_scale,
     latents,
     made_by,
+    noise_share,
     read_encoding,
+    warn_of_noise,
 )
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
@@ -119,6 +121,9 @@ def test_table_and_facts(done: Bundle) -> None:
     assert rows[1]["path"] == "sub-1/anat/sub-1_T1w.nii.gz" and rows[1]["age_years"] == "60"
     assert [(row["version"], row["row"]) for row in rows] == [("0", str(n)) for n in range(4)]
     facts = json.loads((done.latents / "encoding.json").read_text())
+    mean, std = np.load(done.latents / "posteriors.npy").astype(np.float64).swapaxes(0, 1)
+    share = np.square(std).mean() / (np.square(std).mean() + mean.var())
+    assert facts["noise_share"] == pytest.approx(share, rel=1e-6)
     assert facts["encoder_sha256"] == encoder_sha256(torch.load(done.weights, weights_only=True))
     assert facts["augmentation"] == {"seed": 3, "flip": 0.5, "affine": 1.0} and facts["versions"] == 1
     assert {path.name for path in done.latents.glob("[!.]*")} == set(NAMES)
@@ -553,3 +558,14 @@ def test_latents_without_variance(tmp_path: Path) -> None:
     encode(scans, tmp_path / "latents")
     with pytest.raises(BundleError, match="have variance 0.0"):
         latent_scale(str(tmp_path / "latents"))
+
+
+@pytest.mark.parametrize("sigma", [0.2, 10.0])
+def test_latents_that_are_noise_are_warned_of(sigma: float, caplog: pytest.LogCaptureFixture) -> None:
+    """As those of an autoencoder whose KL term weighs too much."""
+    mean = np.random.default_rng(0).standard_normal((3, 2, 8, 8, 8))
+    found = moments(np.stack([mean, np.full_like(mean, sigma)], axis=1))
+    assert noise_share(found) == pytest.approx(sigma**2 / (sigma**2 + mean.var()))
+    warn_of_noise("runs/latents", found)
+    assert caplog.messages == [] if sigma < 1 else "99% of the latents' variance" in caplog.text
+    assert noise_share({"mean": 0.0, "square": 1.0}) is None  # of latents that version 2.1.0 encoded

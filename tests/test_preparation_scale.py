@@ -29,7 +29,7 @@ from preparing import (
     steps,
     write_bids,
 )
-from stand_ins import FailsOn, KilledOn, KnownPose
+from stand_ins import FailsOn, KilledOn, KnownPose, LostOn
 
 from scripts.compute.ownership import LOCK, MARK
 from scripts.conditions.conditions import Conditions
@@ -121,6 +121,33 @@ def test_a_process_that_dies_costs_its_scan_alone(
     kept = read_table(tmp_path / "dataset" / "participants.tsv")
     assert [row["participant_id"] for row in kept] == [f"sub-{i:02d}" for i in (0, 2, 3, 4, 5)]
     assert not list((tmp_path / "dataset").rglob("sub-01*T1w*"))
+
+
+def test_a_refused_scan_shows_where_its_search_ended(
+    prepare: Prepare, target: TargetSpace, raw: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleError, match=r"1 of 6 scans failed: 1 no match \(sub-02\)"):
+        prepare(input_dir=raw, steps=steps(target, lost=LostOn("sub-02")))
+    page = (tmp_path / "dataset" / "quality.html").read_text()
+    assert "similarity 0.21 at 1.16" in page and "T1-weighted" in page
+    assert 'src="figures/thumbnails/sub-02.jpg"' in page
+    assert (tmp_path / "dataset/figures/thumbnails/sub-02.jpg").is_file()
+
+
+def test_a_stripped_scan_is_said_and_not_mixed_in_silence(
+    prepare: Prepare, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image, brain = head(swell=0.9)
+    write_bids(tmp_path / "raw", 2)
+    save(tmp_path / "raw/sub-01/anat/sub-01_T1w.nii.gz", 1000 * image * brain)
+    folder = prepare(input_dir=tmp_path / "raw")
+    rows = {row["participant_id"]: row for row in read_table(folder / "participants.tsv")}
+    assert {name: row["skull"] for name, row in rows.items()} == {"sub-00": "on", "sub-01": "stripped"}
+    for name, row in rows.items():
+        sidecar = json.loads((folder / row["path"].replace(".nii.gz", ".json")).read_text())
+        assert sidecar["SkullStripped"] is (name == "sub-01")
+        assert row["largest_voxel_mm"] == "8.0" and row["air"] == "dark"
+    assert "1 of 2 scans are skull-stripped, sub-01 the first" in caplog.text
 
 
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:

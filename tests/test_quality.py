@@ -99,7 +99,7 @@ def test_the_page_holds_every_scan_and_reason(tmp_path: Path) -> None:
     assert data["columns"] == ["similarity", "field_of_view", "site"]
     assert data["scans"][0]["flags"] == ["low similarity"] and data["scans"][2]["flags"] == ["field of view: cut"]
     assert data["scans"][1]["excluded"] == "moved" and data["scans"][0]["values"][2] == "</script><b>A&B"
-    assert "<td>2</td><td>holds NaN or infinity in # voxels</td>" in page and "no such file" in page
+    assert "<td>2</td><td>holds NaN or infinity in 5 voxels, and the like</td>" in page and "no such file" in page
     assert "{{" not in page and not re.search(r"https?://", page)
 
 
@@ -107,6 +107,10 @@ def test_flags_are_words() -> None:
     fine = {"similarity": "0.5", "field_of_view": "whole", "orientation": "upright", "header": "none", "sides": "n/a"}
     assert flags(fine) == []
     assert flags({**fine, "orientation": "turned", "similarity": 0.2}) == ["orientation: turned", "low similarity"]
+    sizes = {"0.82": True, "0.9": False, "1.16": True, "n/a": False}
+    assert {scale: bool(flags({**fine, "head_scale": scale})) for scale in sizes} == sizes
+    odd = {"skull": "stripped", "air": "bright", "contrast": "inverted", "largest_voxel_mm": 5.0}
+    assert len(flags({**fine, **odd})) == 4 and flags({**fine, "largest_voxel_mm": 1.2, "skull": "on"}) == []
     assert scan_name("a/sub-1_ses-2_space-MNI152_T1w.nii.gz") == "sub-1_ses-2"
 
 

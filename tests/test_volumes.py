@@ -73,9 +73,9 @@ def test_scale_does_not_depend_on_the_volume(grid: Grid, volume: np.ndarray, tmp
     assert np.allclose(read_volume(tmp_path / "z.nii.gz"), np.clip(volume * 3.0, 0, 1), atol=0.002)
 
 
-def test_float32_is_kept_as_it_is(grid: Grid, volume: np.ndarray, tmp_path: Path) -> None:
+def test_float32_is_clipped_to_0_and_1(grid: Grid, volume: np.ndarray, tmp_path: Path) -> None:
     write_volume(tmp_path / "x.nii", volume * 3.0 - 1.0, grid, "float32")
-    assert np.array_equal(read_volume(tmp_path / "x.nii", grid.shape), volume * 3.0 - 1.0)
+    assert np.array_equal(read_volume(tmp_path / "x.nii", grid.shape), np.clip(volume * 3.0 - 1.0, 0.0, 1.0))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -20,7 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from scripts.autoencoder.latent_writer import VOLUME, LatentWriter
-from scripts.autoencoder.latents import ENCODING, POSTERIORS, Posteriors, array_sha256, read_encoding
+from scripts.autoencoder.latents import (
+    ENCODING,
+    POSTERIORS,
+    Posteriors,
+    array_sha256,
+    noise_share,
+    read_encoding,
+    warn_of_noise,
+)
 from scripts.compute.devices import process_rank
 from scripts.compute.precision import autocast
 from scripts.core.errors import BundleError
@@ -158,7 +166,10 @@ class LatentEncoder:
         made_with = {"torch": torch.__version__, "monai": monai.__version__}
         origin = {**self.origin, **about, "augmentation": self.augmentation, "made_with": made_with}
         write_table(self.folder / TABLE, table)
-        write_json(self.folder / ENCODING, {**origin, "moments": self._moments(encoded), "encoded_sha256": encoded})
+        found = self._moments(encoded)
+        stated = {"moments": found, "noise_share": noise_share(found), "encoded_sha256": encoded}
+        write_json(self.folder / ENCODING, {**origin, **stated})
+        warn_of_noise(self.folder, found)
         logger.info(f"{len(scans)} scans are encoded, {self.versions} latents each, in {self.folder}")
 
     def _moments(self, encoded: str) -> dict[str, float]:
@@ -166,7 +177,9 @@ class LatentEncoder:
             known = read_encoding(self.folder)
         except BundleError:
             known = {}
-        return known["moments"] if known.get("encoded_sha256") == encoded else moments(Posteriors(self.folder).array)
+        if known.get("encoded_sha256") == encoded and "noise" in known["moments"]:
+            return known["moments"]
+        return moments(Posteriors(self.folder).array)
 
 
 def _written(folder: Path) -> int:
@@ -219,10 +232,13 @@ class Volumes(Dataset):
 
 
 def moments(posteriors: np.ndarray) -> dict[str, float]:
-    """Mean, and mean square, of samples of the posteriors (rows, 2, C, x, y, z), pooled over everything."""
-    sums = np.zeros(2)
+    """Mean, mean square, and `noise` of samples of the posteriors (rows, 2, C, x, y, z), pooled over everything.
+
+    The noise is the mean variance of a posterior, which is a part of the mean square.
+    """
+    sums = np.zeros(3)
     for row in tqdm(posteriors, "moments", unit="latent", disable=None):
         mean, std = torch.from_numpy(np.array(row)).double()
-        sums += [mean.sum().item(), (mean.square() + std.square()).sum().item()]
-    mean, square = (sums / posteriors[:, 0].size).tolist()
-    return {"mean": mean, "square": square}
+        noise = std.square().sum().item()
+        sums += [mean.sum().item(), mean.square().sum().item() + noise, noise]
+    return dict(zip(("mean", "square", "noise"), (sums / posteriors[:, 0].size).tolist()))

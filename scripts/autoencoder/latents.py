@@ -9,8 +9,9 @@ A folder of latents holds
   where the row is not encoded;
 - `participants.tsv`: a line for each row, in the array's order, with the covariates of the scan, its `path` in the
   dataset, the `version` (0 is the scan itself, others are augmented) and the `row`;
-- `encoding.json`: how the latents were made, and their moments. It is written last, and is valid for one state of
-  `encoded.npy`, so that latents of which a part is missing or from elsewhere are never trained on.
+- `encoding.json`: how the latents were made, their moments, and which share of their variance is noise. It is written
+  last, and is valid for one state of `encoded.npy`, so that latents of which a part is missing or from elsewhere are
+  never trained on.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from scripts.core.errors import BundleError
 from scripts.core.options import is_absent
 from scripts.core.tables import read_table
 from scripts.networks.weights import encoder_sha256, read_state
+from scripts.training.health import latent_noise
 from scripts.volumes.datasets import TABLE, participants, with_conditions
 
 logger = logging.getLogger(__name__)
@@ -209,10 +211,26 @@ def made_by(folder: str, autoencoder_path: str | Path, needed: Any = True) -> st
     return sha256
 
 
+def noise_share(moments: Mapping[str, float]) -> float | None:
+    """The share, 0..1, of the variance of samples of the posteriors that is their own noise: E[std^2] over all of it.
+
+    None for moments of 2.1.0, which lack it.
+    """
+    variance = moments["square"] - moments["mean"] ** 2
+    return moments["noise"] / variance if "noise" in moments and variance > 0.0 else None
+
+
+def warn_of_noise(folder: str | Path, moments: Mapping[str, float]) -> None:
+    """Log a warning where the latents of a folder are noise for more than a tenth."""
+    for finding in latent_noise(noise_share(moments) or 0.0):
+        logger.warning(f"{folder}: {finding.words}")
+
+
 def latent_scale(folder: str) -> float:
     """One over the standard deviation of samples of the posteriors, pooled over all rows, voxels and channels.
 
-    The variance of a sample is E[mean^2 + std^2] - E[mean]^2; the encoding has stored both moments.
+    The variance of a sample is E[mean^2 + std^2] - E[mean]^2; the encoding has stored both moments. Latents that are
+    noise for more than a tenth are warned of.
 
     Raises:
         BundleError: if the variance is zero or not finite.
@@ -221,6 +239,7 @@ def latent_scale(folder: str) -> float:
     variance = moments["square"] - moments["mean"] ** 2
     if not np.isfinite(variance) or variance <= 0.0:
         raise BundleError(f"the latents in {folder} have variance {variance}: the autoencoder is not usable")
+    warn_of_noise(folder, moments)
     return float(variance**-0.5)
 
 

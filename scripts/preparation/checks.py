@@ -15,22 +15,14 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from scripts.core.errors import BundleError
-from scripts.preparation.registration import (
-    Registration,
-    Template,
-    correlation,
-    resample,
-    resized_about,
-    seen_fraction,
-    thinned,
-)
+from scripts.preparation.appearance import VAULT_FROM_MM, Appearance, appearance, at_template_size
+from scripts.preparation.registration import LIKELY_SCALES, Registration, Template, correlation, seen_fraction
 from scripts.preparation.steps import Record, TargetSpace
 from scripts.volumes.nifti import UNREADABLE
 from scripts.volumes.scans import Scan
 
 SKULL_MM = 12.0
-VAULT_FROM_MM = -30.0
-CHECK_MM = 4.0
+THICK_MM = 2.0
 DOUBTFUL_SIDES = -0.008
 FORM_DEGREES = 3.0
 FORM_MM = 3.0
@@ -107,12 +99,12 @@ def pose(volume: np.ndarray, affine: np.ndarray, scale: float, template: Templat
         scale: length in the head over length in the template.
         template: the head that it was registered to.
     """
-    coarse = Template(thinned(template.head, CHECK_MM), template.brain)
-    shape, grid = coarse.head.data.shape, coarse.head.affine
-    sized = resized_about(template.centre, scale)
-    moved = resample(thinned(Scan(volume, affine), CHECK_MM), sized, shape, grid, order=1)
-    near = coarse.near_brain(SKULL_MM)
-    turns = [_similarity(moved, coarse.head, _about(template.centre, turn), near) for turn in _quarter_turns()]
+    return _pose(*at_template_size(volume, affine, scale, template), template.centre)
+
+
+def _pose(found: Scan, coarse: Template, centre: np.ndarray) -> Pose:
+    moved, near = found.data, coarse.near_brain(SKULL_MM)
+    turns = [_similarity(moved, coarse.head, _about(centre, turn), near) for turn in _quarter_turns()]
     mirror = np.diag([-1.0, 1.0, 1.0, 1.0])
     sides = turns[0] - _similarity(moved, coarse.head, mirror, near)
     return Pose(turns[0], max(turns[1:]), sides)
@@ -251,13 +243,18 @@ class CheckScan:
         "sides": "`usual`, or `doubtful` where the mirrored template fits clearly better",
         "sides_score": "correlation with the template less that with its mirror image",
         "header": "what makes left and right, or the position, doubtful in the file's header; `none` if nothing does",
+        "contrast": "`T1w`, or `flat` or `inverted` where white matter is not clearly brighter than grey",
+        "air": "`dark`, or `bright` where the air around the head is not, as in UNI images of MP2RAGE",
+        "skull": "`on`, or `stripped` where the scan has next to nothing around the brain",
+        "largest_voxel_mm": "longest side of the scan's voxels, such as the distance of its slices",
     }
 
     def __call__(self, record: Record) -> Record:
         """The record with its columns, and a warning for each finding."""
         found, template, grid = record.registered(), self.space.template, self.space.grid
         view = field_of_view(record.original, found, template)
-        lies = pose(record.on_grid(), grid.affine, found.scale, template)
+        moved, coarse = at_template_size(record.on_grid(), grid.affine, found.scale, template)
+        lies, looks = _pose(moved, coarse, template.centre), appearance(moved, coarse)
         findings = header_findings(record.raw) if record.raw.is_file() else []
         flag = view.flag(self.min_brain, self.min_vault)
         record = record.warned(flag == "cut", f"{1 - view.brain:.1%} of the brain is outside its field of view")
@@ -266,6 +263,7 @@ class CheckScan:
         record = record.warned(lies.sides_are_doubtful, "the mirrored template fits better: check left and right")
         for finding in findings:
             record = record.warned(True, f"its header {finding}")
+        record = self._looked_at(record, looks, found.scale)
         return record.with_measured(
             brain_seen=round(view.brain, 4),
             vault_seen=round(view.vault, 4),
@@ -274,4 +272,28 @@ class CheckScan:
             sides="doubtful" if lies.sides_are_doubtful else "usual",
             sides_score=round(lies.sides, 4),
             header=described(findings),
+            contrast=looks.contrast,
+            air=looks.air,
+            skull=looks.skull,
+            largest_voxel_mm=round(float(record.original.spacing.max()), 2),
         )
+
+    def _looked_at(self, record: Record, looks: Appearance, scale: float) -> Record:
+        """The record with a warning for what does not look like a T1-weighted adult head with its skull, at 1 mm."""
+        low, high = LIKELY_SCALES
+        thickest = float(record.original.spacing.max())
+        for condition, message in (
+            (looks.contrast != "T1w", f"its contrast is {looks.contrast}: is it T1-weighted?"),
+            (
+                looks.air == "bright",
+                "its air is as bright as a head, as in UNI images of MP2RAGE: take the denoised one",
+            ),
+            (looks.skull == "stripped", "it is skull-stripped"),
+            (
+                not low <= scale <= high,
+                f"its length is {scale:.2f} of the template's; adults have {low:.2f} to {high:.2f}",
+            ),
+            (thickest > THICK_MM, f"its voxels are up to {thickest:g} mm long"),
+        ):
+            record = record.warned(condition, message)
+        return record.updated(skull_stripped=record.skull_stripped or looks.skull == "stripped")

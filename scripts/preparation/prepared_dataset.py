@@ -172,6 +172,8 @@ class PreparedDataset:
             write_text(self.dataset_dir / ".bidsignore", "".join(f"{line}\n" for line in IGNORED))
         elif not found.missing:
             (self.dataset_dir / TABLE).unlink(missing_ok=True)  # all have failed or are excluded
+        if not any(step.get("stripper") for step in self.preparer.recipe["steps"].values()):
+            _warn_of_mixture(kept)
         self._write_failures(found.failures)
         self._write_ranges(kept)
         full = [{**failure, "reason": failure["message"]} for failure in found.failures]
@@ -187,7 +189,8 @@ class PreparedDataset:
             noted = _failure(scan) if scan.fault else read_json(files.failure)
             known = None if noted else self.preparer.known(files, scan.lacking)
             if noted:
-                tables.failures.append({key: noted.get(key) for key in ("participant_id", "path", "reason", "message")})
+                said = {key: noted.get(key) for key in ("participant_id", "path", "reason", "message")}
+                tables.failures.append({**said, "scan": scan.source.name})
             elif known:
                 prepared.append((scan, files, known))
                 if self.exclusions.reason(scan.source.name, scan.source.participant):
@@ -259,6 +262,16 @@ class PreparedDataset:
             "SourceDatasets": [{"URL": self.origin.resolve().as_uri()}],
             "SpatialReference": self.preparer.recipe["template"],
         }
+
+
+def _warn_of_mixture(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Say that some scans have a skull and others do not: a model would learn both."""
+    stripped = [row for row in rows if row.get("skull") == "stripped"]
+    if 0 < len(stripped) < len(rows):
+        logger.warning(
+            f"{len(stripped)} of {len(rows)} scans are skull-stripped, {stripped[0]['participant_id']} the first, and "
+            "the others are not: exclude them (--exclude), or strip all (--skull_strip)"
+        )
 
 
 def _failure(scan: Scan) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from scripts.core.errors import BundleError
 from scripts.core.files import file_hash, make_folder, read_json, remove_leftovers, replacing, write_json, write_text
 from scripts.preparation.quality_page import FIGURES
 from scripts.preparation.quality_pictures import QualityPictures
-from scripts.preparation.registration import LPS, Registration
+from scripts.preparation.registration import LPS, Registration, resample
 from scripts.preparation.sources import Source
-from scripts.preparation.steps import Record, Step, TargetSpace, recognised, step_identity
+from scripts.preparation.steps import NoMatchError, Record, Step, TargetSpace, recognised, step_identity
 from scripts.volumes.nifti import MNI152, SPACE, read_volume, write_volume
 from scripts.volumes.scans import Scan, ScanError, read_scan
 
@@ -107,6 +107,7 @@ class ScanPreparer:
             files.failure.unlink(missing_ok=True)
         except Exception as error:  # one scan must not end the others
             outcome = _failure(error)
+            self._show(error)
             write_failure(files, work.source, outcome, "" if isinstance(error, BundleError) else traceback.format_exc())
         return outcome
 
@@ -122,6 +123,16 @@ class ScanPreparer:
         if record is None:
             return Outcome(PREPARED, warnings=self._prepare(work, files))
         return Outcome(MEASURED, warnings=self._measure(record, work, files, known))
+
+    def _show(self, error: Exception) -> None:
+        """Draw where the search ended of a scan that matches nowhere, for the quality page."""
+        if isinstance(error, NoMatchError):
+            record, found, grid = error.record, error.record.registered(), self.space.grid
+            volume = resample(record.scan, found.rigid, grid.shape, grid.affine, order=1)
+            bright = max(float(np.percentile(volume, 99.5)), 1e-6)
+            with suppress(BundleError, OSError):
+                figures = self.dataset_dir / FIGURES
+                self.pictures.write(figures, record.name, np.clip(volume / bright, 0.0, 1.0), grid, found.scale)
 
     def known(self, files: PreparedFiles, lacking: Sequence[str]) -> dict[str, Any] | None:
         """The sidecar of a scan that these very steps have prepared, in this order; None if there is none.

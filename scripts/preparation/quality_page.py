@@ -21,14 +21,26 @@ from scripts.core.files import write_text
 from scripts.core.pages import render
 from scripts.core.programs import errors_in_one_line
 from scripts.core.tables import MISSING, read_table
+from scripts.preparation.checks import THICK_MM
 from scripts.preparation.exclusions import Exclusions
 from scripts.preparation.quality_pictures import THUMBNAILS
+from scripts.preparation.registration import LIKELY_SCALES
 
 FIGURES = "figures"
 PAGE = "quality.html"
 TEMPLATE = "quality.html"
-FINE = {"field_of_view": "whole", "orientation": "upright", "header": "none", "sides": "usual"}
-"""Columns whose value, if it is another than this or missing, makes a flag."""
+FINE = {
+    "field_of_view": "whole",
+    "orientation": "upright",
+    "header": "none",
+    "sides": "usual",
+    "contrast": "T1w",
+    "air": "dark",
+    "skull": "on",
+}
+"""Columns whose value, if it is another than this, makes a flag."""
+USUAL = {"head_scale": LIKELY_SCALES, "largest_voxel_mm": (0.0, THICK_MM)}
+"""Columns whose number, if it lies beyond, makes a flag."""
 HIDDEN = ("path", "participant_id", "session_id")
 NUMBERS = re.compile(r"-?\d+(\.\d+)?")
 
@@ -46,7 +58,8 @@ def write_page(
     Args:
         dataset_dir: the dataset, with `figures/<name>.jpg` and `figures/thumbnails/<name>.jpg`.
         rows: of its table of scans, each with `participant_id` and `path`; their other columns are shown.
-        failures: of the scans that could not be prepared: `participant_id`, `path` and `reason`.
+        failures: of the scans that could not be prepared: `participant_id`, `path` and `reason`; a `message`, and the
+            `scan` whose picture lies in figures/, where there are such.
         score: the column by which the page is sorted at first, worst on top.
         low_score: below this a scan is flagged.
         excluded: what is excluded already, which the page begins with.
@@ -62,8 +75,8 @@ def write_page(
         TEMPLATE,
         data=data,
         count=len(scans) + len(failures),
-        reasons=[(count, kind) for kind, count in Counter(_kind(str(row["reason"])) for row in failures).most_common()],
-        failures=[(row["participant_id"], row["path"], row["reason"]) for row in failures],
+        reasons=_counted([str(row["reason"]) for row in failures]),
+        failures=[_failure(dataset_dir, row) for row in failures],
     )
     write_text(dataset_dir / PAGE, page)
     return dataset_dir / PAGE
@@ -77,12 +90,18 @@ def scan_name(path: str) -> str:
 def flags(row: Mapping[str, Any], score: str = "similarity", low_score: float = 0.4) -> list[str]:
     """What about a prepared scan asks for a look, in words; empty if nothing does."""
     found = [f"{_words(name)}: {row[name]}" for name, fine in FINE.items() if _is_other(row.get(name), fine)]
+    found += [f"{_words(name)}: {row[name]}" for name, usual in USUAL.items() if _is_beyond(row.get(name), usual)]
     value = _number(row.get(score))
     return [*found, f"low {_words(score)}"] if isinstance(value, float) and value < low_score else found
 
 
 def _is_other(value: Any, fine: str) -> bool:
     return value is not None and str(value) not in (fine, MISSING, "")
+
+
+def _is_beyond(value: Any, usual: tuple[float, float]) -> bool:
+    number = _number(value)
+    return isinstance(number, float) and not usual[0] <= number <= usual[1]
 
 
 def _scan(
@@ -109,10 +128,24 @@ def _words(column: str) -> str:
     return column.replace("_", " ")
 
 
-def _kind(reason: str) -> str:
-    """A reason without the file and the numbers in it, so that like ones are counted together."""
-    after_path = re.sub(r"^\S*[/\\.]\S*: ", "", reason)
-    return NUMBERS.sub("#", after_path)
+def _counted(reasons: Sequence[str]) -> list[tuple[int, str]]:
+    """How many scans have each reason, as it is; those that differ in file and numbers alone are counted together."""
+    kinds = [NUMBERS.sub("#", _without_path(reason)) for reason in reasons]
+    first = {kind: _without_path(reason) for kind, reason in reversed(list(zip(kinds, reasons)))}
+    counts = Counter(kinds).most_common()
+    return [(count, first[kind] + (", and the like" if count > 1 else "")) for kind, count in counts]
+
+
+def _without_path(reason: str) -> str:
+    return re.sub(r"^\S*[/\\.]\S*: ", "", reason)
+
+
+def _failure(dataset_dir: Path, row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Participant, file, why in full, and the picture's name, empty where there is none, of one scan that failed."""
+    picture = f"{row.get('scan') or ''}.jpg"
+    there = (dataset_dir / FIGURES / THUMBNAILS / picture).is_file()
+    why = str(row.get("message") or row["reason"])
+    return str(row["participant_id"]), str(row["path"]), why, picture if there else ""
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +24,13 @@ from scripts.volumes.scans import Scan, load_scan
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 COARSE_MM = 6.0
+POLISH_MM = 4.0
 FINE_MM = 2.0
-SCALE = 0.93
+SCALE, CHILDS_SCALE = 0.93, 0.76
 LIKELY_LOG_SCALE = 0.12
+LIKELY_SCALES = (SCALE * float(np.exp(-LIKELY_LOG_SCALE)), SCALE * float(np.exp(LIKELY_LOG_SCALE)))
+"""Lengths of adult heads over the template's, 0.825 to 1.049."""
+TYPICAL_SCALES = (0.91, 0.86, 0.97)
 SHIFTS_MM = (-30.0, -15.0, 0.0, 15.0, 30.0)
 LIKELY_STARTS = 12
 FINISHED_STARTS = 2
@@ -184,38 +188,73 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float((a * b).sum()) / scale if scale else 0.0
 
 
-def register(scan: Scan, template: Template, seed: int, enough: float) -> Registration:
+def register(
+    scan: Scan, template: Template, seed: int, enough: float, scales: Sequence[float] = (0.0, float("inf"))
+) -> Registration:
     """Find the rigid motion that lays a head on the template.
 
     A coarse search over rotations and shifts about the centre of the head gives two starts. From each, ANTs refines
     rotation, shift and one scale (Avants et al. 2011): the mutual information of Mattes et al. (2003) in the template's
     brain and up to its scalp, at 4 and then 2 mm. The more similar one is taken. The scale is left out of the result:
     without it a small brain would have no clear place in the large template, and with a scale for each axis the brain
-    is pulled over its own rim. If the similarity stays below `enough`, this is done again over every rotation, for
-    files whose header names the axes wrongly. One thread and a fixed seed make the result the same each time.
+    is pulled over its own rim.
+
+    Where no fit of an adult's size is as similar as `enough`, others follow until one is: from the best poses at
+    typical scales, since with large ventricles, a lesion or no face the free scale runs away; from a search for a head
+    of a child's size; and over every rotation, for files whose header names the axes wrongly. If all fail, the starts
+    count as well as what ANTs made of them, and the most similar is improved by its similarity at 4 mm. One thread and
+    a fixed seed make the result the same each time.
 
     Args:
         scan: the head.
         template: where it should lie.
         seed: of the points at which ANTs samples the metric, above 0.
-        enough: similarity that needs no second search.
-
+        enough: similarity that needs no further search.
+        scales: least and largest length of a head over the template's; a fit beyond is taken only where there is none
+            within.
     """
     scan = thinned(without_highlights(scan), FINE_MM)
     template = template.thinned
+    fits: list[Registration] = []
+    starts: list[Registration] = []
+    for some, (least, most) in _rounds(scan, template, scales):
+        fits += [_registration(scan, template, _ants_similarity(scan, template, seed, start)) for start in some]
+        likely = [fit for fit in fits if least <= fit.scale <= most]
+        if likely and _most_similar(likely).similarity >= enough:
+            return _most_similar(likely)
+        starts += [_registration(scan, template, start) for start in some]
+    best = _best_within(scales, [*fits, *starts])
+    search = _CoarseSearch(scan, template, best.scale, POLISH_MM)
+    return _best_within(scales, [best, _registration(scan, template, search.polished(best, template.centre))])
+
+
+def _rounds(
+    scan: Scan, template: Template, scales: Sequence[float]
+) -> Iterator[tuple[list[np.ndarray], Sequence[float]]]:
+    """Places to fit from, template world to scan world, the likeliest first, and the sizes at which a fit is enough."""
     search = _CoarseSearch(scan, template)
-    found = [_refined(scan, template, seed, start) for start in search.best(NODS)]
-    if max(similarity for _, similarity in found) < enough:
-        found += [_refined(scan, template, seed, start) for start in search.best(ALL_ROUND)]
-    fitted, similarity = max(found, key=lambda one: one[1])
-    rigid = _rigid_part(fitted, template.centre)
-    return Registration(rigid, float(np.cbrt(np.linalg.det(fitted[:3, :3]))), similarity)
+    yield search.best(NODS), LIKELY_SCALES
+    for scale in TYPICAL_SCALES:
+        yield search.at_scale(scale), scales if scale == TYPICAL_SCALES[-1] else LIKELY_SCALES
+    yield _CoarseSearch(scan, template, CHILDS_SCALE).best(NODS), scales
+    yield search.best(ALL_ROUND), scales
 
 
-def _refined(scan: Scan, template: Template, seed: int, start: np.ndarray) -> tuple[np.ndarray, float]:
-    fitted = _ants_similarity(scan, template, seed, start)
+def _most_similar(found: Sequence[Registration]) -> Registration:
+    return max(found, key=lambda one: one.similarity)
+
+
+def _best_within(scales: Sequence[float], found: Sequence[Registration]) -> Registration:
+    """The most similar of those whose scale is within limits; of all, if there are none."""
+    return _most_similar([one for one in found if scales[0] <= one.scale <= scales[1]] or found)
+
+
+def _registration(scan: Scan, template: Template, fitted: np.ndarray) -> Registration:
+    """A map from template to scan with its scale, as rigid motion, scale, and the similarity that decides."""
     moved = resample(scan, fitted, template.head.data.shape, template.head.affine, order=1)
-    return fitted, correlation(moved[template.in_brain], template.head.data[template.in_brain])
+    similarity = correlation(moved[template.in_brain], template.head.data[template.in_brain])
+    scale = float(np.cbrt(np.linalg.det(fitted[:3, :3])))
+    return Registration(_rigid_part(fitted, template.centre), scale, similarity)
 
 
 def _rotation(matrix: np.ndarray) -> Rotation:
@@ -243,15 +282,22 @@ ALL_ROUND = [turn * tilt for turn in Rotation.create_group("O") for tilt in _til
 
 
 class _CoarseSearch:
-    """Compares head and template at 6 mm, at the points of the template's brain and near it, for many starts."""
+    """Compares head and template at 6 mm, at the points of the template's brain and near it, for many starts.
 
-    def __init__(self, scan: Scan, template: Template) -> None:
-        coarse = Template(thinned(template.head, COARSE_MM), template.brain)
+    Args:
+        scan, template: see `register`.
+        scale: typical length of the heads that are looked for, over the template's.
+        step: in mm, at which it compares.
+    """
+
+    def __init__(self, scan: Scan, template: Template, scale: float = SCALE, step: float = COARSE_MM) -> None:
+        self.scale, self.height = scale, HEAD_HEIGHT_MM * (scale / SCALE)
+        coarse = Template(thinned(template.head, step), template.brain)
         near = coarse.near_brain(SKULL_MARGIN_MM)
         self.points = _apply(coarse.head.affine, np.argwhere(near))
         self.wanted = coarse.head.data[near]
-        self.scan = thinned(scan, COARSE_MM)
-        self.pivot = _head_centre(_foreground_points(template.head), Rotation.identity())
+        self.scan = thinned(scan, step)
+        self.pivot = _head_centre(_foreground_points(template.head), Rotation.identity(), HEAD_HEIGHT_MM)
         self.head = _foreground_points(scan)
 
     def best(self, rotations: Iterable[Rotation]) -> list[np.ndarray]:
@@ -262,21 +308,38 @@ class _CoarseSearch:
         nearest = [min(self._starts(rotation), key=self._rough_loss) for rotation in rotations]
         likely = sorted(nearest, key=self._rough_loss)[:LIKELY_STARTS]
         improved = sorted((self._improved(start, 120) for start in likely), key=lambda found: found.fun)
-        return [self._start(self._improved(found.x, 400).x) for found in improved[:FINISHED_STARTS]]
+        self.finished = [self._improved(found.x, 400).x for found in improved[:FINISHED_STARTS]]
+        return [self._start(parameters) for parameters in self.finished]
+
+    def at_scale(self, scale: float) -> list[np.ndarray]:
+        """The best start that was found before, improved at a scale that it keeps."""
+        held = np.append(self.finished[0][:6], np.log(scale / self.scale))
+        return [self._start(self._improved(held, 200, free=6).x)]
+
+    def polished(self, found: Registration, centre: np.ndarray) -> np.ndarray:
+        """A map that was found, improved by this search's own measure; it can only become more like the template."""
+        turn, place = _rotation(found.rigid).as_rotvec(), _apply(found.with_scale(centre), self.pivot)
+        return self._start(self._improved(np.concatenate([turn, place, [np.log(found.scale / self.scale)]]), 400).x)
 
     def _starts(self, rotation: Rotation) -> list[np.ndarray]:
         """Places for one rotation: where the head's centre is if it lies so, and up, down, forwards and back."""
-        centre = _head_centre(self.head, rotation)
+        centre = _head_centre(self.head, rotation, self.height)
         moves = rotation.apply([[0.0, y, z] for y, z in itertools.product(SHIFTS_MM, SHIFTS_MM)])
         return [np.concatenate([rotation.as_rotvec(), centre + move, [0.0]]) for move in moves]
 
-    def _improved(self, start: np.ndarray, evaluations: int) -> optimize.OptimizeResult:
-        options = {"maxfev": evaluations, "xatol": 0.02, "fatol": 1e-4, "initial_simplex": start + _SIMPLEX}
-        return optimize.minimize(self._loss, start, method="Nelder-Mead", options=options)
+    def _improved(self, start: np.ndarray, evaluations: int, free: int = 7) -> optimize.OptimizeResult:
+        """The start with its first `free` parameters improved; the others stay."""
+        simplex = (start + _SIMPLEX)[: free + 1, :free]
+        options = {"maxfev": evaluations, "xatol": 0.02, "fatol": 1e-4, "initial_simplex": simplex}
+        found = optimize.minimize(
+            lambda some: self._loss(np.append(some, start[free:])), start[:free], method="Nelder-Mead", options=options
+        )
+        found.x = np.append(found.x, start[free:])
+        return found
 
     def _start(self, parameters: np.ndarray) -> np.ndarray:
         start = np.eye(4)
-        start[:3, :3] = SCALE * np.exp(parameters[6]) * Rotation.from_rotvec(parameters[:3]).as_matrix()
+        start[:3, :3] = self.scale * np.exp(parameters[6]) * Rotation.from_rotvec(parameters[:3]).as_matrix()
         start[:3, 3] = parameters[3:6] - start[:3, :3] @ self.pivot
         return start
 
@@ -309,11 +372,11 @@ def _foreground_points(scan: Scan, step: int = FOREGROUND_STEP) -> np.ndarray:
     return _apply(scan.affine, np.argwhere(foreground(scan.data))[::step])
 
 
-def _head_centre(points: np.ndarray, rotation: Rotation) -> np.ndarray:
-    """Centroid, in mm, of the top 180 mm of the head, if it is turned by `rotation` from upright."""
+def _head_centre(points: np.ndarray, rotation: Rotation, height: float) -> np.ndarray:
+    """Centroid, in mm, of the top `height` mm of the head, if it is turned by `rotation` from upright."""
     upright = rotation.inv().apply(points)
     top = np.percentile(upright[:, 2], 99.5)
-    return rotation.apply(upright[upright[:, 2] > top - HEAD_HEIGHT_MM].mean(axis=0))
+    return rotation.apply(upright[upright[:, 2] > top - height].mean(axis=0))
 
 
 def head_centre(scan: Scan) -> np.ndarray:

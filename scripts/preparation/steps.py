@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
@@ -27,6 +27,8 @@ from scripts.volumes.scans import Scan, ScanError, canonical
 
 DEEP_MM = 8.0
 TILTED_DEGREES = 60.0
+SCALES = (0.7, 1.12)
+"""Lengths of heads over the template's that are prepared."""
 PLAIN = (bool, int, float, str, type(None))
 FORMER_PATHS = (
     "scripts.preparation_steps.Reorient",
@@ -57,7 +59,7 @@ class Record:
         found: how the scan lies on the template, once it is registered.
         volume: intensities on the grid, once it is resampled; 0 to 1, once it is scaled.
         labels: a label map in the template's millimetres, if a step made one.
-        skull_stripped: whether a step has removed what is not brain.
+        skull_stripped: whether what is not brain was removed, by a step or before.
         measured: columns for the dataset's table.
         covariates: raw name of a condition -> its measured value.
         warnings: what the user should look at.
@@ -108,6 +110,19 @@ class Record:
         if self.volume is None:
             raise ScanError("wrong steps", "`steps` uses the volume on the grid before the scan is resampled")
         return self.volume
+
+
+class NoMatchError(ScanError):
+    """A scan that lies on the template nowhere.
+
+    Args:
+        message: why it is thought so.
+        record: the scan, with the place where the search ended.
+    """
+
+    def __init__(self, message: str, record: Record) -> None:
+        super().__init__("no match", message)
+        self.record = record
 
 
 Step = Callable[[Record], Record]
@@ -275,12 +290,15 @@ class Register:
         seed: of the points at which ANTs samples its metric, above 0.
         enough_similarity: below this it is tried from more starts.
         min_similarity: below this after all starts the scan is refused.
+        scales: least and largest length of a head over the template's; a scan that fits beyond is refused. Adults have
+            0.83 to 1.05; the default takes children from about one year on.
     """
 
     space: TargetSpace
     seed: int = 1
     enough_similarity: float = 0.4
     min_similarity: float = 0.25
+    scales: Sequence[float] = SCALES
 
     columns: ClassVar[Mapping[str, str]] = {
         "similarity": "correlation with the template in the brain, after a fit with one scale",
@@ -291,18 +309,45 @@ class Register:
         """The record with `found`.
 
         Raises:
-            ScanError: if the scan does not match the template.
+            NoMatchError: if the scan does not match the template, or only at another size than that of a head.
         """
-        found = register(record.scan, self.space.template, self.seed, self.enough_similarity)
-        if found.similarity < self.min_similarity:
-            message = (
-                f"does not match the template (similarity {found.similarity:.2f}, at least {self.min_similarity:g} "
-                "needed): is it a T1-weighted head?"
-            )
-            raise ScanError("no match", message)
+        found = register(record.scan, self.space.template, self.seed, self.enough_similarity, self.scales)
+        why = self._why_not(found)
+        if why:
+            raise NoMatchError(why, record.updated(found=found))
         tilt = f"it was turned by {found.tilt:.0f} degrees: check its header, left and right"
         record = record.updated(found=found).warned(found.tilt > TILTED_DEGREES, tilt)
         return record.with_measured(similarity=round(found.similarity, 4), head_scale=round(found.scale, 4))
+
+    def _why_not(self, found: Registration) -> str:
+        low, high = self.scales
+        if found.similarity < self.min_similarity:
+            return (
+                f"does not match the template (similarity {found.similarity:.2f} at {found.scale:.2f} of its length, "
+                f"at least {self.min_similarity:g} needed): is it a T1-weighted head?"
+            )
+        if low <= found.scale <= high:
+            return ""
+        return (
+            f"fits the template only at {found.scale:.2f} of its length (similarity {found.similarity:.2f}), and heads "
+            f"have {low:g} to {high:g}: if it is so small or large, give --steps::register::scales "
+            f'"[{min(low, found.scale - 0.05):.2f},{max(high, found.scale + 0.05):.2f}]"'
+        )
+
+    def __post_init__(self) -> None:
+        try:
+            low, high = (float(one) for one in self.scales)
+        except (TypeError, ValueError):
+            low, high = 0.0, 0.0
+        if not 0.0 < low < high < float("inf"):
+            raise ScanError(
+                "wrong steps", f"`steps::register::scales` needs two lengths, such as [0.7,1.12], got {self.scales}"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """The numbers; the limits of size only where they are others than the default, which sidecars of 2.1.0 lack."""
+        stated = {"seed": self.seed, "enough_similarity": self.enough_similarity, "min_similarity": self.min_similarity}
+        return stated if tuple(self.scales) == SCALES else {**stated, "scales": [float(one) for one in self.scales]}
 
 
 @dataclass(frozen=True)

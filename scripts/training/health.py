@@ -34,6 +34,9 @@ SMALL_LATENTS, LARGE_LATENTS = 0.5, 2.0
 """Standard deviation of the scaled latents. The noise schedules are made for 1; twice that shifts the signal-to-noise
 ratio of every timestep by a factor of 4."""
 
+MOST_NOISE = 0.1
+"""Share of the latents' variance that is the posterior's own noise: above it the second stage learns to draw noise."""
+
 DISCRIMINATOR_WINS = 0.02
 """Discriminator's least-squares loss: 0 if it is always right, 0.25 if it always answers 0.5."""
 
@@ -210,6 +213,7 @@ def posterior(values: Mapping[str, float]) -> Iterator[Finding]:
             kl / EXPLODED_KL,
             f"the KL divergence is {kl:.3g} nats per value: the latents leave the prior. Raise --kl_weight",
         )
+    yield from latent_noise(sigma**2 / max(sigma**2 + std**2, 1e-12))
     if not SMALL_MEANS <= std <= LARGE_MEANS:
         yield Finding(
             "scale",
@@ -217,6 +221,17 @@ def posterior(values: Mapping[str, float]) -> Iterator[Finding]:
             f"the posterior means have a standard deviation of {std:.3g}, usual is {SMALL_MEANS:g} to {LARGE_MEANS:g}: "
             + ("raise" if std > LARGE_MEANS else "lower")
             + " --kl_weight",
+        )
+
+
+def latent_noise(share: float) -> Iterator[Finding]:
+    """What the share of noise in the variance of the latents says, in either stage."""
+    if share > MOST_NOISE:
+        yield Finding(
+            "noise",
+            share / MOST_NOISE,
+            f"{share:.0%} of the latents' variance is the posterior's own noise, which a diffusion model would learn: "
+            "train the autoencoder with a lower --kl_weight",
         )
 
 

@@ -32,7 +32,7 @@ def write_volume(path: str | os.PathLike, volume: np.ndarray, grid: Grid, dtype:
     Args:
         path: ends in `.nii` or `.nii.gz`.
         volume: of the grid's shape. Integer types hold 0..1 on a fixed scale (the header's slope brings it
-            back), so that volumes stay comparable; what lies outside is clipped. float32 is kept as it is.
+            back), so that volumes stay comparable. What lies outside of 0..1 is clipped, in float32 as well.
         grid: where the voxels lie.
         dtype: one of `DTYPES`.
 
@@ -45,7 +45,11 @@ def write_volume(path: str | os.PathLike, volume: np.ndarray, grid: Grid, dtype:
         raise BundleError(f"{path} would not be on the grid: the volume is {volume.shape}, the grid {grid.shape}")
     if not np.isfinite(volume).all():
         raise BundleError(f"{path} was not written: the volume holds NaN or infinite values")
-    image = _quantised(volume, grid, dtype) if dtype in INTEGER_DTYPES else _image(volume.astype(dtype), grid)
+    image = (
+        _quantised(volume, grid, dtype)
+        if dtype in INTEGER_DTYPES
+        else _image(volume.clip(0.0, 1.0).astype(dtype), grid)
+    )
     with replacing(path) as temporary:
         nib.save(image, temporary)
 
