@@ -20,7 +20,6 @@ from processes import Finished
 from released import configuration
 
 from scripts.core.errors import find_bundle_error
-from scripts.core.files import write_json
 from scripts.diffusion.targets import TARGETS
 from scripts.sampling import saving
 
@@ -355,12 +354,12 @@ def test_row_of_a_table_is_the_sample_of_its_flags(sample: Sample, output_dir: P
     ("there", "wanted", "same"),
     [(True, False, False), (False, False, True), (None, False, True), (True, None, True), (None, None, True)],
 )
-def test_samples_of_another_float32_are_others(there: Any, wanted: Any, same: bool, tmp_path: Path) -> None:
+def test_samples_of_another_float32_are_others(there: Any, wanted: Any, same: bool) -> None:
     """None: of a CPU, or of a GPU before sidecars said it."""
     mine, other = ({"seed": 1} if tf32 is None else {"seed": 1, "tf32": tf32} for tf32 in (wanted, there))
-    write_json(tmp_path / "x.json", {**other, "versions": {"torch": "1"}})
-    assert saving._same_sample(tmp_path / "x.json", {**mine, "versions": {"torch": "2"}}) is same
-    assert not saving._same_sample(tmp_path / "x.json", {**mine, "seed": 2})
+    found = {**other, "versions": {"torch": "1"}}
+    assert saving._same_sample(found, {**mine, "versions": {"torch": "2"}}) is same
+    assert not saving._same_sample(found, {**mine, "seed": 2})
 
 
 def test_sidecar_says_how_the_sample_was_made(sample: Sample, bundle_copy: Path, output_dir: Path) -> None:

@@ -381,7 +381,7 @@ def _head_centre(points: np.ndarray, rotation: Rotation, height: float) -> np.nd
 
 def head_centre(scan: Scan) -> np.ndarray:
     """Centroid, in mm, of the top 180 mm of a head that is upright in the scan's world."""
-    return _head_centre(_foreground_points(scan, step=3), Rotation.identity())
+    return _head_centre(_foreground_points(scan, step=3), Rotation.identity(), HEAD_HEIGHT_MM)
 
 
 def centroid(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
