@@ -18,6 +18,7 @@ from released import configuration
 
 from scripts.conditions.conditions import Conditions
 from scripts.sampling.paper_figures import _label, grid_figure
+from scripts.volumes.nifti import read_volume
 
 FIGURES, SIDE = "configs/figures.yaml", "configs/side_by_side.yaml"
 ROWS: list[dict[str, float]] = [{"ventricular_vol": -0.5}, {"ventricular_vol_mm3": 89185.34}]
@@ -108,7 +109,7 @@ def test_labels_have_units_or_words(conditions: Conditions) -> None:
         ({"num_samples": 2}, "--num_samples does not go with a figure"),
         ({"figure": "../volumes"}, "--figure: '../volumes' cannot be the name of a picture"),
         ({"figure": "sample_seed-0_000000"}, "cannot be the name of a picture"),
-        ({"figure": ["volumes"], "rows": None}, "--figure: there is no '['volumes']'; there are"),
+        ({"figure": ["volumes"], "rows": None}, "--figure must be one word"),
         ({"figures::volumes::row": [{}], "rows": None}, "map of rows and columns, each a list of cells; it has rows,"),
         ({"figure": "mine", "figures::mine": 3, "rows": None}, "--figures::mine must be a map of rows and columns"),
         ({"age_years": 70}, "--age_years has no effect: all --columns state age; leave it out"),
@@ -134,8 +135,8 @@ def test_damaged_samples_of_an_earlier_run_are_told(bundle_copy: Path, run_here:
     run_here([BASE, FIGURES, TINY], **given)
     volume, sidecar = (tmp_path / f"sample_seed-0_000000.{ending}" for ending in ("nii.gz", "json"))
     volume.write_bytes(volume.read_bytes()[:-500])
-    told = refused(run_here, [BASE, FIGURES, TINY], **given)
-    assert f"cannot read the volume {volume}" in told and "remove this file and run the command again" in told
+    run_here([BASE, FIGURES, TINY], **given)
+    assert len(read_volume(volume)) > 0, "a damaged volume is sampled again"
     for text in ("[", "[1]"):
         sidecar.write_text(text)
         assert str(sidecar) in refused(run_here, [BASE, FIGURES, TINY], **given)
