@@ -240,7 +240,7 @@ OPTIONS: Mapping[str, OptionType] = {
     "discriminator_lr": RATE,
     "l1_weight": NOT_NEGATIVE,
     "l2_weight": NOT_NEGATIVE,
-    "device_augmentation": SHARE,
+    "device_augmentation": _number(0.0, 100.0),
     "perceptual_weight": NOT_NEGATIVE,
     "perceptual_path": PATH,
     "kl_weight": NOT_NEGATIVE,
