@@ -29,12 +29,14 @@ from scripts.core.tables import read_table
 from scripts.diffusion.schedules import target_of
 from scripts.volumes.grid import Grid
 from scripts.volumes.nifti import read_volume, write_volume
+from scripts.volumes.scans import Scan
 
 pytest.importorskip("generative")
 
 from benchmarks import sampling, similarity, steps, training_step, writing  # noqa: E402
 from benchmarks.command import run as measured_run  # noqa: E402
 from benchmarks.evaluation import SIZES, make_volumes  # noqa: E402
+from benchmarks.hard_heads import KINDS, Head  # noqa: E402
 from benchmarks.measuring import Measured, Work, counted  # noqa: E402
 from benchmarks.preparation import main as time_preparation  # noqa: E402
 
@@ -361,3 +363,17 @@ def test_preparation_is_timed_for_each_number_of_processes(
     one, three = report["runs"]
     assert report["ratio"] == pytest.approx(three["an_hour"] / one["an_hour"])
     assert "3 processes: 6 scans" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hard_heads_keep_a_known_place(kind: str) -> None:
+    """A bright voxel in the brain is where the head's map says, whatever is done to the head."""
+    affine, truth = np.diag([6.0, 6.0, 6.0, 1.0]), np.eye(4)
+    affine[:3, 3], truth[:3, 3] = (-90, -120, -80), (5, 3, -4)
+    data = np.full((30, 36, 30), 0.5, np.float32)
+    data[15, 10, 12] = 1.0
+    scan = Scan(data, affine)
+    place = (affine @ [15, 10, 12, 1])[:3] - truth[:3, 3]
+    changed = KINDS[kind](Head(scan, truth, Scan(np.full(data.shape, 3.0), affine)))
+    brightest = np.unravel_index(changed.scan.data.argmax(), changed.scan.data.shape)
+    assert changed.at(place) == pytest.approx((changed.scan.affine @ [*brightest, 1])[:3], abs=1e-6)

@@ -224,7 +224,7 @@ def register(
             return _most_similar(likely)
         starts += [_registration(scan, template, start) for start in some]
     best = _best_within(scales, [*fits, *starts])
-    search = _CoarseSearch(scan, template, best.scale, POLISH_MM)
+    search = _CoarseSearch(scan, template, best.scale, POLISH_MM, margin=0.0)
     return _best_within(scales, [best, _registration(scan, template, search.polished(best, template.centre))])
 
 
@@ -282,18 +282,26 @@ ALL_ROUND = [turn * tilt for turn in Rotation.create_group("O") for tilt in _til
 
 
 class _CoarseSearch:
-    """Compares head and template at 6 mm, at the points of the template's brain and near it, for many starts.
+    """Compares head and template at the points of the template's brain and near it, for many starts.
 
     Args:
         scan, template: see `register`.
         scale: typical length of the heads that are looked for, over the template's.
         step: in mm, at which it compares.
+        margin: of the brain in mm, up to which it compares.
     """
 
-    def __init__(self, scan: Scan, template: Template, scale: float = SCALE, step: float = COARSE_MM) -> None:
+    def __init__(
+        self,
+        scan: Scan,
+        template: Template,
+        scale: float = SCALE,
+        step: float = COARSE_MM,
+        margin: float = SKULL_MARGIN_MM,
+    ) -> None:
         self.scale, self.height = scale, HEAD_HEIGHT_MM * (scale / SCALE)
         coarse = Template(thinned(template.head, step), template.brain)
-        near = coarse.near_brain(SKULL_MARGIN_MM)
+        near = coarse.near_brain(margin)
         self.points = _apply(coarse.head.affine, np.argwhere(near))
         self.wanted = coarse.head.data[near]
         self.scan = thinned(scan, step)
