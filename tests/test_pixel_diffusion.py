@@ -153,7 +153,7 @@ def test_noise_may_follow_from_the_clipped_volume(recompute: bool) -> None:
 
 
 def test_an_unknown_spacing_is_refused() -> None:
-    assert "leading or even, not 'odd'" in refused(DDIMSampler, schedule(), 10, spacing="odd")
+    assert "leading or strided or even, not 'odd'" in refused(DDIMSampler, schedule(), 10, spacing="odd")
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,6 @@ from scripts.core.options import checked_steps, yes_or_no
 from scripts.diffusion.schedules import signal_and_noise, target_of
 from scripts.diffusion.targets import find_target
 
-LEADING, EVEN = SPACINGS = ("leading", "even")
-
 Denoise = Callable[[Tensor, int], Tensor]
 """What calls the network: noisy latents (B, C, x, y, z) and their timestep to its output of the same shape."""
 
@@ -118,6 +116,26 @@ class LeadingDDIMScheduler(DDIMScheduler):
         self.timesteps = places + self.steps_offset
 
 
+def strided_timesteps(schedule: DDIMScheduler) -> Tensor:
+    """For n of N steps (n - 1) (N // n), ..., N // n, 0: with 64 of 1000 the first is 945, not 984. int64."""
+    n = schedule.num_inference_steps
+    return torch.arange(n - 1, -1, -1) * (schedule.num_train_timesteps // n)
+
+
+def even_timesteps(schedule: DDIMScheduler) -> Tensor:
+    """Whole timesteps from the noisiest of a schedule down to 0, as evenly spaced as rounding lets them be: int64."""
+    spaced = np.linspace(schedule.num_train_timesteps - 1, 0, schedule.num_inference_steps)
+    return torch.from_numpy(spaced.round().astype(np.int64))
+
+
+SPACINGS: dict[str, Callable[[DDIMScheduler], Tensor]] = {
+    "leading": lambda schedule: schedule.timesteps,
+    "strided": strided_timesteps,
+    "even": even_timesteps,
+}
+"""Name -> the timesteps of a schedule whose number of steps is set; `leading` are those of `LeadingDDIMScheduler`."""
+
+
 class DDIMSampler(OneStepSampler):
     """The family of Song et al. 2021 (arXiv:2010.02502), from deterministic to ancestral.
 
@@ -136,7 +154,7 @@ class DDIMSampler(OneStepSampler):
         schedule: the schedule that the model was trained with; it is copied.
         num_inference_steps: length of the trajectory.
         eta: 0 to 1, the share of fresh noise.
-        spacing: of the timesteps: `leading`, see `LeadingDDIMScheduler`, or `even`, see `even_timesteps`.
+        spacing: of the timesteps, one of `SPACINGS`.
         recompute_noise: whether the noise follows from the clipped x; without clipping, it is the same.
 
     Raises:
@@ -148,7 +166,7 @@ class DDIMSampler(OneStepSampler):
         schedule: LeadingDDIMScheduler,
         num_inference_steps: int,
         eta: float = 0.0,
-        spacing: str = LEADING,
+        spacing: str = "leading",
         recompute_noise: Any = False,
     ) -> None:
         if not isinstance(schedule, DDIMScheduler):
@@ -157,8 +175,7 @@ class DDIMSampler(OneStepSampler):
             raise BundleError(f"the spacing of a sampler's timesteps is {' or '.join(SPACINGS)}, not '{spacing}'")
         self.schedule = copy.deepcopy(schedule)
         self.schedule.set_timesteps(num_inference_steps)
-        if spacing == EVEN:
-            self.schedule.timesteps = even_timesteps(num_inference_steps, schedule.num_train_timesteps)
+        self.schedule.timesteps = SPACINGS[spacing](self.schedule)
         self.eta, self.spacing = float(eta), spacing
         self.recompute_noise = yes_or_no(recompute_noise, "recompute_noise")
         self._clean = CleanLatent(self.schedule, self.timesteps)
@@ -182,13 +199,8 @@ class DDIMSampler(OneStepSampler):
     @property
     def settings(self) -> dict[str, Any]:
         """Clipping, spacing, and whether noise is recomputed, where they are not as by default."""
-        spacing = {} if self.spacing == LEADING else {"spacing": self.spacing}
+        spacing = {} if self.spacing == "leading" else {"spacing": self.spacing}
         return {**super().settings, **spacing, **({"recompute_noise": True} if self.recompute_noise else {})}
-
-
-def even_timesteps(num_inference_steps: int, num_train_timesteps: int) -> Tensor:
-    """Whole timesteps from the noisiest of a schedule down to 0, as evenly spaced as rounding lets them be: int64."""
-    return torch.from_numpy(np.linspace(num_train_timesteps - 1, 0, int(num_inference_steps)).round().astype(np.int64))
 
 
 def rounded_signal_and_noise(schedule: Scheduler, timesteps: Sequence[int]) -> list[tuple[float, float]]:
