@@ -84,9 +84,9 @@ TRADES = {
 """Command -> what it leaves behind. Those of samples and of figures are alike: either may go on with the other's."""
 ALIKE = {"sample", "figures"}
 
-_held: dict[Path, tuple[int, FileLock]] = {}
-"""The locks of this process, whose id stands with them, since a fork has them too. A command that failed within a
-longer process may try again."""
+_held: dict[Path, tuple[int, FileLock, bool]] = {}
+"""The locks of this process, whose id stands with them, since a fork has them too; and whether it has made the folder.
+A command that failed within a longer process may try again."""
 
 
 class OutputFolder:
@@ -153,9 +153,10 @@ class OutputFolder:
             return self.path
         self.check()
         known = read_json(self.path / MARK)
+        is_new = not self.path.exists()
         make_folder(self.path)
         working_in.append(self.path)
-        self._lock()
+        self._lock(is_new)
         if self.part == (1, 1) or (self.part is None and arrives()):
             clear_leftovers(self.path)
         settings = _settings()
@@ -171,7 +172,7 @@ class OutputFolder:
         return self.path
 
     def release(self) -> None:
-        """Let others in; of a folder in which nothing was made, the mark goes as well."""
+        """Let others in; where nothing was made, the mark goes as well, and the folder if it was new."""
         _let_go(self._lock_path())
 
     def _check_reads(self) -> None:
@@ -233,7 +234,7 @@ class OutputFolder:
         part, parts = self.part or (1, 1)
         return self.path.resolve() / (LOCK if parts == 1 else f"{LOCK}-{part}-of-{parts}")
 
-    def _lock(self) -> None:
+    def _lock(self, is_new: bool) -> None:
         own = self._lock_path()
         if own in _held:
             return
@@ -244,7 +245,7 @@ class OutputFolder:
                 stale = self._take(other)
                 other.unlink(missing_ok=True)
                 stale.release()
-        _held[own] = os.getpid(), self._take(own)
+        _held[own] = os.getpid(), self._take(own), is_new
 
     def _take(self, path: Path) -> FileLock:
         lock = FileLock(path, thread_local=False)  # of this process, not of those that it forks
@@ -272,12 +273,14 @@ def release_all() -> None:
 
 
 def _let_go(path: Path) -> None:
-    owner, lock = _held.pop(path, (0, None))
+    owner, lock, is_new = _held.pop(path, (0, None, False))
     if lock is not None and owner == os.getpid():
         with suppress(OSError):
             path.unlink(missing_ok=True)  # while it is held: who waits for it sees that it has no name any more
             if os.listdir(path.parent) == [MARK]:
                 (path.parent / MARK).unlink()
+            if is_new and not os.listdir(path.parent):
+                path.parent.rmdir()
         lock.release()
 
 

@@ -83,7 +83,8 @@ class OptionType:
 
     def _check_yes_no(self, value: Any, flag: str) -> None:
         if self.words and str(value).strip().lower() not in YES | NO:
-            raise BundleError(f"--{flag} must be 0, 1 or {', '.join(self.words)}, got '{value}'")
+            first, last = ", ".join(("0", "1", *self.words[:-1])), self.words[-1]
+            raise BundleError(f"--{flag} must be {first} or {last}, got '{value}'")
         yes_or_no(value, flag)
 
     def _check_text(self, value: Any, flag: str) -> None:
