@@ -209,7 +209,7 @@ def test_bad_tables(text: str, told: str, sample: Sample, output_dir: Path, tmp_
     assert told in refused(sample, output_dir, conditions_table=write_table(tmp_path, text))
 
 
-@pytest.mark.parametrize("flag", [{"age": 0.5}, {"sex": "male"}, {"num_samples": 2}, {"num_samples": 0}])
+@pytest.mark.parametrize("flag", [{"age": 0.5}, {"sex": "male"}, {"num_samples": 2}])
 def test_table_together_with_flags(flag: dict[str, Any], sample: Sample, output_dir: Path, tmp_path: Path) -> None:
     table = write_table(tmp_path, HEADER + ROWS)
     told = refused(sample, output_dir, conditions_table=table, **flag)
