@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import BASE, ROOT, TINY
 from monai.bundle import ConfigParser
@@ -57,3 +59,16 @@ def relative_difference(output: Tensor, reference: Tensor) -> float:
     """Largest absolute difference over the reference's largest absolute value."""
     assert output.shape == reference.shape
     return float((output - reference).abs().max() / reference.abs().max())
+
+
+def need_memory(device: torch.device, gigabytes: float) -> None:
+    """Skip on a machine whose free memory is too small."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] / 2**30
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        if (meminfo := Path("/proc/meminfo")).exists():
+            lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+            free = int(lines["MemAvailable"].split()[0]) / 2**20
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GB of free memory, there are {free:.1f}")

@@ -232,7 +232,7 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(vae: bool) -> None:
     for accumulate in (1, 2):
         torch.manual_seed(1)
         game = Game(vae, augmentation, accumulate, **steadying)
-        for _ in range(100):
+        for _ in range(30):
             game.discriminator.train()(torch.zeros(1, 1, *SHAPE))
         games.append(game)
     batch = batch_of(augmentation)

@@ -20,7 +20,7 @@ from conftest import BASE, ROOT, TINY, RunHere
 from heads import refused, write_dataset
 from monai.utils import set_determinism
 from processes import _Command, run_ranks
-from released import configuration
+from released import configuration, need_memory
 from trained import content, difference, same
 
 from scripts.core.tables import read_table
@@ -174,7 +174,8 @@ def test_killed_training_ends_in_the_same_bits(family: str, done: Baselines, tmp
     ]
 
 
-@pytest.mark.parametrize("family", ["lsgan", pytest.param("vae_gan", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes_are_one_with_the_whole_batch(family: str, done: Baselines, tmp_path: Path) -> None:
     common = {"max_epochs": 2, "epoch_length": 2, "lr": 1e-4, "device": "cpu", **STEADIED}
     done.train(family, **common, batch_size=2, run_dir=str(tmp_path / "one"))
@@ -263,6 +264,7 @@ def test_what_cannot_be_trained(flags: dict[str, Any], told: str, done: Baseline
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_step_at_full_size(family: str) -> None:
+    need_memory(torch.device("cpu"), 6 if family == "lsgan" else 14)
     config = configuration([GAN], family=family, seed=1, amp="bf16", device="cpu", run_dir="unused")
     networks = [config.get_parsed_content(f"train::{name}") for name in ("prepared", "learner", "discriminator")]
     before = [next(network.parameters()).detach().clone() for network in networks]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import TINY
 from monai.bundle import ConfigParser
-from released import configuration, generative_network, generative_scheduler, relative_difference
+from released import configuration, generative_network, generative_scheduler, need_memory, relative_difference
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -170,19 +170,6 @@ def all_threads() -> Iterator[None]:
     torch.set_num_threads(os.cpu_count() or 1)
     yield
     torch.set_num_threads(before)
-
-
-def need_memory(device: torch.device, gigabytes: float) -> None:
-    """Skip on a machine whose free memory is too small."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] / 2**30
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        if (meminfo := Path("/proc/meminfo")).exists():
-            lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-            free = int(lines["MemAvailable"].split()[0]) / 2**20
-    if free < gigabytes:
-        pytest.skip(f"needs {gigabytes} GB of free memory, there are {free:.1f}")
 
 
 @pytest.mark.slow
