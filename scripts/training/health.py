@@ -180,7 +180,8 @@ class TrainingHealth:
                     "val_psnr",
                     best - psnr,
                     f"held-out volumes are reconstructed worse: {psnr:.2f} dB, and it was {best:.2f} dB. Where the "
-                    "adversarial term has just come in, wait; else lower --adversarial_weight or --lr",
+                    "adversarial term has just come in, wait; else lower "
+                    + " or ".join(dict.fromkeys((self.lever, "--lr"))),
                 )
 
     def _tell(self, kinds: list[str], findings: list[Finding] | Iterator[Finding]) -> None:
