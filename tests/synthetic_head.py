@@ -15,7 +15,8 @@ from scripts.phantoms.heads import SeedHead, build_head
 from scripts.volumes.grid import Grid
 from scripts.volumes.labels import LABELS
 
-GRID = Grid((56, 76, 56), (-3.0, 3.0, 3.0), (82.5, -112.5, -60.0))
+GRID = Grid((42, 57, 42), (-4.0, 4.0, 4.0), (82.0, -112.0, -59.5))
+FINER = Grid((56, 76, 56), (-3.0, 3.0, 3.0), (82.5, -112.5, -60.0))
 LEVELS = (0.0, 0.3, 0.1, 0.45, 0.65, 0.1, 0.1, 0.1)
 
 
@@ -46,10 +47,10 @@ def synthetic_image(labels: np.ndarray) -> np.ndarray:
     return np.array(LEVELS, np.float32)[labels]
 
 
-def synthetic_head(name: str = "sub-round", swell: float = 1.0) -> SeedHead:
+def synthetic_head(name: str = "sub-round", swell: float = 1.0, grid: Grid = GRID) -> SeedHead:
     """A seed head of it."""
-    labels = synthetic_labels(swell=swell)
-    return build_head(name, torch.as_tensor(synthetic_image(labels)), torch.as_tensor(labels), GRID)
+    labels = synthetic_labels(grid, swell)
+    return build_head(name, torch.as_tensor(synthetic_image(labels)), torch.as_tensor(labels), grid)
 
 
 def write_heads(folder: Path) -> tuple[Path, Path]:

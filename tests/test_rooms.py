@@ -7,7 +7,6 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import ModuleType
 
 import pytest
 from monai.bundle import ConfigParser
+from processes import run_python
 
 from scripts.core.errors import BundleError
 from scripts.core.old_names import OLD_NAMES, RENAMED, REPLACED, ROOMS
@@ -140,6 +140,16 @@ def test_rooms_are_small_and_nothing_lies_outside() -> None:
     assert {folder: size for folder, size in sizes.items() if size > LARGEST} == {}
 
 
+def test_no_two_classes_share_a_name() -> None:
+    trees = {name: ast.parse(file.read_text()) for name, file in modules().items()}
+    homes: dict[str, list[str]] = {}
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(module)
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
+
+
 def test_rooms_say_what_lives_in_them() -> None:
     for room in SCRIPTS.rglob("__init__.py"):
         assert ast.get_docstring(ast.parse(room.read_text())), room
@@ -201,12 +211,13 @@ def test_a_configuration_with_old_names() -> None:
 
 def test_old_names_warn_and_name_the_new() -> None:
     code = (
+        "import warnings\n"
+        "warnings.filterwarnings('always', category=DeprecationWarning, module='__main__')\n"
         "import scripts.volume_folders\n"
         "from scripts.volumes import read_volume\n"
         "from scripts.samplers import nothing_at_all\n"
     )
-    command = [sys.executable, "-W", "always::DeprecationWarning:__main__", "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_python("-c", code)
     assert "scripts.volume_folders is now scripts.volumes.folders" in done.stderr
     assert "scripts.volumes.read_volume is now scripts.volumes.nifti.read_volume" in done.stderr
     assert "cannot import name 'nothing_at_all' from 'scripts.samplers'" in done.stderr
@@ -214,8 +225,7 @@ def test_old_names_warn_and_name_the_new() -> None:
 
 @pytest.mark.parametrize("program", ["demo_training", "example_data"])
 def test_programs_run_under_their_old_names(program: str) -> None:
-    command = [sys.executable, "-m", f"scripts.{program}", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_python("-m", f"scripts.{program}", "--help")
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
 
 

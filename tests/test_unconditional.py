@@ -19,7 +19,7 @@ from trained import DIFFUSION, content
 from scripts.conditions.conditions import Conditions
 from scripts.core.command_line import main
 from scripts.networks.weights import Checkpoint
-from scripts.preparation.covariates import Covariates
+from scripts.preparation.covariates import CovariateReader
 from scripts.training.finetuning import fit_conditions
 
 NONE = "configs/unconditional.yaml"
@@ -136,7 +136,7 @@ def test_evaluation_leaves_out_what_was_not_asked_for(
 
 
 def test_preparing_carries_nothing_over() -> None:
-    assert Covariates(Conditions(), {"age_years": "age"}, {}, {"age_years": [0, 120]}, []).columns == {}
+    assert CovariateReader(Conditions(), {"age_years": "age"}, {}, {"age_years": [0, 120]}, []).columns == {}
 
 
 def test_export_has_no_context(work: dict[str, Any]) -> None:

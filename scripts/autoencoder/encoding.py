@@ -136,7 +136,7 @@ class LatentEncoder:
 
     def _encode(self, scans: Scans, writer: LatentWriter, rows: range) -> int:
         transforms = (self.load, self.augment, self.seed)
-        volumes = Volumes(scans, self.versions, rows, writer.encoded()[:, VOLUME], *transforms)
+        volumes = VolumesToEncode(scans, self.versions, rows, writer.encoded()[:, VOLUME], *transforms)
         on_gpu = self.device.type == "cuda"
         loader = DataLoader(volumes, batch_size=None, num_workers=self.num_workers, pin_memory=on_gpu)
         new = 0
@@ -188,7 +188,7 @@ def _written(folder: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-class Volumes(Dataset):
+class VolumesToEncode(Dataset):
     """The rows to encode, with their volumes where they are not encoded yet.
 
     Args:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Brain LDM contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The names that modules had in version 2.0.0, when all lay in one folder: saved configurations and programs name them.
+"""The names of version 2.0.0, when all modules lay in one folder: saved configurations and programs have them.
 
 `import scripts.samplers`, `from scripts.samplers import DDIMSampler`, the path `scripts.samplers.DDIMSampler` in a
 configuration and `python -m scripts.demo_training` go on working, give the very objects of the new modules, and warn.
@@ -164,7 +164,12 @@ OLD_NAMES: dict[str, tuple[str, ...]] = {
 RENAMED: dict[str, str] = {
     "covariate_volumes.Volumetry": "preparation.covariate_volumes.VolumeMethod",
     "covariate_volumes.normalised": "preparation.covariate_volumes.normalised_for_head_size",
+    "covariates.Covariates": "preparation.covariates.CovariateReader",
+    "encoding.Volumes": "autoencoder.encoding.VolumesToEncode",
     "phantom_heads.onto_grid": "volumes.datasets.read_on_grid",
+    "phantom_shapes.Target": "phantoms.shapes.PhantomTarget",
+    "prepared_dataset.Scan": "preparation.prepared_dataset.ScanToPrepare",
+    "scan_checks.Pose": "preparation.checks.PoseCorrelations",
     "segmentation.Segmenter": "measuring.tools.SegmentationTool",
     "checkpoints.file_sha256": "core.files.file_hash",
     "training.arranged": "training.engine.prepare_for_training",
@@ -182,6 +187,19 @@ REPLACED: dict[str, str] = {
     "sampling.sampling_facts": "sampling.latent_diffusion.LatentDiffusion",
 }
 """Attribute of a module of version 2.0.0 that is no more -> what does its work now, from other arguments."""
+IDS: dict[str, str] = {
+    **dict.fromkeys(("train_autoencoder", "train_diffusion", "brain_age", "segmenter"), "trained"),
+    "latents": "participants",
+    **{f"validate::{old}": "validate::held_out" for old in ("loss", "reconstruction", "ages", "volumes")},
+    "validate::samples": "validate::figure",
+    "train::generator_step": "train::optimisation",
+    "train::discriminator_step": "train::discriminator_optimisation",
+    **{
+        f"inferer::{part}": f"families::latent_diffusion::{part}"
+        for part in ("hybrid", "sampler", "autoencoder", "latent_scale", "guidance", "release", "decoder_amp")
+    },
+}
+"""Id of a configuration of version 2.0.0 -> the id that took its place."""
 ROOMS = {new.split(".")[0] for names in OLD_NAMES.values() for new in names}
 
 
@@ -220,6 +238,14 @@ class OldNames(MetaPathFinder, Loader):
         spec = find_spec(new)
         loader: Any = spec.loader if spec else None
         return loader.get_code(new) if loader else None
+
+
+def new_id(name: str) -> str | None:
+    """The id that took the place of one of version 2.0.0, or of what it is within; None if there is none."""
+    for old, new in IDS.items():
+        if f"{name}::".startswith(f"{old}::"):
+            return new + name[len(old) :]
+    return None
 
 
 def install() -> None:

@@ -20,7 +20,7 @@ from scripts.phantoms.deformation import cosine_field, sample, smooth_coefficien
 from scripts.phantoms.heads import SeedHead
 from scripts.phantoms.looks import Looks, aged, draw_looks, scanned
 from scripts.phantoms.population import Covariates, Population
-from scripts.phantoms.shapes import Pose, Shape, Target, deform
+from scripts.phantoms.shapes import PhantomTarget, Pose, Shape, deform
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class Phantoms:
         head = self.heads[anatomy.head]
         years = wanted.age_years - self.ageing["head_age"]
         ratio = head.volumes.grey / head.volumes.white * math.exp(-self.ageing["grey_over_white"] * years)
-        target = Target(wanted.ventricular_vol_mm3, wanted.brain_vol_mm3 / self.reference, ratio)
+        target = PhantomTarget(wanted.ventricular_vol_mm3, wanted.brain_vol_mm3 / self.reference, ratio)
         velocity = cosine_field(anatomy.velocity, head.shares.shape[2:]).to(head.shares)
         return deform(head, target, self._pose(head, wanted, anatomy), velocity)
 

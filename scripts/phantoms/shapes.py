@@ -86,7 +86,7 @@ def _turn(angles: Sequence[float]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Target:
+class PhantomTarget:
     """What a phantom's label map shall measure.
 
     Attributes:
@@ -131,7 +131,7 @@ class _Course:
 
     head: SeedHead
     pose: Pose
-    target: Target
+    target: PhantomTarget
     displacement: Tensor
 
     def measures(self, displacement: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class _Course:
         return between
 
 
-def deform(head: SeedHead, target: Target, pose: Pose, random: Tensor) -> Shape:
+def deform(head: SeedHead, target: PhantomTarget, pose: Pose, random: Tensor) -> Shape:
     """Deform a seed head until its label map measures what is wanted, to half a percent.
 
     Args:
@@ -193,7 +193,7 @@ def _unfolded(course: _Course, displacement: Tensor) -> float:
     return least
 
 
-def _check(head: SeedHead, target: Target, pose: Pose) -> None:
+def _check(head: SeedHead, target: PhantomTarget, pose: Pose) -> None:
     left = 1.0 - target.brain_fraction - target.ventricles / (pose.growth * head.volumes.intracranial)
     if left < LEAST_FLUID:
         raise BundleError(
@@ -202,7 +202,7 @@ def _check(head: SeedHead, target: Target, pose: Pose) -> None:
         )
 
 
-def _words(target: Target) -> str:
+def _words(target: PhantomTarget) -> str:
     return f"ventricles of {target.ventricles / 1e3:.1f} mL and a brain of {target.brain_fraction:.1%} of the skull"
 
 

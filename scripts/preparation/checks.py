@@ -65,7 +65,7 @@ def field_of_view(scan: Scan, found: Registration, template: Template) -> FieldO
 
 
 @dataclass(frozen=True)
-class Pose:
+class PoseCorrelations:
     """How a prepared volume lies, by its correlation with the turned and with the mirrored template at 4 mm.
 
     Attributes:
@@ -90,7 +90,7 @@ class Pose:
         return self.sides < DOUBTFUL_SIDES
 
 
-def pose(volume: np.ndarray, affine: np.ndarray, scale: float, template: Template) -> Pose:
+def pose(volume: np.ndarray, affine: np.ndarray, scale: float, template: Template) -> PoseCorrelations:
     """Compare a prepared volume with the template in its place, turned, and mirrored.
 
     Args:
@@ -107,7 +107,7 @@ def _pose(found: Scan, coarse: Template, centre: np.ndarray) -> Pose:
     turns = [_similarity(moved, coarse.head, _about(centre, turn), near) for turn in _quarter_turns()]
     mirror = np.diag([-1.0, 1.0, 1.0, 1.0])
     sides = turns[0] - _similarity(moved, coarse.head, mirror, near)
-    return Pose(turns[0], max(turns[1:]), sides)
+    return PoseCorrelations(turns[0], max(turns[1:]), sides)
 
 
 def _quarter_turns() -> list[np.ndarray]:

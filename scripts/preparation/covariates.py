@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 Columns = Mapping[str, str | Sequence[str]]
 
 
-class Covariates:
+class CovariateReader:
     """Reads the conditions of a scan from the row of its table.
 
     Args:

@@ -109,6 +109,11 @@ class UniRes:
             run_program([program, *settings, *self.options, str(raw)], found)
             return load_scan(found)
 
+    def settings(self) -> dict[str, Any]:
+        """All that the command is given; without further options as the sidecars always had it."""
+        options = {"options": self.options} if self.options else {}
+        return {"command": self.command, "device": self.device, "voxel": self.voxel, **options}
+
 
 class CorrectBiasField:
     """Divides the scan by its bias field, the slow change of brightness that the receiving coils cause.

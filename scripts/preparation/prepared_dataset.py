@@ -34,7 +34,7 @@ IGNORED = ("conditions.json", "failures.tsv", "figures", "logs", "*.html", "*_xf
 
 
 @dataclass(frozen=True)
-class Scan:
+class ScanToPrepare:
     """What is known of one scan of the input: where it comes from, and its conditions or why they cannot be read."""
 
     source: Source
@@ -149,7 +149,7 @@ class PreparedDataset:
         self.splits, self.exclusions = splits, exclusions
         self.learn_ranges, self.origin = learn_ranges, origin
 
-    def is_complete(self, scans: Sequence[Scan]) -> bool:
+    def is_complete(self, scans: Sequence[ScanToPrepare]) -> bool:
         """Whether every scan of the input is prepared, or noted as failed."""
         return all(scan.fault or self._is_settled(scan.source) for scan in scans)
 
@@ -157,7 +157,7 @@ class PreparedDataset:
         files = PreparedFiles(self.dataset_dir, source)
         return files.failure.is_file() or files.sidecar.is_file()
 
-    def assemble(self, scans: Sequence[Scan]) -> Tables:
+    def assemble(self, scans: Sequence[ScanToPrepare]) -> Tables:
         """Write the tables of all scans of the input that are there; one kind of process may do so after another.
 
         Raises:
@@ -180,10 +180,10 @@ class PreparedDataset:
         write_page(self.dataset_dir, found.rows, full, excluded=self.exclusions)
         return found
 
-    def tables(self, scans: Sequence[Scan]) -> Tables:
+    def tables(self, scans: Sequence[ScanToPrepare]) -> Tables:
         """What the tables say, read from the scans' own files."""
         with_sessions = any(scan.source.session for scan in scans)
-        tables, prepared = Tables([], set(), [], []), list[tuple[Scan, PreparedFiles, dict[str, Any]]]()
+        tables, prepared = Tables([], set(), [], []), list[tuple[ScanToPrepare, PreparedFiles, dict[str, Any]]]()
         for scan in scans:
             files = PreparedFiles(self.dataset_dir, scan.source)
             noted = _failure(scan) if scan.fault else read_json(files.failure)
@@ -205,7 +205,7 @@ class PreparedDataset:
 
     def _row(
         self,
-        scan: Scan,
+        scan: ScanToPrepare,
         files: PreparedFiles,
         known: Mapping[str, Any],
         of_subject: Mapping[str, str],
@@ -274,7 +274,7 @@ def _warn_of_mixture(rows: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _failure(scan: Scan) -> dict[str, Any]:
+def _failure(scan: ScanToPrepare) -> dict[str, Any]:
     reason, message = scan.fault or ("", "")
     source = scan.source
     return {"participant_id": source.participant, "path": str(source.path), "reason": reason, "message": message}

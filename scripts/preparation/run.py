@@ -25,9 +25,9 @@ from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
 from scripts.core.files import read_json
 from scripts.core.options import is_absent, whole_number, yes_or_no
-from scripts.preparation.covariates import Columns, Covariates
+from scripts.preparation.covariates import Columns, CovariateReader
 from scripts.preparation.exclusions import Exclusions
-from scripts.preparation.prepared_dataset import FAILURES, PreparedDataset, Scan, Splits, Tables, by_reason
+from scripts.preparation.prepared_dataset import FAILURES, PreparedDataset, ScanToPrepare, Splits, Tables, by_reason
 from scripts.preparation.prepared_scan import (
     FAILED,
     KEPT,
@@ -58,7 +58,7 @@ class Preparation:
         conditions: the covariates to carry over into the dataset's table.
         input_dir, input_table: see `scripts.preparation.sources.find_sources`.
         dataset_dir: folder to write.
-        columns, words, plausible: see `scripts.preparation.covariates.Covariates`.
+        columns, words, plausible: see `scripts.preparation.covariates.CovariateReader`.
         splits: fractions of the subjects; see `scripts.preparation.prepared_dataset.Splits`.
         split_seed: for another division.
         exclude: file with names of scans or participants to leave out of the tables; see
@@ -102,7 +102,7 @@ class Preparation:
             splits or {"train": 1.0, "validation": 0.0, "test": 0.0}, whole_number(split_seed, "split_seed")
         )
         sources = find_sources(input_dir, input_table)
-        covariates = Covariates(conditions, columns, words, plausible, sources)
+        covariates = CovariateReader(conditions, columns, words, plausible, sources)
         self.scans = [_known(source, covariates) for source in sources]
         exclusions = Exclusions(exclude)
         exclusions.check([source.name for source in sources], [source.participant for source in sources])
@@ -177,7 +177,7 @@ class Preparation:
             logger.warning(f"{count} scans are not prepared yet, {first} the first, {others}")
         return tables.failures
 
-    def _prepare(self, scans: Sequence[Scan]) -> list[dict[str, Any]]:
+    def _prepare(self, scans: Sequence[ScanToPrepare]) -> list[dict[str, Any]]:
         """The failures among some scans, after all of them were tried."""
         failed = [_noted(scan.source, *scan.fault) for scan in scans if scan.fault]
         work = [Work(scan.source, scan.lacking) for scan in scans if not scan.fault]
@@ -252,13 +252,13 @@ def _part(shard: Any) -> tuple[int, int]:
     return part, parts
 
 
-def _known(source: Source, covariates: Covariates) -> Scan:
+def _known(source: Source, covariates: CovariateReader) -> ScanToPrepare:
     if source.fault:
-        return Scan(source, {}, source.fault)
+        return ScanToPrepare(source, {}, source.fault)
     try:
-        return Scan(source, covariates.of(source))
+        return ScanToPrepare(source, covariates.of(source))
     except ScanError as error:
-        return Scan(source, {}, (error.reason, str(error)))
+        return ScanToPrepare(source, {}, (error.reason, str(error)))
 
 
 def _noted(source: Source, reason: str, message: str) -> dict[str, Any]:

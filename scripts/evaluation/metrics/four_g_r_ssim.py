@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scripts.core.errors import BundleError
-from scripts.evaluation.metrics.ssim import Moments, Window, gaussian, moments
+from scripts.evaluation.metrics.ssim import LocalMoments, SeparableWindow, gaussian, moments
 
 EDGE, SMOOTH = 0.12, 0.06
 REGION_WEIGHTS = (0.25, 0.25, 0.25, 0.25)
@@ -102,8 +102,8 @@ class FourGRSSIM:
         """The index of two (1, 1, X, Y, Z) volumes, a scalar."""
         return torch.tensor(self.compare(self.describe(first), self.describe(second)))
 
-    def _window(self) -> Window:
-        return Window([gaussian(self.kernel_size, self.kernel_sigma)] * 3)
+    def _window(self) -> SeparableWindow:
+        return SeparableWindow([gaussian(self.kernel_size, self.kernel_sigma)] * 3)
 
 
 class Gradients(NamedTuple):
@@ -118,10 +118,10 @@ class Gradients(NamedTuple):
     inner: Tensor
     edge: float
     smooth: float
-    moments: Moments
+    moments: LocalMoments
 
 
-def describe_gradients(gradients: Tensor, window: Window) -> Gradients:
+def describe_gradients(gradients: Tensor, window: SeparableWindow) -> Gradients:
     """Thresholds and moments of an (X, Y, Z) gradient map."""
     found, highest = moments(gradients.contiguous(), window), float(gradients.max())
     margins = [(whole - valid) // 2 for whole, valid in zip(gradients.shape, found.mean.shape)]
@@ -130,7 +130,7 @@ def describe_gradients(gradients: Tensor, window: Window) -> Gradients:
     return Gradients(inner, EDGE * highest, SMOOTH * highest, found._replace(variance=deviations))
 
 
-def _index(a: Gradients, b: Gradients, window: Window, constant: float, weights: Sequence[float]) -> float:
+def _index(a: Gradients, b: Gradients, window: SeparableWindow, constant: float, weights: Sequence[float]) -> float:
     products = window.means(a.moments.volume * b.moments.volume)
     sums = a.inner.new_zeros(2, 2, 4, dtype=torch.float64)
     slices = zip(products, a.moments.mean, b.moments.mean, a.moments.variance, b.moments.variance, a.inner, b.inner)

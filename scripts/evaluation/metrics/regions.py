@@ -74,7 +74,7 @@ class Regions(Measure):
         permutations: Any = 2000,
         seed: Any = 0,
     ) -> None:
-        self.inputs = [synthetic.folder, real.folder, OwnSegmenter(segment_with)]
+        self.inputs = [synthetic.folder, real.folder, OwnSegmenterChosen(segment_with)]
         self.sets = [MeasuredVolumes(features.folder, segmenter, values) for features in (synthetic, real)]
         self.resamplings = whole_number(resamplings, "resamplings", least=2)
         self.permutations = whole_number(permutations, "permutations", least=100)
@@ -141,7 +141,7 @@ class Regions(Measure):
         ]
 
 
-class OwnSegmenter(Input):
+class OwnSegmenterChosen(Input):
     """Whether the bundle's own segmenter was chosen.
 
     Args:

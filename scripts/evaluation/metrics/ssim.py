@@ -22,7 +22,7 @@ BLOCK = 64
 """Places that one product with a banded matrix computes: more of them waste products, fewer are slower."""
 
 
-class Window:
+class SeparableWindow:
     """A separable window.
 
     Args:
@@ -72,7 +72,7 @@ def gaussian(size: int, sigma: float) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-class Moments(NamedTuple):
+class LocalMoments(NamedTuple):
     """An (X, Y, Z) volume, and its mean and variance at each place of a window, (X', Y', Z')."""
 
     volume: Tensor
@@ -80,10 +80,10 @@ class Moments(NamedTuple):
     variance: Tensor
 
 
-def moments(volume: Tensor, window: Window) -> Moments:
+def moments(volume: Tensor, window: SeparableWindow) -> LocalMoments:
     """Mean and variance of an (X, Y, Z) volume in a window."""
     mean = window.means(volume)
-    return Moments(volume, mean, window.means(volume.square()).addcmul_(mean, mean, value=-1))
+    return LocalMoments(volume, mean, window.means(volume.square()).addcmul_(mean, mean, value=-1))
 
 
 class _Constants(NamedTuple):
@@ -91,7 +91,9 @@ class _Constants(NamedTuple):
     contrast: float
 
 
-def _similarity(first: Moments, second: Moments, window: Window, constants: _Constants, luminance: bool) -> float:
+def _similarity(
+    first: LocalMoments, second: LocalMoments, window: SeparableWindow, constants: _Constants, luminance: bool
+) -> float:
     """Mean over all places of SSIM, or of SSIM without its luminance term."""
     total = first.volume.new_zeros((), dtype=torch.float64)
     products = window.means(first.volume * second.volume)
@@ -116,10 +118,10 @@ class _Windowed:
     k1: float
     k2: float
 
-    def _window(self) -> Window:
+    def _window(self) -> SeparableWindow:
         if self.kernel_type == KernelType.UNIFORM:
-            return Window([[1 / size] * size for size in self.kernel_size])
-        return Window([gaussian(*axis) for axis in zip(self.kernel_size, self.kernel_sigma)])
+            return SeparableWindow([[1 / size] * size for size in self.kernel_size])
+        return SeparableWindow([gaussian(*axis) for axis in zip(self.kernel_size, self.kernel_sigma)])
 
     def _constants(self) -> _Constants:
         return _Constants((self.k1 * self.data_range) ** 2, (self.k2 * self.data_range) ** 2)
@@ -127,7 +129,7 @@ class _Windowed:
     def _scales(self) -> int:
         return 1
 
-    def describe(self, volume: Tensor) -> list[Moments]:
+    def describe(self, volume: Tensor) -> list[LocalMoments]:
         """What a comparison needs of one (1, 1, X, Y, Z) volume, on each scale; it takes 14 bytes a voxel.
 
         Raises:
@@ -141,7 +143,7 @@ class _Windowed:
             scale = F.avg_pool3d(scale, 2)
         return found
 
-    def compare(self, first: Sequence[Moments], second: Sequence[Moments]) -> float:
+    def compare(self, first: Sequence[LocalMoments], second: Sequence[LocalMoments]) -> float:
         raise NotImplementedError
 
     def _compute_metric(self, y_pred: Tensor, y: Tensor) -> Tensor:
@@ -160,7 +162,7 @@ class SSIM(_Windowed, SSIMMetric):
     The arguments are MONAI's, with `spatial_dims` 3.
     """
 
-    def compare(self, first: Sequence[Moments], second: Sequence[Moments]) -> float:
+    def compare(self, first: Sequence[LocalMoments], second: Sequence[LocalMoments]) -> float:
         """The index of two volumes that `describe` has described."""
         return _similarity(first[0], second[0], self._window(), self._constants(), luminance=True)
 
@@ -174,7 +176,7 @@ class MultiScaleSSIM(_Windowed, MultiScaleSSIMMetric):
     def _scales(self) -> int:
         return len(self.weights)
 
-    def compare(self, first: Sequence[Moments], second: Sequence[Moments]) -> float:
+    def compare(self, first: Sequence[LocalMoments], second: Sequence[LocalMoments]) -> float:
         """The index of two volumes that `describe` has described."""
         window, constants, last = self._window(), self._constants(), len(self.weights) - 1
         similar = [
