@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import BASE, ROOT, TINY, RunBundle
+from conftest import BASE, ROOT, TINY, RunBundle, RunHere
+from heads import refused as refused_here
 from monai.bundle import ConfigParser
 
 from scripts.core.command_help import (
@@ -29,7 +32,9 @@ from scripts.core.command_help import (
 )
 from scripts.core.command_line import main
 from scripts.core.errors import BundleError
-from scripts.core.verbs import OF_OVERLAYS, additions, merge, read_flags, refuse_foreign_flags, used_by, verbs
+from scripts.core.flags import read_flags, refuse_foreign_flags, used_by
+from scripts.core.quiet import hide_foreign_warnings
+from scripts.core.verbs import OF_OVERLAYS, additions, merge, verbs
 
 VERBS = list(verbs())
 Shown = Callable[..., str]
@@ -76,10 +81,11 @@ def test_list_has_every_configuration_and_program(shown: Shown) -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_program_is_run_with_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", tools())
+def test_program_says_how_it_is_called(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        main(["curves", "--help"])
-    assert left.value.code == 0 and "run_dir" in capsys.readouterr().out
+        main([name, "--help"])
+    assert left.value.code == 0 and f"usage: python -m scripts {name}" in capsys.readouterr().out
 
 
 def test_every_program_is_importable_under_its_name() -> None:
@@ -120,7 +126,8 @@ def test_help_follows_the_maps_of_the_configuration(shown: Shown, tmp_path: Path
     overlay = tmp_path / "own.yaml"
     overlay.write_text(
         "+conditions:\n  education: {raw: education_years, unit: years, minimum: 7, maximum: 20, default: 0.3}\n"
-        "+samplers: {renoising: {_target_: own.Sampler}}\n+families: {average: {_target_: own.Family}}\n"
+        "+samplers: {renoising: {_target_: own.Sampler, num_inference_steps: 4}}\n"
+        "+families: {average: {_target_: own.Family}}\n"
     )
     own = " ".join(shown("sample", "--with", "demo", str(overlay), "--help").split())
     assert "--brain_vol, --education conditions" in own and "(default 0.5, 0.3 of --education)" in own
@@ -129,6 +136,7 @@ def test_help_follows_the_maps_of_the_configuration(shown: Shown, tmp_path: Path
     assert "--brain_vol_mm3 1150000 to 1550000 mm3" in own
     assert "(one of: ddim, ddpm, dpm, unipc, flow, midpoint, renoising)" in own
     assert "(one of: latent_diffusion, lsgan, vae_gan, pixel_diffusion, average)" in own
+    assert "50, 1000, 20, 20, 30, 10, renoising 4)" in own
     base = " ".join(shown("sample", "--help").split())
     assert "education" not in base and "--brain_vol_mm3 1144240 to 1793910 mm3" in base
 
@@ -143,6 +151,10 @@ def test_help_of_a_training_resolves_what_is_said_elsewhere(shown: Shown) -> Non
     text = shown("train", "diffusion", "--help")
     assert re.search(r"--trained_conditions +conditions of a file", text)
     assert re.search(r"--freeze +parts that keep their weights", text)
+
+
+def test_default_called_default_is_no_stutter(shown: Shown) -> None:
+    assert "(default 'default')" in " ".join(shown("encode_latents", "--help").split())
 
 
 def test_parts_of_a_comment() -> None:
@@ -188,6 +200,20 @@ def test_defaults_in_a_comment_are_those_of_the_configuration(verb: str) -> None
                 assert float(stated[1]) == float(value), part.head
 
 
+OF_NO_USE = [
+    ("sample --gendr 1", "unknown flag --gendr: did you mean --gender?"),
+    ("sample --samples 2", "--num_samples? it is an option of `evaluate`"),
+    ("sample --samplers::foo 2", "unknown flag --samplers::foo: samplers has ddim, ddpm"),
+    ("sample --samplers::dim 2", "unknown flag --samplers::dim: did you mean --samplers::ddim?"),
+    ("train diffusion --train::batch_sise 3", "unknown flag --train::batch_sise: did you mean --batch_size?"),
+    ("sample --conditions 1", "that is a section of the configuration: give a map, or a part of it"),
+    ("sample --network_def abc", "such as --network_def::spatial_dims"),
+    ("sample --inferer::guidance 2", "it is --families::latent_diffusion::guidance now"),
+    ("train diffusion --latents x", "it is --participants now"),
+]
+"""Flags that MONAI takes, and what is told of them, by either command."""
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -216,12 +242,21 @@ def test_defaults_in_a_comment_are_those_of_the_configuration(verb: str) -> None
         ("sample --output_dir -- --seed 1", "a lone -- is no value"),
         ("sample --with train_diffusion", "a verb of its own"),
         ("sample --with finetune", "finetune has no effect on `sample`"),
-        ("sample --gendr 1", "unknown flag --gendr: did you mean --gender?"),
-        ("sample --xyzzy 1", "`python -m scripts sample --help` lists them"),
+        ("sample --xyzzy 1", "unknown flag --xyzzy: --help lists them"),
         ("sample --max_epochs 3", "--max_epochs has no effect here: it is an option of `train autoencoder`"),
         ("sample --with tiny --max_epochs 3", "it is an option of `train autoencoder`"),
         ("train diffusion --num_samples=3", "it is an option of `sample`, `figures`"),
         ("train diffusion --age 0.5", "it is an option of `sample`"),
+        *OF_NO_USE,
+        ("sample --workflow_type foo", "--workflow_type must be one of train, training, infer"),
+        ("sample --run 1", "--run 1 does nothing"),
+        ("sample --output_dir %x", "the configuration has no x"),
+        ("sample --age @nobody::age", "the configuration has no nobody::age"),
+        ("sample --conditions::agee::maximum 90", "did you mean --conditions::age?"),
+        ("sample --gender::x 1", "unknown flag --gender::x"),
+        ("train diffusion --train::handlers::99::x 1", "unknown flag --train::handlers::99"),
+        ("train diffusion --train_diffusion::conditions 3", "it is --trained::conditions now"),
+        ("train autoencoder --validate::reconstruction::every 2", "it is --validate::held_out::every now"),
         ("--seed 1", "a verb comes before --seed"),
         ("completion", "completion of what?"),
     ],
@@ -328,10 +363,13 @@ def test_completion(shown: Shown) -> None:
     assert "complete -o default" in shown("completion", "zsh")
 
 
-def test_bash_completes(shown: Shown, tmp_path: Path) -> None:
-    script = shown("completion", "bash")
+@pytest.mark.parametrize(("shell", "mode"), [("bash", "true"), ("zsh", "emulate sh")])  # as bashcompinit calls it
+def test_shell_completes(shell: str, mode: str, shown: Shown) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"there is no {shell}")
     typed = f"COMP_WORDS=({sys.executable} -m scripts train d); COMP_CWORD=4; _brain_images; echo ${{COMPREPLY[@]}}"
-    done = subprocess.run(["bash", "-c", script + typed], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    script = f"{shown('completion', shell)}{mode}; {typed}"
+    done = subprocess.run([shell, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "diffusion", done.stderr
 
 
@@ -368,8 +406,68 @@ def test_monais_command_refuses_a_flag_of_another_verb(run_bundle: RunBundle, ou
     assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
 
 
+@pytest.fixture
+def as_monai(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`as_monai("sample", "--age", "1")` has a verb's flags checked in this process as MONAI's command has them."""
+    monkeypatch.chdir(ROOT)
+
+    def run(verb: str, *flags: str) -> Any:
+        files = [path.relative_to(ROOT).as_posix() for path in verbs()[verb]]
+        monkeypatch.setattr(sys, "argv", ["monai/bundle/__main__.py", "run", "--config_file", str(files), *flags])
+        given = {name: value for name, value in read_flags(flags).items() if name != "help"}
+        return run_here(files, run=["$@check_flags()"], **given)
+
+    return run
+
+
+@pytest.mark.parametrize(("words", "told"), OF_NO_USE)
+def test_monais_command_refuses_the_same(words: str, told: str, as_monai: Callable[..., Any]) -> None:
+    verb, flag, value = words.rsplit(" ", 2)
+    assert told in refused_here(as_monai, verb, flag, value)
+
+
+def test_monais_command_has_the_help_of_the_verb(
+    as_monai: Callable[..., Any], shown: Shown, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = shown("train", "diffusion", "--help")
+    with pytest.raises(SystemExit) as left:
+        as_monai("train diffusion", "--help")
+    assert not left.value.code and expected in capsys.readouterr().out
+
+
+def test_what_is_new_in_a_map_is_taken(shown: Shown) -> None:
+    sampler = "{'_target_': 'scripts.diffusion.samplers.DDIMSampler', '_mode_': 'callable', 'schedule': '@schedule'}"
+    flags = ["--samplers::quick", sampler, "--sampler", "quick", "--samplers::quick::num_inference_steps", "4"]
+    assert shlex.split(shown("sample", *flags, "--print"))[-6:] == flags
+    flags = ["--network_def::dropout_cattn", "0.1", "--conditions::age::maximum", "90", "--run", "['$@dataset']"]
+    assert shlex.split(shown("sample", *flags, "--print"))[-6:] == flags
+
+
+def test_what_opens_every_command_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["scripts/__main__.py"])
+    monkeypatch.setattr(sys, "warnoptions", ["error"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hide_foreign_warnings()
+        warnings.warn("parsing config_file configs/inference.json", UserWarning, stacklevel=1)
+        with pytest.raises(UserWarning):
+            warnings.warn("This DataLoader will create 4 worker processes", UserWarning, stacklevel=1)
+
+
 def test_command_is_quiet_and_ends_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "scripts", "sample", "--with", "tiny", "--diffusion_path", "no.pt"]
+    """Even where warnings are errors: what opens every command is hidden."""
+    command = [
+        sys.executable,
+        "-W",
+        "error::UserWarning",
+        "-m",
+        "scripts",
+        "sample",
+        "--with",
+        "tiny",
+        "--diffusion_path",
+        "no.pt",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Warning" not in done.stdout + done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and "no weights of the" in done.stderr

@@ -15,6 +15,7 @@ import scipy.stats
 LEVEL = 0.95
 REPEATS = 2000
 FEWEST = 3
+VALUES_AT_ONCE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,25 @@ def confidence_interval(values: np.ndarray, members: np.ndarray, seed: int) -> t
         values, members, seed: as for `summarise`; all values are finite.
     """
     volumes, index = np.unique(members, return_inverse=True)
-    mean = partial(_mean_of_drawn, values, index.reshape(len(values), -1))
-    return bootstrapped([np.arange(len(volumes))], mean, seed, vectorized=False)
+    means = partial(_means_of_drawn, values, index.reshape(len(values), -1))
+    return bootstrapped([np.arange(len(volumes))], means, seed)
 
 
-def _mean_of_drawn(values: np.ndarray, members: np.ndarray, drawn: np.ndarray) -> float:
-    weights = np.bincount(drawn, minlength=members.max() + 1)[members].prod(axis=1)
-    return float(np.average(values, weights=weights)) if weights.any() else float("nan")
+def _means_of_drawn(values: np.ndarray, members: np.ndarray, drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+    """The mean of each row of drawn volumes; NaN where no value has all its volumes among them."""
+    rows = np.atleast_2d(drawn)
+    parts = np.array_split(rows, np.ceil(len(rows) * len(values) / VALUES_AT_ONCE))
+    means = np.concatenate([_means_of_rows(values, members, part) for part in parts])
+    return means.reshape(drawn.shape[:-1])
+
+
+def _means_of_rows(values: np.ndarray, members: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    number, volumes = len(drawn), members.max() + 1
+    places = drawn + volumes * np.arange(number)[:, None]
+    counts = np.bincount(places.ravel(), minlength=number * volumes).reshape(number, volumes)
+    weights = counts[:, members].prod(axis=2)
+    with np.errstate(invalid="ignore"):
+        return (values * weights).sum(axis=1) / weights.sum(axis=1)
 
 
 def bootstrapped(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from scripts.core.flags import is_read
 from scripts.core.options import range_in_words
 from scripts.core.paths import ROOT
 from scripts.core.verbs import (
@@ -24,7 +25,6 @@ from scripts.core.verbs import (
     additions,
     condition_entries,
     condition_flags,
-    is_read,
     load_config,
     merge,
     used_ids,
@@ -116,8 +116,14 @@ def option_names(verb: str) -> list[str]:
     """The options of a verb by name: what it uses and that is a plain value, or that a table describes."""
     config = merge(verbs()[verb])
     used = {name for name in used_ids(config) - set(STARTS) - OF_OVERLAYS if "::" not in name}
-    listed = {name for options in option_tables().values() for option in options for name in option.names}
+    listed = documented_options([])
     return sorted(name for name in used if name in listed or not isinstance(config.get(name), (dict, list)))
+
+
+def documented_options(files: Sequence[Path]) -> set[str]:
+    """The options that the tables, or the opening comments of configurations, say something of."""
+    parts = [part for path in files for part in parse_comment(opening(path)) if isinstance(part, Option)]
+    return {name for options in (parts, *option_tables().values()) for option in options for name in option.names}
 
 
 def _comment(path: Path, verb: str) -> Iterator[str | Option | tuple[str]]:
@@ -229,8 +235,9 @@ def option_tables() -> dict[str, list[Option]]:
 def as_configured(option: Option, config: Mapping[str, Any]) -> Option:
     """A table's row, which knows the base, for a configuration that may have more conditions, samplers or families.
 
-    The row of the normalised conditions names those there are, and that of the raw ones their ranges as well; the row
-    of an option that names an entry of a map has the entries, where it does not say of each what it is.
+    The row of the normalised conditions names those there are, and that of the raw ones their ranges as well; that of
+    the number of steps has the defaults of all samplers; the row of an option that names an entry of a map has the
+    entries, where it does not say of each what it is.
     """
     flags, entries = condition_flags(config), condition_entries(config)
     of_base = condition_flags(merge([BASE]))
@@ -240,6 +247,10 @@ def as_configured(option: Option, config: Mapping[str, Any]) -> Option:
     if set(option.names) & set(of_base[1::2]):
         ranges = [f"--{raw} {said}" for raw, entry in zip(flags[1::2], entries.values()) if (said := _range(entry))]
         return Option(_head(flags[1::2]), f"{option.text}: {', '.join(ranges)}", option.default)
+    if "num_inference_steps" in option.names:
+        others = {name: entry for name, entry in config.get("samplers", {}).items() if name not in option.text}
+        lengths = [f"{name} {entry.get(option.names[0], '')}".strip() for name, entry in others.items()]
+        return replace(option, default=", ".join([option.default, *lengths]))
     names = [name for one in option.names if one in MAPS for name in config.get(MAPS[one], ())]
     if set(names) <= set(re.findall(r"`(\w+)`", option.text)):
         return option
@@ -275,7 +286,9 @@ def default_in_words(config: Mapping[str, Any], name: str) -> str | None:
         return found[2] if found[1] == "bundle_root" else f"{found[2]} in --{found[1]}"
     if found := re.fullmatch(r"@(\w+)", value):
         return f"as --{found[1]}"
-    return None if re.match("[@$%]", value) else value
+    if re.match("[@$%]", value):
+        return None
+    return value if value != "default" else f"'{value}'"
 
 
 def _show_comment(

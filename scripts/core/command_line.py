@@ -13,37 +13,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.core.command_help import changes_something, describe_verb, list_verbs, option_names, programs, tools
-from scripts.core.errors import BundleError
-from scripts.core.paths import CONFIGS, ROOT
-from scripts.core.verbs import (
-    BASE,
-    FLAG,
-    FOR_MONAI,
-    SAMPLE,
-    additions,
-    condition_flags,
-    merge,
-    near_matches,
-    read_flags,
-    references,
-    refuse_foreign_flags,
-    refuse_other_conditions,
-    used_ids,
-    verbs,
-    with_args_file,
+from scripts.core.command_help import (
+    changes_something,
+    describe_verb,
+    documented_options,
+    list_verbs,
+    option_names,
+    programs,
+    tools,
 )
+from scripts.core.errors import BundleError
+from scripts.core.flags import FLAG, near_matches, read_flags, refuse_flags, with_args_file
+from scripts.core.paths import CONFIGS, ROOT
+from scripts.core.verbs import BASE, SAMPLE, additions, merge, verbs
 
 COMPLETION = """\
 _brain_images() {
     [ "${COMP_WORDS[1]} ${COMP_WORDS[2]}" = "-m scripts" ] || return
-    COMPREPLY=($("${COMP_WORDS[0]}" -m scripts completion words "${COMP_WORDS[@]:3:COMP_CWORD-2}" 2>/dev/null))
+    COMPREPLY=($("${COMP_WORDS[0]}" -m scripts completion words "${COMP_WORDS[@]:3:$((COMP_CWORD - 2))}" 2>/dev/null))
 }
 complete -o default -F _brain_images python python3
 """
 WITH_WHAT = "--with what? Give the name of an overlay, or a .yaml or .json file of your own"
 TRACKERS = ("mlflow",)
 FILES_FOR_MONAI = ("args_file", "meta_file", "logging_file")
+OF_PATHS = ("_dir", "_path", "_table", "_file", "_root")
+"""How names of flags end that take a path."""
 SHELLS = {"bash": COMPLETION, "zsh": "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n" + COMPLETION}
 
 
@@ -199,27 +194,17 @@ def _check(request: Request) -> None:
     config = merge(request.files)
     for name in (name for name, value in flags.items() if value is None and _needs_value(name, config)):
         raise UsageError(f"--{name} what? Give a value behind it")
-    flags = with_args_file(flags)
     try:
-        refuse_other_conditions(flags, config)
-        refuse_foreign_flags(flags, request.files, config)
+        refuse_flags(with_args_file(flags), request.files, documented_options(request.files))
     except BundleError as error:
         raise UsageError(str(error)) from error
-    own = used_ids(config) | FOR_MONAI
-    known = own | set(config) | set(condition_flags(config)) | set(references(list(flags.values())))
-    for name in flags:
-        if name.split("::")[0] not in {one.split("::")[0] for one in known}:
-            hint = near_matches(name, own, "--") or near_matches(name, known, "--")
-            raise UsageError(
-                f"unknown flag --{name}{hint or f': `python -m scripts {request.verb} --help` lists them'}"
-            )
 
 
 def _needs_value(name: str, config: Mapping[str, Any]) -> bool:
     """Whether a flag without a value, which is True for MONAI, cannot be meant: that of a path, or of a word."""
     default = config.get(name)
     is_word = isinstance(default, str) and default != "auto" and not default.startswith("@")
-    return is_word or name.endswith(("_dir", "_path", "_table", "_file", "_root"))
+    return is_word or name.endswith(OF_PATHS)
 
 
 def _start(request: Request) -> None:

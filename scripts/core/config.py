@@ -8,7 +8,7 @@ import difflib
 import functools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -16,21 +16,21 @@ from typing import Any, NoReturn
 from monai.bundle import ConfigParser
 from monai.bundle.properties import InferProperties, MetaProperties, TrainProperties
 
+from scripts.core.command_help import describe_verb, documented_options
 from scripts.core.errors import BundleError, is_bundle_command, is_monai_command
+from scripts.core.flags import HELP, is_read, near_matches, read_flags, refuse_flags, refuse_old_id, with_args_file
 from scripts.core.option_types import OPTIONS, SECTIONS, as_typed, check_option, check_sizes, type_of
 from scripts.core.options import is_absent
 from scripts.core.paths import CONFIGS
 from scripts.core.verbs import (
+    SAMPLE,
     SEPARATOR,
     condition_flags,
-    is_read,
     load_config,
-    near_matches,
-    read_flags,
+    merge,
     references,
-    refuse_foreign_flags,
     refuse_other_conditions,
-    with_args_file,
+    verbs,
 )
 
 OWN_WORDS = {"initialize", "run", "finalize", "imports", ConfigParser.meta_key}
@@ -109,7 +109,7 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str)) and not str(value).startswith(("$", "@", "%"))
 
 
-def check_flags() -> None:
+def check_flags(conditions: Any = None) -> None:
     """Refuse an override whose name nothing declares or reads: MONAI takes `--gendr 1` in silence.
 
     Known are the ids of the files in `configs/`, the properties that MONAI defines, ids that something
@@ -121,11 +121,16 @@ def check_flags() -> None:
     Then values are compared with the table of types and ranges, `scripts.core.option_types`. Paths and words of the
     command line are taken as they were typed, and `null` becomes None.
 
+    Args:
+        conditions: what configurations of earlier versions give, and nothing needs.
+
     Raises:
         BundleError: naming the unknown flag and its nearest known names, or where a flag belongs; for the flag of a
             condition that the configuration does not have, and for `conditions` that are no map; for a
             value that is none of what its option may be.
     """
+    if is_monai_command():
+        _check_command()
     config = current_config()
     declared, referred = _declared(), set(references(config))
     refuse_other_conditions(config, config)
@@ -136,9 +141,6 @@ def check_flags() -> None:
     for name in _ids(config):
         if SEPARATOR in name and not (name in declared or is_read(name, referred)):
             _refuse(name, {other: other for other in known} | _beside(name, declared))
-    if is_monai_command():
-        flags = with_args_file(read_flags(sys.argv[1:]))
-        refuse_foreign_flags(flags, _files_of(flags.get("config_file")), config)
     _check_values()
 
 
@@ -187,6 +189,23 @@ def _defaults() -> dict[str, Any]:
     return {name.lstrip("+"): value for name, value in found if not isinstance(value, Mapping)}
 
 
+def _check_command() -> None:
+    """Refuse flags of MONAI's command line that have no use, as `python -m scripts` does; `--help` is answered."""
+    flags = with_args_file(read_flags(sys.argv[1:]))
+    files = _files_of(flags.pop("config_file", None))
+    if any(flags.pop(name, "") is None for name in HELP):
+        print(describe_verb(_verb_of(files), files), end="")
+        sys.exit()
+    if "conditions" in merge(files):  # not where a path is written in some way that is not understood here
+        refuse_flags(flags, files, documented_options(files))
+
+
+def _verb_of(files: Sequence[Path]) -> str:
+    """The verb that a list of configurations makes."""
+    stems = {path.stem for path in files}
+    return next((verb for verb, own in verbs().items() if verb != SAMPLE and own[-1].stem in stems), SAMPLE)
+
+
 def _files_of(text: str | None) -> list[Path]:
     """The files of a `--config_file`: one, several with commas, or a list as Python writes it."""
     names = (text or "").strip("[]() ").split(",")
@@ -195,6 +214,7 @@ def _files_of(text: str | None) -> list[Path]:
 
 def _refuse(name: str, known: Mapping[str, str]) -> NoReturn:
     """Raise with the names that are near, from a map of what may have been meant to how it is written."""
+    refuse_old_id(name)
     hint = near_matches(name.split(SEPARATOR)[-1], known, "--", known) or ": see docs/configuration.md"
     raise BundleError(f"unknown flag --{name}{hint}")
 

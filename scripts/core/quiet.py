@@ -18,7 +18,10 @@ OF_NO_USE = (
 
 
 def hide_foreign_warnings() -> None:
-    """In a process of the command line, hide what no user can act on; Python's `-W` and PYTHONWARNINGS win over it."""
-    if is_bundle_command() and not sys.warnoptions:
-        for message, category in OF_NO_USE:
+    """In a process of the command line, hide what no user can act on.
+
+    Python's `-W` and PYTHONWARNINGS win over it, but for MONAI's first: with `-W error` no command would start.
+    """
+    if is_bundle_command():
+        for message, category in OF_NO_USE[:1] if sys.warnoptions else OF_NO_USE:
             warnings.filterwarnings("ignore", message, category)

@@ -5,34 +5,25 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from scripts.core.errors import BundleError
+from scripts.core.old_names import new_id
 from scripts.core.paths import CONFIGS
 
 BASE = CONFIGS / "inference.json"
 SAMPLE = "sample"
 SEPARATOR = "::"
 REFERENCE = re.compile(r"[@%](\w+(?:::\w+)*)")
-FLAG = re.compile(r"--?([A-Za-z_+][^=]*)(?:=(.*))?", re.DOTALL)
 STARTS = ("run", "initialize", "finalize")
 IDS_OF_STARTS = ("run_id", "init_id", "final_id")
-FOR_MONAI = {
-    *STARTS,
-    *IDS_OF_STARTS,
-    *("config_file", "args_file", "meta_file", "logging_file", "tracking", "workflow_type", "properties_path"),
-    *("bundle_root", "device", "dataset_dir", "output_dir", "imports", "_meta_"),
-    *("tracking_uri", "experiment_name", "run_name", "save_execute_config"),
-}
-"""What MONAI itself takes or reads, whatever a configuration refers to."""
 OF_OVERLAYS = {"stage", "stage_weights", "facts"}
 """Plain ids that a training's file sets for the rest of the configuration: no options, and in no table of them."""
 
@@ -86,29 +77,40 @@ def merge(files: Iterable[Path]) -> dict[str, Any]:
     for path in files:
         for key, value in copy.deepcopy(dict(load_config(path))).items():
             try:
-                _set(config, key, value)
+                set_part(config, key, value)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                raise BundleError(f"the configuration {path}: {key} fits nothing in the files before it") from error
+                now = new_id(key.lstrip("+"))
+                hint = f": it is {now} since version 2.1.0" if now else ""
+                raise BundleError(
+                    f"the configuration {path}: {key} fits nothing in the files before it{hint}"
+                ) from error
     return config
 
 
-def _set(config: dict[str, Any], key: str, value: Any) -> None:
+def set_part(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of an id, which `+` extends, as MONAI does."""
     *outer, last = key.lstrip("+").replace("#", SEPARATOR).split(SEPARATOR)
     section: Any = config
     for word in outer:
-        section = _inside(section, word)
-    if key.startswith("+") and _has(section, last):
-        old = _inside(section, last)
+        section = part_of(section, word)
+    if key.startswith("+") and has_part(section, last):
+        old = part_of(section, last)
         old.update(value) if isinstance(old, dict) else old.extend(value)
     else:
         section[int(last) if isinstance(section, list) else last] = value
 
 
-def _has(section: Any, word: str) -> bool:
-    return word in section if isinstance(section, dict) else isinstance(section, list) and word.isdigit()
+def has_part(section: Any, word: str) -> bool:
+    """Whether a map has an entry of this name; whether the name is a place of a list."""
+    return (
+        word in section
+        if isinstance(section, dict)
+        else isinstance(section, list) and word.isdigit() and int(word) < len(section)
+    )
 
 
-def _inside(section: Any, word: str) -> Any:
+def part_of(section: Any, word: str) -> Any:
+    """What stands in a map or a list under one word of an id."""
     return section[int(word) if isinstance(section, list) else word]
 
 
@@ -181,66 +183,7 @@ def used_ids(config: Mapping[str, Any], starts: Iterable[str] = STARTS) -> set[s
         used.add(name)
         value: Any = config
         for word in name.split(SEPARATOR):
-            value = _inside(value, word) if _has(value, word) else value if value is not config else None
+            value = part_of(value, word) if has_part(value, word) else value if value is not config else None
         waiting += references(value)
         waiting += condition_flags(config) if name == "conditions_table" else []
     return used
-
-
-def is_read(name: str, referred: Iterable[str]) -> bool:
-    """Whether something refers to an id, to what is in it, or to a section around it."""
-    return any(f"{one}::".startswith(f"{name}::") or f"{name}::".startswith(f"{one}::") for one in referred)
-
-
-def read_flags(arguments: Sequence[str]) -> dict[str, str | None]:
-    """Name -> text of the flags on a command line, as `fire` reads them: `--a-b=1`, `--a_b 1`, `-a_b 1` are one."""
-    flags: dict[str, str | None] = {}
-    for token, following in zip(arguments, [*arguments[1:], "--end"]):
-        if found := FLAG.fullmatch(token):
-            value = found[2] if found[2] is not None else None if FLAG.fullmatch(following) else following
-            flags[found[1].replace("-", "_").lstrip("+").replace("#", SEPARATOR)] = value
-    return flags
-
-
-def with_args_file(flags: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Flags, and those in the file that `--args_file` names."""
-    path = Path(flags.get("args_file") or "")
-    return {**{key: str(value) for key, value in load_config(path).items()}, **flags} if path.is_file() else {**flags}
-
-
-def near_matches(name: str, known: Collection[str], mark: str = "", written: Mapping[str, str] | None = None) -> str:
-    """`: did you mean a or b?` with what is near among the known names; empty if nothing is.
-
-    Args:
-        name: what was given.
-        known: what may have been meant.
-        mark: what a name is written behind, such as `--`.
-        written: known name -> how it is written, if not as itself.
-    """
-    near = difflib.get_close_matches(name, sorted(known), 2, 0.7)
-    return f": did you mean {' or '.join(mark + (written or {}).get(one, one) for one in near)}?" if near else ""
-
-
-def refuse_foreign_flags(flags: Mapping[str, str | None], files: Iterable[Path], config: Mapping[str, Any]) -> None:
-    """Refuse flags that only other verbs have a use for.
-
-    Args:
-        flags: as `read_flags` gives them.
-        files: those that were merged; an id that stands in a verb's own file is known as its option.
-        config: the merged configuration, with or without the flags.
-
-    Raises:
-        BundleError: naming the verbs that the flag belongs to.
-    """
-    known = used_ids(config, [flags.get(one) or start for one, start in zip(IDS_OF_STARTS, STARTS)]) | FOR_MONAI
-    own = [load_config(path) for path in files if path.name != BASE.name]
-    known |= {key.lstrip("+") for content in own if "run" in content for key in content}
-    for name in flags:
-        if not is_read(name, known) and (others := [verb for verb in verbs() if is_read(name, used_by(verb))]):
-            raise BundleError(f"--{name} has no effect here: it is an option of `{'`, `'.join(others)}`")
-
-
-@functools.cache
-def used_by(verb: str) -> frozenset[str]:
-    """The ids that a verb comes to."""
-    return frozenset(used_ids(merge(verbs()[verb])))

@@ -121,9 +121,7 @@ def _load(path: str | os.PathLike) -> Any:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.preparation.native_space", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m scripts native_space", description=__doc__.split("\n")[0])
     parser.add_argument("--volume", required=True, help="volume or label map on the bundle grid")
     parser.add_argument("--scan", required=True, help="the raw scan")
     parser.add_argument("--sidecar", required=True, help="the JSON file beside the prepared scan")

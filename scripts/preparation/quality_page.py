@@ -150,9 +150,7 @@ def _failure(dataset_dir: Path, row: Mapping[str, Any]) -> tuple[str, str, str, 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.preparation.quality_page", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m scripts quality_page", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset_dir", type=Path, default=Path("dataset"), help="the prepared dataset")
     parser.add_argument("--exclude", type=Path, help="a list of scans that the page begins with as excluded")
     parser.add_argument("--score", default="similarity", help="the column to sort by at first")

@@ -140,7 +140,7 @@ class Preparation:
         arrive("prepared")
         _raise_if(failed, len(share), where)
 
-    def _say_what_differs(self, scans: Sequence[Scan]) -> None:
+    def _say_what_differs(self, scans: Sequence[ScanToPrepare]) -> None:
         """What an earlier run has left that other settings have made, and what becomes of it, before anything is done.
 
         Raises:

@@ -165,6 +165,10 @@ def fetch(target: str | os.PathLike = TARGET) -> Path:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        prog="python -m scripts.preparation.synthstrip",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     with errors_in_one_line():
         print(f"SynthStrip is at {fetch()}")

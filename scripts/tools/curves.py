@@ -33,7 +33,9 @@ SMOOTHED = 50
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw with command-line arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run_dir", help="folder of a training, such as runs/autoencoder")
     parser.add_argument("picture", help="PNG to write")
     options = parser.parse_args(arguments)

@@ -253,7 +253,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts demo_training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--work_dir", default="runs/demo", help="phantoms, runs, latents, samples (default runs/demo)")
     parser.add_argument("--deliver_dir", default="runs/demo/delivered", help="weights, curves and the evaluation")
     parser.add_argument("--config", default=DEMO, help=f"overlay of the model (default {DEMO})")

@@ -97,7 +97,7 @@ def _check(example: Example, folder: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.tools.example_data", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m scripts example_data", description=__doc__.split("\n")[0])
     parser.add_argument("--input_dir", type=Path, default=ROOT / "data" / "example", help="where raw scans go")
     parser.add_argument("--dataset_dir", type=Path, default=ROOT / "dataset", help="where prepared scans go")
     flags = parser.parse_args()

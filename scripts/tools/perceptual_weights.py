@@ -122,6 +122,10 @@ def fetch(target: str | os.PathLike = TARGET) -> Path:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        prog="python -m scripts perceptual_weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     with errors_in_one_line():
         print(fetch())

@@ -151,7 +151,7 @@ def write_labels(path: Path, labels: np.ndarray, scan: Scan, like: Path) -> None
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.tools.phantom_labels", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m scripts phantom_labels", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset_dir", type=Path, default=ROOT / "dataset", help="the prepared example heads")
     parser.add_argument("--atlas_dir", type=Path, default=ROOT / "data" / "atlas", help="where the atlas is kept")
     parser.add_argument("--labels_dir", type=Path, default=MODELS / "heads", help="where the maps go")

@@ -162,7 +162,7 @@ def measure_dataset(dataset: Path, atlas_folder: Path, seed: int = 1) -> list[di
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.tools.registration_volumetry", description=__doc__.split("\n")[0]
+        prog="python -m scripts registration_volumetry", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--dataset_dir", type=Path, default=ROOT / "dataset")
     parser.add_argument("--atlas_dir", type=Path, default=ROOT / "data" / "atlas")

@@ -80,7 +80,7 @@ def table(found: Sequence[dict[str, dict[str, float]]]) -> list[dict[str, object
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.tools.segmenter_agreement", description=(__doc__ or "").split("\n")[0]
+        prog="python -m scripts segmenter_agreement", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--dataset_dir", type=Path, default=ROOT / "data" / "phantoms")
     parser.add_argument("--segmenter_path", default=None, help="weights (default those that ship)")

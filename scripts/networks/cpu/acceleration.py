@@ -46,7 +46,10 @@ def is_fast(fast: Any, device: torch.device | str) -> bool:
     """
     if str(fast).strip().lower() == AUTO:
         return torch.device(device).type == "cpu"
-    return yes_or_no(fast, "fast")
+    try:
+        return yes_or_no(fast, "fast")
+    except BundleError as error:
+        raise BundleError(f"--fast must be 1, 0 or {AUTO}, got '{fast}'") from error
 
 
 def accelerate_autoencoder(
