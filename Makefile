@@ -41,7 +41,7 @@ $(SAMSEG)/.installed:
 	@touch $@
 
 test: $(INSTALLED) ## Run the tests that need no GPU, no network and little time
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes of computing, but no GPU and no network
 	$(RUN) -m pytest -m "slow and not gpu and not network"

@@ -1,6 +1,11 @@
 # SPDX-FileCopyrightText: Brain LDM contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests share: the thread limit, and running the bundle as a user does."""
+"""What the tests share: the thread limit, and running the bundle as a user does.
+
+`make test` has two processes that each begin with half of the tests, in order; the one that has finished takes half of
+what the other has left (xdist's worksteal), so that neither waits for the other's longest file. A module's tests may
+then be in both: a fixture of a module that takes seconds is `computed_once`.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +35,8 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBE
 
 BASE = "configs/inference.json"
 TINY = "configs/tiny.yaml"
+SMALLEST: dict[str, object] = {"grid::shape": [16, 32, 16]}
+"""The smallest volume that the networks of `tiny.yaml` take, for tests that compare volumes with each other."""
 
 
 class RunBundle(Protocol):

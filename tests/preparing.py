@@ -10,14 +10,17 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from scipy.spatial.transform import Rotation
 from stand_ins import KnownPose
 
 from scripts.compute.ownership import LOCK, MARK
 from scripts.conditions.conditions import Conditions
 from scripts.preparation.checks import CheckScan
+from scripts.preparation.registration import resample
 from scripts.preparation.run import Preparation
 from scripts.preparation.steps import FromDarkest, Reorient, Resample, ScaleIntensities, TargetSpace
 from scripts.volumes.grid import Grid
+from scripts.volumes.scans import load_scan
 
 GRID = Grid((20, 28, 20), (-8.0, 8.0, 8.0), (76.0, -120.0, -56.0))
 CONDITIONS = Conditions(
@@ -26,6 +29,9 @@ CONDITIONS = Conditions(
     ventricular_vol={"raw": "ventricular_vol_mm3", "unit": "mm3", "minimum": 7000, "maximum": 170000},
     brain_vol={"raw": "brain_vol_mm3", "unit": "mm3", "minimum": 1.1e6, "maximum": 1.8e6},
 )
+TEMPLATE = Path(__file__).resolve().parents[1] / "models" / "template"
+HEAD = TEMPLATE / "tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
+BRAIN = TEMPLATE / "tpl-MNI152NLin2009cAsym_res-01_desc-brain_mask.nii.gz"
 COLUMNS = {"age_years": ["age_years", "age"], "sex": ["sex", "gender"]}
 PLAUSIBLE = {"age_years": [0, 120]}
 
@@ -45,6 +51,30 @@ def save(path: Path, data: np.ndarray, affine: np.ndarray = GRID.affine) -> Path
     image.set_qform(affine, 1)
     nib.save(image, path)
     return path
+
+
+def coarse_template(folder: Path) -> dict[str, Path]:
+    """Template and brain mask at 4 mm, with which a registration takes less."""
+    shape, affine = (44, 56, 45), np.diag([4.0, 4.0, 4.0, 1.0])
+    affine[:3, 3] = (-88, -128, -78)
+    files = {"template": HEAD, "template_brain": BRAIN}
+    return {
+        name: save(folder / f"{name}.nii.gz", resample(load_scan(file), np.eye(4), shape, affine, order=1), affine)
+        for name, file in files.items()
+    }
+
+
+def posed(image: nib.Nifti1Image, angles: tuple, shift: tuple, axes: str) -> tuple[nib.Nifti1Image, np.ndarray]:
+    """The image as a scanner in which the head lies otherwise would store it, and the motion; no voxel changes."""
+    data, affine = np.asarray(image.dataobj), image.affine
+    middle = affine @ np.append((np.array(data.shape) - 1) / 2, 1.0)
+    motion = np.eye(4)
+    motion[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    motion[:3, 3] = middle[:3] - motion[:3, :3] @ middle[:3] + shift
+    wanted = nib.orientations.axcodes2ornt(axes)
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), wanted)
+    stored = nib.orientations.apply_orientation(data, turn)
+    return nib.Nifti1Image(stored, motion @ affine @ nib.orientations.inv_ornt_aff(turn, data.shape)), motion
 
 
 def space(folder: Path) -> TargetSpace:

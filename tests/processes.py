@@ -43,7 +43,7 @@ def run_python(*arguments: object, cwd: str | Path = ROOT, timeout: float = 900)
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return run_interpreter(*arguments, cwd=cwd, timeout=timeout)
-    with _Command(arguments, cwd, {}) as command:
+    with Command(arguments, cwd) as command:
         return command.finish(timeout)
 
 
@@ -55,7 +55,7 @@ def run_ranks(number: int, *arguments: object, timeout: float = 900) -> list[Fin
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
     with ExitStack() as stack:
         ranks = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in range(number)]
-        commands = [stack.enter_context(_Command(arguments, ROOT, rank)) for rank in ranks]
+        commands = [stack.enter_context(Command(arguments, ROOT, rank)) for rank in ranks]
         return [command.finish(timeout) for command in commands]
 
 
@@ -66,17 +66,19 @@ def run_interpreter(*arguments: object, cwd: str | Path = ROOT, timeout: float =
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-class _Command(AbstractContextManager):
+class Command(AbstractContextManager):
     """A process of the server's, which ends with the context if not before."""
 
-    def __init__(self, arguments: Sequence[object], cwd: str | Path, environment: Mapping[str, object]) -> None:
+    def __init__(
+        self, arguments: Sequence[object], cwd: str | Path = ROOT, environment: Mapping[str, object] | None = None
+    ) -> None:
         self.words = [str(argument) for argument in arguments]
         self.texts = tempfile.TemporaryDirectory()
         self.paths = [Path(self.texts.name, name) for name in ("stdout", "stderr")]
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(LIBRARIES)  # heeded when the server starts, with the first process
-        environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-        self.process = server.Process(target=_run, args=(self.words, str(Path(cwd).resolve()), environment, self.paths))
+        complete = {**os.environ, **{name: str(value) for name, value in (environment or {}).items()}}
+        self.process = server.Process(target=_run, args=(self.words, str(Path(cwd).resolve()), complete, self.paths))
         self.process.start()
 
     def finish(self, timeout: float) -> Finished:
@@ -86,9 +88,13 @@ class _Command(AbstractContextManager):
         out, err = (path.read_text() if path.exists() else "" for path in self.paths)
         return Finished(self.process.exitcode, out, err)
 
-    def __exit__(self, *error: object) -> None:
+    def kill(self) -> None:
+        """End it at once, whatever it does."""
         self.process.kill()
         self.process.join()
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
         self.texts.cleanup()
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -55,9 +54,7 @@ def test_sampling_training_and_phantoms_do_without_the_packages_of_the_preparati
         for target in targets(ConfigParser.load_config_file(str(ROOT / file)))
     }
     code = f"import importlib, sys\nfor name in {sorted(modules)}: importlib.import_module(name)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}sys.exit(bool(sys.modules.keys() & {{'ants', 'ancpbids'}}))"], cwd=ROOT
-    )
+    done = run_python("-c", f"{code}sys.exit(bool(sys.modules.keys() & {{'ants', 'ancpbids'}}))")
     assert len(modules) > 30 and done.returncode == 0
 
 

@@ -26,6 +26,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from scripts.compute.kept import Values
+from scripts.core import bootstrap
 from scripts.core.bootstrap import confidence_interval, difference, summarise
 from scripts.core.errors import BundleError, find_bundle_error
 from scripts.evaluation.metrics.fid import frechet_distance_of_samples
@@ -264,7 +265,13 @@ def test_interval_of_single_volumes_is_scipy_s_percentile_bootstrap() -> None:
     assert confidence_interval(values, np.arange(60), 0) == pytest.approx(np.quantile(means, [0.025, 0.975]), rel=1e-12)
 
 
-def test_interval_of_pairs_covers_the_true_mean() -> None:
+@pytest.fixture
+def fewer_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the bootstrap: a coverage needs many intervals, each of which may be rougher."""
+    monkeypatch.setattr(bootstrap, "REPEATS", 250)
+
+
+def test_interval_of_pairs_covers_the_true_mean(fewer_repeats: None) -> None:
     # Pairs |a - b| of standard normal numbers have the mean 2 / sqrt(pi).
     members = random_pairs([25], 300, 0)
     hits = 0
@@ -282,7 +289,7 @@ def test_interval_follows_from_the_seed() -> None:
     assert confidence_interval(values, np.arange(20), 3) != confidence_interval(values, np.arange(20), 4)
 
 
-def test_interval_of_a_difference_of_means_covers_the_true_one() -> None:
+def test_interval_of_a_difference_of_means_covers_the_true_one(fewer_repeats: None) -> None:
     hits = 0
     for trial in range(30):
         generator = np.random.default_rng(trial)

@@ -16,6 +16,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import computed_once
 from PIL import Image
 from test_evaluation import folder_of, rows_of, run_here, save, volume
 
@@ -57,9 +58,12 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An evaluation of two models by two feature networks; its output folder."""
-    work = tmp_path_factory.mktemp("models")
+def two_models(shared_dir: Path) -> Path:
+    """An evaluation of two models by two feature networks; its output folder. Tests must not change it."""
+    return computed_once(shared_dir / "two_models", evaluate_two_models) / "output"
+
+
+def evaluate_two_models(work: Path) -> None:
     seeds = {"a": (1, 2, 3, 4), "b": (5, 6, 7, 8), "real": (11, 12, 13, 14), "training": (21, 22)}
     folders = {name: str(folder_of(work / name, *chosen)) for name, chosen in seeds.items()}
     network = {"_target_": "test_evaluation.Plain"}
@@ -72,7 +76,6 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         feature_networks={"one": network, "other": network},
         num_pairs=3,
     )
-    return work / "output"
 
 
 def read(table: Path) -> list[dict[str, str]]:

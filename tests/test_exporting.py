@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import BASE, ROOT, TINY, RunHere
+from conftest import BASE, ROOT, TINY, RunHere, computed_once
 from monai.bundle import ckpt_export
 from released import configuration, write_weights
 
@@ -33,9 +33,12 @@ FLAGS = {"num_inference_steps": 3, "seed": 5, "output_dtype": "float32", "age": 
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, run_here: RunHere) -> Path:
-    """A bundle with weights that have a latent scale, exported in both formats."""
-    folder = tmp_path_factory.mktemp("bundle")
+def bundle(shared_dir: Path, run_here: RunHere) -> Path:
+    """A bundle with weights that have a latent scale, exported in both formats. Tests must not change it."""
+    return computed_once(shared_dir / "exporting", lambda folder: export_both(folder, run_here))
+
+
+def export_both(folder: Path, run_here: RunHere) -> None:
     (folder / "models").mkdir()
     for name in ("configs", "scripts"):
         (folder / name).symlink_to(ROOT / name)
@@ -44,7 +47,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, run_here: RunHere) -> Path:
     facts = {"latent_scale": SCALE, "condition_dropout": 0.1}
     torch.save({"diffusion": torch.load(weights, weights_only=True), "facts": facts}, weights)
     run_here([BASE, TINY, EXPORT], bundle_root=str(folder), formats="onnx,pt2", **SMALL)
-    return folder
 
 
 def voxels(folder: Path) -> list[np.ndarray]:

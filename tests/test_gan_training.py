@@ -16,10 +16,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import BASE, ROOT, TINY, RunHere
+from conftest import BASE, TINY, RunHere
 from heads import refused, write_dataset
 from monai.utils import set_determinism
-from processes import _Command, run_ranks
+from processes import Command, run_ranks
 from released import configuration, need_memory
 from trained import content, difference, same
 
@@ -156,12 +156,11 @@ def test_killed_training_ends_in_the_same_bits(family: str, done: Baselines, tmp
     flags = done.flags(family, **every, run_dir=str(killed), device="cpu")
     words = ["-m", "monai.bundle", "run", "--config_file", str([BASE, GAN, TINY])]
     words += [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    with _Command(words, ROOT, {}) as command:
+    with Command(words) as command:
         while not (killed / "checkpoint_iteration=2.pt").exists():
             assert command.process.exitcode is None
             time.sleep(0.01)
-        command.process.kill()  # SIGKILL
-        command.process.join()
+        command.kill()
     assert not (killed / f"{family}.pt").exists(), "it was faster than the kill"
     done.train(family, **every, run_dir=str(killed))
     done.train(family, **every, run_dir=str(whole))

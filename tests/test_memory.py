@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import BASE, TINY, RunHere
+from conftest import BASE, SMALLEST, TINY, RunHere
 from safetensors.torch import save_file
 from torch import nn
 
@@ -121,7 +121,7 @@ def test_the_same_volumes_bit_for_bit(
     suffix: str, fast: int, run_here: RunHere, bundle_copy: Path, tmp_path: Path
 ) -> None:
     flags: dict[str, Any] = {"num_inference_steps": 2, "num_samples": 2, "seed": 5, "output_dtype": "float32"}
-    flags |= {"bundle_root": str(bundle_copy), "fast": fast}
+    flags |= {"bundle_root": str(bundle_copy), "fast": fast, **SMALLEST}
     if suffix == ".safetensors":
         state = torch.load(bundle_copy / "models" / "tiny_diffusion.pt", weights_only=True)
         save_file(state, tmp_path / "diffusion.safetensors")

@@ -163,7 +163,7 @@ def test_the_loss_is_each_samples_mean_squared_error_in_float32(target: str) -> 
 # What training draws.
 
 
-def draws(made: DiffusionObjective, count: int = 20000) -> Tensor:
+def draws(made: DiffusionObjective, count: int = 8000) -> Tensor:
     torch.manual_seed(0)
     latent = torch.zeros(1, 1, 1, 1)
     return torch.stack([made.draw(latent)[1] for _ in range(count)])

@@ -11,38 +11,50 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import BASE, ROOT, TINY, RunBundle
+from conftest import BASE, TINY, RunBundle, computed_once
+from preparing import HEAD, coarse_template, posed
 from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation
 
 from scripts.autoencoder.perceptual import LPIPS
 from scripts.core.tables import read_table, write_table
+from scripts.preparation.native_space import read_transform
 
-TEMPLATE = ROOT / "models" / "template" / "tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
+MOTIONS: dict[str, tuple[tuple, tuple, str]] = {
+    "sub-01": ((8, -4, 6), (4, -7, 9), "RAS"),
+    "sub-02": ((-25, 30, -30), (300, -250, 400), "LAI"),
+}
+"""How the heads lie: a little tilted; turned by 30 degrees, stored in another order, its origin absurdly far away."""
 
 
-def write_raw_heads(folder: Path) -> None:
-    """Two heads in BIDS layout: the template at 2 mm, each tilted and shifted by its header, one in int16."""
-    template = nib.load(TEMPLATE)
+def write_raw_heads(folder: Path) -> dict[str, np.ndarray]:
+    """Two heads in BIDS layout: the template at 2 mm in each pose, one in int16; their motions."""
+    template = nib.load(HEAD)
     data = 1000.0 * np.asarray(template.dataobj)[::2, ::2, ::2]
     spread = template.affine @ np.diag([2.0, 2.0, 2.0, 1.0])
     rows: list[dict[str, object]] = []
-    for name, angles, dtype in (("sub-01", (8, -4, 6), np.float32), ("sub-02", (-6, 3, -9), np.int16)):
-        pose = np.eye(4)
-        pose[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
-        pose[:3, 3] = (4.0, -7.0, 9.0)
+    motions = {}
+    for (name, pose), dtype in zip(MOTIONS.items(), (np.float32, np.int16)):
+        image, motions[name] = posed(nib.Nifti1Image(data.astype(dtype), spread), *pose)
         path = folder / name / "anat" / f"{name}_T1w.nii.gz"
         path.parent.mkdir(parents=True)
-        nib.save(nib.Nifti1Image(data.astype(dtype), pose @ spread), path)
+        nib.save(image, path)
         rows.append({"participant_id": name, "age": 50 + 10 * len(rows), "sex": "FM"[len(rows)]})
     write_table(folder / "participants.tsv", rows)
+    return motions
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory, run_command: RunBundle) -> Path:
-    """A folder in which the whole sequence of commands has run; each has ended with exit code 0."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    write_raw_heads(folder / "raw")
+def work(shared_dir: Path, run_bundle: RunBundle) -> Path:
+    """A folder in which the whole sequence of commands has run. Tests must not change it."""
+    return computed_once(shared_dir / "pipeline", lambda folder: run_all(folder, run_bundle))
+
+
+def run_all(folder: Path, run_bundle: RunBundle) -> None:
+    """Every verb after the other; each has to end with exit code 0."""
+    motions = write_raw_heads(folder / "raw")
+    np.save(folder / "motions.npy", [motions[name] for name in MOTIONS])
+    template = [word for name, path in coarse_template(folder).items() for word in (f"--{name}", path)]
     torch.manual_seed(0)
     save_file(LPIPS().state_dict(), folder / "lpips.safetensors")
     autoencoder, diffusion = folder / "autoencoder" / "autoencoder.pt", folder / "diffusion" / "diffusion.pt"
@@ -51,7 +63,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, run_command: RunBundle) -> Pa
     latents = ("--latents_dir", folder / "latents")
     samples = ("--output_dir", folder / "samples", "--num_samples", 2, "--seed", 1, "--num_inference_steps", 5)
     commands: list[tuple[list[str], tuple[object, ...]]] = [
-        (["configs/prepare.yaml"], ("--input_dir", folder / "raw", *data)),
+        (["configs/prepare.yaml"], ("--input_dir", folder / "raw", *template, *data)),
         (
             ["configs/train_autoencoder.yaml"],
             (*data, "--run_dir", autoencoder.parent, "--perceptual_path", folder / "lpips.safetensors"),
@@ -69,15 +81,23 @@ def work(tmp_path_factory: pytest.TempPathFactory, run_command: RunBundle) -> Pa
         ),
     ]
     for overlays, flags in commands:
-        done = run_command([BASE, *overlays, TINY], *flags)
+        done = run_bundle([BASE, *overlays, TINY], *flags)
         assert done.returncode == 0, f"{overlays}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
-    return folder
 
 
 def test_preparation_carries_covariates_over(work: Path) -> None:
     rows = read_table(work / "dataset" / "participants.tsv")
     assert [(row["sex"], row["age_years"]) for row in rows] == [("female", "50"), ("male", "60")]
     assert all(float(row["similarity"]) > 0.9 for row in rows)
+
+
+def test_poses_are_found(work: Path) -> None:
+    points = np.array([[x, y, z, 1.0] for x in (-65, 65) for y in (-100, 65) for z in (-40, 75)])  # about the brain
+    for name, motion in zip(MOTIONS, np.load(work / "motions.npy")):
+        sidecar = next((work / "dataset" / name / "anat").glob("*_T1w.json"))
+        error = np.linalg.inv(motion) @ read_transform(sidecar)
+        assert np.linalg.norm((points @ error.T - points)[:, :3], axis=1).max() < 1.0
+        assert np.degrees(Rotation.from_matrix(error[:3, :3]).magnitude()) < 1.0
 
 
 def test_prepared_heads_agree(work: Path) -> None:

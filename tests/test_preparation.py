@@ -14,11 +14,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import ROOT
 from nibabel.affines import apply_affine
-from preparing import CONDITIONS, save, steps
+from preparing import BRAIN, CONDITIONS, HEAD, coarse_template, save, steps
 from scipy.spatial.transform import Rotation
-from stand_ins import Holds, KnownPose, Way, pass_on
+from stand_ins import Holds, KnownPose, LiesAt, Way, pass_on
 
 from scripts.core.errors import BundleError
 from scripts.core.tables import read_table, write_table
@@ -37,8 +36,6 @@ from scripts.preparation.steps import (
 from scripts.volumes.grid import Grid
 from scripts.volumes.scans import load_scan
 
-HEAD = ROOT / "models/template/tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"
-BRAIN = ROOT / "models/template/tpl-MNI152NLin2009cAsym_res-01_desc-brain_mask.nii.gz"
 GRID = Grid([40, 56, 40], [-4.0, 4.0, 4.0], [79.0, -124.0, -59.0])
 
 
@@ -47,6 +44,9 @@ def rigid(angles: tuple[float, float, float], shift: tuple[float, float, float])
     matrix[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
     matrix[:3, 3] = shift
     return matrix
+
+
+MOTION = rigid((8, 3, -5), (4, -6, 9))
 
 
 def scanned(head: Scan, pose: np.ndarray, spacing: tuple[float, float, float], axes: str, size: float = 250.0) -> Scan:
@@ -69,39 +69,33 @@ def head() -> Scan:
 
 @pytest.fixture(scope="module")
 def coarse(head: Scan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Template, brain mask and a scan at 4 mm, with which a registration takes seconds."""
+    """Template, brain mask and a scan, moved by `MOTION`, at 4 mm."""
     folder = tmp_path_factory.mktemp("coarse")
-    shape, affine = (44, 56, 45), np.diag([4.0, 4.0, 4.0, 1.0])
-    affine[:3, 3] = (-88, -128, -78)
-    blurred = resample(head, np.eye(4), shape, affine, order=1)
-    brain = resample(load_scan(BRAIN), np.eye(4), shape, affine, order=1)
-    moved = scanned(head, rigid((8, 3, -5), (4, -6, 9)), (3.0, 3.0, 3.0), "LAS", 220.0)
-    return {
-        "template": save(folder / "head.nii.gz", blurred, affine),
-        "template_brain": save(folder / "brain.nii.gz", brain, affine),
-        "scan": save(folder / "scan.nii.gz", (moved.data * 900 + 12).astype(np.int16), moved.affine),
-    }
+    moved = scanned(head, MOTION, (3.0, 3.0, 3.0), "LAS", 220.0)
+    scan = save(folder / "scan.nii.gz", (moved.data * 900 + 12).astype(np.int16), moved.affine)
+    return {**coarse_template(folder), "scan": scan}
 
 
 @pytest.fixture
 def prepare(coarse: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
-    """Runs the preparation at 4 mm; returns the dataset's folder."""
+    """Runs the preparation at 4 mm, its registration left out; returns the dataset's folder."""
 
     def run(table: Path | None = None, input_dir: Path | None = None, **options: Any) -> Path:
         space = TargetSpace(GRID, coarse["template"], coarse["template_brain"])
-        found = {**steps(space), "register": Register(space), **options}
+        found = {**steps(space), **options}
         Preparation(space, found, CONDITIONS, input_dir, table, tmp_path / "dataset", {}).run()
         return tmp_path / "dataset"
 
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("angles", "shift", "spacing", "axes"),
     [
         ((12, -6, 9), (15, -20, 30), (1.0, 1.2, 1.0), "LPI"),
-        pytest.param((-18, 4, -7), (-8, 25, -40), (2.5, 1.0, 1.0), "SAR", marks=pytest.mark.slow),
-        pytest.param((75, 0, 80), (5, 5, 5), (1.0, 1.0, 1.0), "RAS", marks=pytest.mark.slow),
+        ((-18, 4, -7), (-8, 25, -40), (2.5, 1.0, 1.0), "SAR"),
+        ((75, 0, 80), (5, 5, 5), (1.0, 1.0, 1.0), "RAS"),
     ],
 )
 def test_pose_is_recovered(
@@ -128,13 +122,14 @@ def test_a_head_lies_on_the_template_and_its_left_stays_left(
     """A bright spot in the left hemisphere lies at negative x in the prepared volume; the file's axes are PIR."""
     scan = nib.load(coarse["scan"])
     data = scan.get_fdata().astype(np.float32)
-    spot = np.linalg.inv(scan.affine) @ rigid((8, 3, -5), (4, -6, 9)) @ [-40, -20, 20, 1]
+    spot = np.linalg.inv(scan.affine) @ MOTION @ [-40, -20, 20, 1]
     data[tuple(slice(i - 2, i + 3) for i in np.rint(spot[:3]).astype(int))] = 5000
     axes = nib.orientations.io_orientation(scan.affine), nib.orientations.axcodes2ornt("PIR")
     turned = nib.Nifti1Image(data, scan.affine).as_reoriented(nib.orientations.ornt_transform(*axes))
     save(tmp_path / "scan.nii.gz", turned.get_fdata().astype(np.float32), turned.affine)
     write_table(tmp_path / "participants.tsv", [{"participant_id": "sub-1", "path": "scan.nii.gz"}])
-    image = nib.load(prepare(tmp_path / "participants.tsv") / "sub-1/anat/sub-1_space-MNI152_T1w.nii.gz")
+    dataset = prepare(tmp_path / "participants.tsv", register=LiesAt(MOTION.tolist()))
+    image = nib.load(dataset / "sub-1/anat/sub-1_space-MNI152_T1w.nii.gz")
     assert image.shape == GRID.shape and image.get_data_dtype() == np.uint8
     assert np.allclose(image.get_sform(), GRID.affine) and np.allclose(image.get_qform(), GRID.affine, atol=1e-4)
     assert int(image.header["sform_code"]) == int(image.header["qform_code"]) == 4
@@ -160,7 +155,7 @@ def test_a_cut_field_of_view_is_flagged(
     voxel = np.linalg.inv(whole.affine) @ [0, 0, 55, 1]
     save(tmp_path / "scan.nii.gz", whole.data[:, :, : int(voxel[2])] * 100, whole.affine)
     write_table(tmp_path / "participants.tsv", [{"participant_id": "sub-1", "path": "scan.nii.gz"}])
-    row = read_table(prepare(tmp_path / "participants.tsv", register=KnownPose()) / "participants.tsv")[0]
+    row = read_table(prepare(tmp_path / "participants.tsv") / "participants.tsv")[0]
     assert row["field_of_view"] == "cut" and 0.7 < float(row["brain_seen"]) < 0.98
     assert "outside its field of view" in capsys.readouterr().out
 
@@ -351,6 +346,7 @@ def test_what_a_step_keeps_of_its_work_is_no_setting() -> None:
 
 
 def test_steps_of_the_package_keep_the_settings_that_they_had() -> None:
-    resolver = UniRes(options=["--reg_scl", "10"])
     settings = {"version": 1, "method": "unires", "command": "unires", "device": "cuda", "voxel": 1.0}
-    assert step_identity(SuperResolve("unires", {"unires": resolver})) == settings
+    assert step_identity(SuperResolve("unires", {"unires": UniRes()})) == settings
+    further = SuperResolve("unires", {"unires": UniRes(options=["--reg_scl", "10"])})
+    assert step_identity(further) == {**settings, "options": ["--reg_scl", "10"]}

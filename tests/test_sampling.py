@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import BASE, TINY, RunBundle, RunHere
+from conftest import BASE, SMALLEST, TINY, RunBundle, RunHere
 from PIL import Image
 from processes import Finished
 from released import configuration
@@ -32,10 +32,15 @@ Sample = Callable[..., Any]
 
 @pytest.fixture
 def sample(run_here: RunHere, bundle_copy: Path, output_dir: Path) -> Sample:
-    """`sample(**flags)` samples in this process, in two steps unless told otherwise, to `output_dir`."""
+    """`sample(**flags)` samples in this process, small, in two steps unless told otherwise, to `output_dir`."""
 
     def run(**flags: Any) -> Any:
-        defaults = {"bundle_root": str(bundle_copy), "output_dir": str(output_dir), "num_inference_steps": 2}
+        defaults = {
+            "bundle_root": str(bundle_copy),
+            "output_dir": str(output_dir),
+            "num_inference_steps": 2,
+            **SMALLEST,
+        }
         return run_here(CONFIGS, **{**defaults, **flags})
 
     return run
@@ -102,8 +107,8 @@ def is_one_line(done: Finished) -> bool:
     return done.returncode != 0 and len(errors) == 1 and not any("Traceback" in line for line in lines)
 
 
-def test_unknown_flag_ends_in_one_line(run_command: RunBundle, bundle_copy: Path, output_dir: Path) -> None:
-    done = run_command(CONFIGS, "--gendr", 1, "--output_dir", output_dir, cwd=bundle_copy)
+def test_unknown_flag_ends_in_one_line(run_bundle: RunBundle, bundle_copy: Path, output_dir: Path) -> None:
+    done = run_bundle(CONFIGS, "--gendr", 1, "--output_dir", output_dir, cwd=bundle_copy)
     assert is_one_line(done), done.stderr
     assert "unknown flag --gendr: did you mean --gender" in done.stderr
     assert names(output_dir) == []
@@ -267,12 +272,12 @@ def test_a_sample_does_not_depend_on_the_batch_size(
     way: dict[str, Any], sample: Sample, bundle_copy: Path, tmp_path: Path
 ) -> None:
     weights = with_facts(bundle_copy, tmp_path, condition_dropout=0.1)
-    folders = [tmp_path / str(size) for size in (1, 2, 3)]
+    folders = [tmp_path / str(size) for size in (1, 2)]
     flags = {**way, "seed": 5, "num_samples": 3, "num_inference_steps": 3, "diffusion_path": weights}
     for size, folder in enumerate(folders, start=1):
         sample(batch_size=size, output_dir=str(folder), **flags)
-    one, two, three = map(voxels, folders)
-    assert equal(one, two) and equal(one, three)
+    one, two = map(voxels, folders)
+    assert equal(one, two)
     volumes = list(one.values())
     assert len(volumes) == 3 and not np.array_equal(volumes[0], volumes[1])
 

@@ -102,7 +102,7 @@ def pose(volume: np.ndarray, affine: np.ndarray, scale: float, template: Templat
     return _pose(*at_template_size(volume, affine, scale, template), template.centre)
 
 
-def _pose(found: Scan, coarse: Template, centre: np.ndarray) -> Pose:
+def _pose(found: Scan, coarse: Template, centre: np.ndarray) -> PoseCorrelations:
     moved, near = found.data, coarse.near_brain(SKULL_MM)
     turns = [_similarity(moved, coarse.head, _about(centre, turn), near) for turn in _quarter_turns()]
     mirror = np.diag([-1.0, 1.0, 1.0, 1.0])
