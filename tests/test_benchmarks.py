@@ -68,6 +68,7 @@ def test_original_and_ours_give_the_same_and_are_timed_alike(tmp_path: Path) -> 
     assert (tmp_path / "sampling.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_volumes_of_several_sizes(tmp_path: Path) -> None:
     words = "--size tiny --device cpu --warmup 0 --repeats 1 --cases decode --ways original ours --sides 0.5 1"
     done = run(*words.split(), "--folder", tmp_path, module="benchmarks.sampling")
@@ -190,6 +191,7 @@ def test_loading_of_latents(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
 
 
+@pytest.mark.slow
 def test_training_steps(tmp_path: Path) -> None:
     words = "--size tiny --device cpu --precisions fp32 --batches 2 --repeats 1 --warmup 0"
     done = run(*words.split(), "--json", tmp_path / "x.json", module="benchmarks.training_step")
@@ -268,6 +270,7 @@ def test_a_command_is_killed_or_must_succeed(tmp_path: Path) -> None:
 # Steps and writing, in this process.
 
 
+@pytest.mark.slow
 def test_steps_against_their_distance_to_a_long_trajectory(bundle_copy: Path, tmp_path: Path) -> None:
     words = "--overlay configs/tiny.yaml --samplers ddim unipc --steps 3 9 --reference ddim:60 --samples 1"
     steps.main([*words.split(), "--bundle_root", str(bundle_copy), "--output_dir", str(tmp_path)])

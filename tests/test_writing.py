@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BASE, TINY, RunHere
+from conftest import BASE, SMALLEST, TINY, RunHere
 
 from scripts.compute.writer import BackgroundWriter, HostCopy
 from scripts.core import files
@@ -99,7 +99,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def flags(bundle: Path, folder: Path, **others: Any) -> dict[str, Any]:
     given = {"bundle_root": str(bundle), "output_dir": str(folder), "num_inference_steps": 1, "seed": 3}
-    return {**given, "num_samples": 4, "batch_size": 1, **others}
+    return {**SMALLEST, **given, "num_samples": 4, "batch_size": 1, **others}
 
 
 def test_files_do_not_depend_on_the_threads(run_here: RunHere, bundle_copy: Path, tmp_path: Path) -> None:
