@@ -30,8 +30,8 @@ from torch import Tensor
 
 from scripts.conditions.conditions import Conditions
 from scripts.conditions.ranges import check_learned_ranges
+from scripts.core.config import current_config, is_plain
 from scripts.core.errors import BundleError
-from scripts.core.options import is_absent
 from scripts.core.tables import read_table
 from scripts.networks.weights import encoder_sha256, read_state
 from scripts.training.health import latent_noise
@@ -130,20 +130,17 @@ def latents(
     return [{"image": number, **{k: v for k, v in row.items() if k != "row"}} for number, row in enumerate(found)]
 
 
-def prepared_volumes(
-    folder: str, conditions: Conditions, missing: str = "error", latents_dir: Any = None
-) -> list[dict[str, Any]]:
+def prepared_volumes(folder: str, conditions: Conditions, missing: str = "error") -> list[dict[str, Any]]:
     """The rows of a prepared dataset, for a model that is trained on volumes in the place of latents.
 
     Args:
         folder, conditions, missing: see `scripts.volumes.datasets.participants`.
-        latents_dir: what was given by that flag, if anything.
 
     Raises:
-        BundleError: as `participants`, if latents were given, or if the dataset's learned ranges are not the configured
-            ones.
+        BundleError: as `participants`, if latents were given, by `--latents_dir` too, or if the dataset's learned
+            ranges are not the configured ones.
     """
-    if not is_absent(latents_dir):
+    if is_plain(current_config().get("latents_dir")):  # and not the expression that is its default
         raise BundleError("pixel diffusion is trained on the volumes of --dataset_dir: leave out --latents_dir")
     if (Path(str(folder)) / ENCODING).is_file() or (Path(str(folder)) / POSTERIORS).is_file():
         raise BundleError(f"--dataset_dir {folder} holds latents: pixel diffusion is trained on prepared volumes")
