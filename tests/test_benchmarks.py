@@ -379,4 +379,4 @@ def test_hard_heads_keep_a_known_place(kind: str) -> None:
     place = (affine @ [15, 10, 12, 1])[:3] - truth[:3, 3]
     changed = KINDS[kind](Head(scan, truth, Scan(np.full(data.shape, 3.0), affine)))
     brightest = np.unravel_index(changed.scan.data.argmax(), changed.scan.data.shape)
-    assert changed.at(place) == pytest.approx((changed.scan.affine @ [*brightest, 1])[:3], abs=1e-6)
+    assert changed.at(place.tolist()) == pytest.approx((changed.scan.affine @ [*brightest, 1])[:3], abs=1e-6)

@@ -100,6 +100,15 @@ def test_the_more_similar_of_two_fits_is_taken(coarse: Template, better: int, mo
     assert next(left, None) is None
 
 
+@pytest.fixture
+def few_rotations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search of a second in the place of one of many."""
+    for name in ("NODS", "ALL_ROUND"):
+        nods = [Rotation.from_euler("x", angle, degrees=True) for angle in (0, -20, 20)]
+        monkeypatch.setattr(registration, name, nods)
+
+
+@pytest.mark.usefixtures("few_rotations")
 def test_a_scale_that_runs_away_costs_no_head(coarse: Template, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with large ventricles and an infarct: from the free scale the fit runs away, from a typical one not."""
     seen: list[float] = []
@@ -114,6 +123,7 @@ def test_a_scale_that_runs_away_costs_no_head(coarse: Template, monkeypatch: pyt
     assert len(seen) == 3 and found.similarity > 0.99 and found.scale == pytest.approx(0.95)
 
 
+@pytest.mark.usefixtures("few_rotations")
 def test_a_head_of_a_childs_size_is_searched_for(coarse: Template, monkeypatch: pytest.MonkeyPatch) -> None:
     """The coarse search alone finds a head that is a quarter shorter."""
     monkeypatch.setattr(registration, "_ants_similarity", lambda scan, template, seed, start: start)
