@@ -291,7 +291,7 @@ class Register:
         enough_similarity: below this it is tried from more starts.
         min_similarity: below this after all starts the scan is refused.
         scales: least and largest length of a head over the template's; a scan that fits beyond is refused. Adults have
-            0.83 to 1.05; the default takes children from about one year on.
+            0.83 to 1.05.
     """
 
     space: TargetSpace
