@@ -357,7 +357,7 @@ def test_completion(shown: Shown) -> None:
     assert "train" in words("") and words("eval") == ["evaluate"]
     assert words("train", "d") == ["diffusion"]
     assert words("sample", "--num_s") == ["--num_samples"] and words("sample", "--max") == []
-    assert words("train", "diffusion", "--max") == words("train_diffusion", "--max") == ["--max_epochs"]
+    assert words("train", "diffusion", "--max_e") == words("train_diffusion", "--max_e") == ["--max_epochs"]
     assert words("sample", "--with", "d") == ["demo", "demo_next"]
     assert words("sample", "--with", "demo", "--pr") == ["--print"]
     assert "complete -o default" in shown("completion", "zsh")
