@@ -168,6 +168,45 @@ def test_truncated_file(suffix: str, share: float, tmp_path: Path) -> None:
     assert "damaged" in told and str(path) in told and "again" in told
 
 
+DAMAGED: dict[str, Any] = {
+    "nan": torch.tensor([1.0, torch.nan]),
+    "1e+30": torch.tensor([1.0, 1e30]),
+    "complex64": torch.ones(2, dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("said", DAMAGED)
+def test_weights_that_cannot_be(said: str, suffix: str, tmp_path: Path) -> None:
+    path, state = tmp_path / f"model{suffix}", {**tensors(), "odd": DAMAGED[said]}
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    told = message(read_checkpoint, path, "diffusion")
+    assert str(path) in told and "odd" in told and said in told
+
+
+def test_a_changed_byte_of_the_weights_is_noticed(tmp_path: Path) -> None:
+    """PyTorch does not compare the checksums of its files; safetensors has none, so that ours is in the metadata."""
+    torch.save({"diffusion": tensors(), "facts": {}}, tmp_path / "first.pt")
+    write_safetensors(tmp_path / "first.safetensors", tmp_path / "first.pt", "diffusion", "float32")
+    for path in (tmp_path / "first.pt", tmp_path / "first.safetensors"):
+        read_checkpoint(path, "diffusion")
+        content, weight = path.read_bytes(), next(iter(tensors().values())).numpy().tobytes()[:8]
+        place = content.index(weight)
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert "damaged" in message(read_checkpoint, path, "diffusion")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_weights_of_another_type(dtype: torch.dtype) -> None:
+    state = {name: value.to(dtype) for name, value in nn.Linear(2, 2).state_dict().items()}
+    assert "is damaged or of another model" in message(load_network, nn.Linear(2, 2), checkpoint(state))
+
+
+@pytest.mark.parametrize("scale", [1e300, 0.0, -1.0, float("nan"), True, "1", None, 1e-30])
+def test_a_latent_scale_that_cannot_be(scale: Any) -> None:
+    assert "latent scale" in message(lambda: checkpoint({}, latent_scale=scale).latent_scale)
+
+
 def test_file_of_pytorchs_older_format_cut_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(tensors(), path, _use_new_zipfile_serialization=False)

@@ -14,6 +14,7 @@ from conftest import TINY
 from released import configuration
 
 from scripts.conditions.conditions import Conditions
+from scripts.core.cells import shown
 from scripts.core.errors import BundleError
 
 AGE: dict[str, Any] = {"raw": "age_years", "unit": "years", "minimum": 44, "maximum": 82}
@@ -79,7 +80,7 @@ def test_numbers_as_programs_and_tables_have_them(number: object, conditions: Co
 )
 @pytest.mark.parametrize("flag", ["age", "age_years"])
 def test_what_is_no_finite_number_is_refused(flag: str, value: object, conditions: Conditions) -> None:
-    assert f"--{flag} must be a finite number, got '{value}'" in refused(conditions, **{flag: value})
+    assert f"--{flag} must be a finite number, got '{shown(value)}'" in refused(conditions, **{flag: value})
 
 
 @pytest.mark.parametrize("value", ["femal", "x", "nan", "sex", "fm"])
@@ -140,7 +141,7 @@ def test_table_without_a_column_names_the_near_one(column: str, near: str, condi
 
 def test_sidecar_states_both_units(conditions: Conditions) -> None:
     stated = conditions.in_both_units(torch.tensor([1.0, 0.7, 0.0, 1.5]))
-    assert stated["gender"] == 1 and stated["sex"] == 1
+    assert stated["gender"] == 1 and stated["sex"] == "male"
     assert stated["age"] == 0.7 and stated["age_years"] == pytest.approx(70.6, rel=1e-6)
     assert stated["ventricular_vol_mm3"] == pytest.approx(6995.68, rel=1e-6)
     assert stated["brain_vol_mm3"] == pytest.approx(2118745, rel=1e-6)

@@ -67,7 +67,7 @@ def rows(target: TargetSpace, tmp_path: Path) -> Rows:
         measure = MeasureVolumes(target, CONDITIONS, way, segmentations, ways, plausible)
         chain = {**steps(target), "register": KnownPose(SCALE), "volumes": measure}
         preparation(target, tmp_path / "dataset", input_dir=raw, steps=chain).run()
-        return read_table(tmp_path / "dataset" / "participants.tsv")
+        return [*read_table(tmp_path / "dataset" / "participants.tsv")]
 
     return run
 

@@ -37,6 +37,8 @@ from scripts.evaluation.pairs import random_pairs
 from scripts.evaluation.reconstruction import Reconstruction
 from scripts.volumes.folders import VolumeFolder
 
+LAS = np.diag([-1.0, 1.0, 1.0, 1.0])
+
 EVALUATE = "configs/evaluate.yaml"
 SHAPE = (32, 48, 32)  # the grid of tiny.yaml
 RECONSTRUCTED = ["psnr", "ssim", "mae"]
@@ -56,7 +58,7 @@ def batch(array: np.ndarray) -> Tensor:
 
 def save(path: Path, array: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+    nib.save(nib.Nifti1Image(array, LAS), path)
     return path
 
 
@@ -386,7 +388,7 @@ def test_folders_are_searched_below_and_hidden_files_are_left_alone(tmp_path: Pa
 
 
 def test_scaled_integers_are_read_as_intensities(tmp_path: Path) -> None:
-    image = nib.Nifti1Image(np.rint(volume(1) * 255).astype(np.uint8), np.eye(4))
+    image = nib.Nifti1Image(np.rint(volume(1) * 255).astype(np.uint8), LAS)
     image.header.set_slope_inter(1 / 255, 0)
     nib.save(image, tmp_path / "x.nii.gz")
     folder = VolumeFolder(tmp_path, "real_dir")
@@ -429,17 +431,24 @@ def with_nan(path: Path) -> None:
 
 
 def wider(path: Path) -> None:
-    nib.save(nib.Nifti1Image(volume(9), np.diag([1.0, 1.0, 2.0, 1.0])), path)
+    nib.save(nib.Nifti1Image(volume(9), np.diag([-1.0, 1.0, 2.0, 1.0])), path)
+
+
+def moved(path: Path) -> None:
+    affine = LAS
+    affine[2, 3] = 40.0
+    nib.save(nib.Nifti1Image(volume(9), affine), path)
 
 
 BAD_FILES: dict[str, Any] = {
     "zzz.nii.gz has voxels of 1 x 1 x 2 mm, but .* of 1 x 1 x 1 mm": wider,
     "zzz.nii.gz .*shape": lambda path: save(path, volume(9, (32, 48, 40))),
-    "zzz.nii.gz .*not 3D": lambda path: save(path, volume(9)[..., None]),
+    "zzz.nii.gz .*not 3D": lambda path: save(path, np.stack([volume(9)] * 2, axis=3)),
+    "zzz.nii.gz lies elsewhere than .*volume_1.*resample_volumes": moved,
     "zzz.nii.gz.*holds NaN": with_nan,
     r"ms_ssim of .*volume_1.*zzz\.nii\.gz is nan: their intensities": lambda path: save(path, 1e25 * volume(9)),
-    "zzz.nii.gz: it is damaged": truncated,
-    "zzz.nii.gz: it is damaged.*": lambda path: path.write_bytes(gzip.compress(b"no image")),
+    "zzz.nii.gz cannot be read: it is truncated or damaged": truncated,
+    "zzz.nii.gz cannot be read: it is": lambda path: path.write_bytes(gzip.compress(b"no image")),
 }
 
 

@@ -22,6 +22,8 @@ from scripts.evaluation.metrics.fid import FrechetDistance, frechet_distance, fr
 from scripts.evaluation.metrics.kid import KernelDistance, polynomial_mmd
 from scripts.volumes.folders import VolumeFolder
 
+LAS = np.diag([-1.0, 1.0, 1.0, 1.0])
+
 
 def features(seed: int, count: int, dimension: int, shift: float = 0.0) -> np.ndarray:
     """Correlated features of different scales."""
@@ -140,7 +142,7 @@ def folder_of(path: Path, rows: np.ndarray, flag: str) -> VolumeFolder:
     for number, row in enumerate(rows):
         values = np.zeros(27, np.float32)
         values[[0, 7, 19]] = row
-        nib.save(nib.Nifti1Image(values.reshape(3, 3, 3), np.eye(4)), path / f"{number:03d}.nii.gz")
+        nib.save(nib.Nifti1Image(values.reshape(3, 3, 3), LAS), path / f"{number:03d}.nii.gz")
     return VolumeFolder(path, flag)
 
 
@@ -204,7 +206,10 @@ def test_fewer_volumes_than_features_are_warned_of(tmp_path: Path, caplog: pytes
 def test_volumes_on_two_grids_are_refused(tmp_path: Path) -> None:
     found = measure(FrechetDistance, tmp_path, np.eye(3), np.eye(3))
     (tmp_path / "large").mkdir()
-    nib.save(nib.Nifti1Image(np.zeros((3, 3, 4), np.float32), np.eye(4)), tmp_path / "large" / "a.nii.gz")
+    nib.save(
+        nib.Nifti1Image(np.zeros((3, 3, 4), np.float32), LAS),
+        tmp_path / "large" / "a.nii.gz",
+    )
     found.real.folder = VolumeFolder(tmp_path / "large", "real_dir")
     with pytest.raises(BundleError, match="--real_dir: .* holds one volume"):
         found.check()

@@ -53,7 +53,7 @@ ENCODE = "configs/encode_latents.yaml"
 FORK = multiprocessing.get_context("fork")
 
 
-NAMES = ("posteriors.npy", "encoded.npy", "participants.tsv", "encoding.json")
+NAMES = ("posteriors.npy", "encoded.npy", "checksums.npy", "participants.tsv", "encoding.json")
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -199,7 +199,7 @@ def test_scan_that_is_damaged_is_named(work: Bundle) -> None:
     for workers in (0, 1):
         folder = work.folder / f"workers-{workers}"
         told = refused(work.encode, latents_dir=str(folder), num_workers=workers)
-        assert f"cannot read the volume {path}" in told and "\n" not in told
+        assert f"{path} cannot be read" in told and "\n" not in told
         assert np.load(folder / "encoded.npy").any(axis=(1, 2)).tolist() == [True, False, False, False]
         assert "is not finished" in refused(read_encoding, folder)
 
@@ -407,7 +407,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(tmp_path: Path, monk
     scans, flush, calls = write_scans(tmp_path / "scans", [0, 1, 2, 3]), os.fsync, iter(range(99))
 
     def full(number: int) -> None:
-        if next(calls) == 4:
+        if next(calls) == 6:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         flush(number)
 
@@ -534,6 +534,47 @@ def test_latents_that_are_damaged(
         latents(str(cache), conditions)
     work.encode(seed=3)
     assert len(latents(str(cache), conditions)) == 4
+
+
+def flipped(folder: Path) -> None:
+    array = np.lib.format.open_memmap(folder / "posteriors.npy", mode="r+")
+    array[2, 0].view(np.uint8).reshape(-1)[10:74] ^= 1
+    array.flush()
+
+
+def zeroed(folder: Path) -> None:
+    array = np.lib.format.open_memmap(folder / "posteriors.npy", mode="r+")
+    array[2] = 0
+    array.flush()
+
+
+@pytest.mark.parametrize(("damage", "older"), [(flipped, False), (zeroed, False), (zeroed, True)])
+def test_a_damaged_row_is_not_trained_on_and_made_again(
+    damage: Callable[[Path], None], older: bool, tmp_path: Path
+) -> None:
+    """Folders of version 2.0.0 have no checksums: there, standard deviations of 0 alone are noticed."""
+    scans, folder = write_scans(tmp_path / "scans", [0, 1, 2, 3]), tmp_path / "latents"
+    encode(scans, folder)
+    whole = content(folder)
+    if older:
+        (folder / "checksums.npy").unlink()
+    damage(folder)
+    assert [torch.is_tensor(Posteriors(folder)[row][0]) for row in (0, 1, 3)] == [True] * 3
+    with pytest.raises(BundleError, match="row 2 of .*posteriors.npy is damaged"):
+        Posteriors(folder)[2]
+    assert encode(scans, folder) == 1 and content(folder) == whole and encode(scans, folder) == 0
+
+
+@pytest.mark.parametrize("moments", [None, {}, {"mean": 0.0, "square": "x"}, {"mean": 0.0, "square": 1e300}])
+def test_moments_that_cannot_be(moments: Any, tmp_path: Path) -> None:
+    scans, folder = write_scans(tmp_path / "scans", [0]), tmp_path / "latents"
+    encode(scans, folder)
+    stated = json.loads((folder / "encoding.json").read_text())
+    (folder / "encoding.json").write_text(json.dumps({**stated, "moments": moments}))
+    with pytest.raises(BundleError, match="moments|variance"):
+        latent_scale(str(folder))
+    if not isinstance(moments, dict) or len(moments) < 2:
+        assert encode(scans, folder) == 0 and latent_scale(str(folder)) > 0
 
 
 def test_latents_that_do_not_fit(done: Bundle, conditions: Conditions, tmp_path: Path) -> None:

@@ -209,12 +209,12 @@ THREE = np.diag([3.0, 3.0, 3.0, 1.0])
     ("data", "affine", "message"),
     [
         (np.repeat(GOOD[..., None], 2, axis=3), THREE, "shape 60 x 60 x 60 x 2"),
-        (GOOD[0], THREE, "three axes"),
+        (GOOD[0], THREE, "not 3D"),
         (GOOD[:, :, :1], THREE, "at least 2 voxels"),
         (np.zeros_like(GOOD), THREE, "all zero"),
         (np.full_like(GOOD, 7), THREE, "constant"),
-        (np.where(GOOD == 5, np.nan, GOOD), THREE, "NaN or infinity in 1 voxels"),
-        (np.where(GOOD < 3, np.inf, GOOD), THREE, "NaN or infinity in 3 voxels"),
+        (np.where(GOOD == GOOD[30, 30, 30], np.nan, GOOD), THREE, "NaN or infinity in 1 voxels"),
+        (np.where(abs(GOOD - GOOD[30, 30, 30]) < 2, np.inf, GOOD), THREE, "NaN or infinity in 3 voxels"),
         (GOOD, np.diag([3.0, 0.0, 3.0, 1.0]), "singular"),
         (GOOD, np.diag([np.nan, 3.0, 3.0, 1.0]), "affine holds NaN"),
         (GOOD, np.diag([0.01, 3.0, 3.0, 1.0]), "voxel size of 0.01 x 3 x 3 mm"),
@@ -246,7 +246,8 @@ def _save_with_header(image: nib.Nifti1Image, path: Path) -> None:
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "text.nii.gz").write_text("no image")
+    for name in ("text.nii.gz", "scan.mnc"):
+        (tmp_path / name).write_text("no image")
     (tmp_path / "empty.nii").write_bytes(b"")
     nib.save(nib.Nifti1Image(GOOD, None), tmp_path / "lost.nii.gz")
     unoriented = nib.MGHImage(GOOD, THREE)
@@ -261,7 +262,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     nib.save(nib.MGHImage(GOOD, THREE), tmp_path / "whole.mgz")
     (tmp_path / "short.mgz").write_bytes((tmp_path / "whole.mgz").read_bytes()[:5000])
     for name, message in (
-        ("gone.nii", "no such file"),
+        ("gone.nii", "is not there"),
         ("text.nii.gz", "cannot be read"),
         ("empty.nii", "cannot be read"),
         ("short.nii", "truncated"),

@@ -30,6 +30,8 @@ from scripts.volumes.folders import VolumeFolder
 from scripts.volumes.grid import Grid
 from scripts.volumes.nifti import write_volume
 
+LAS = np.diag([-1.0, 1.0, 1.0, 1.0])
+
 
 def test_nearest_is_the_plain_search(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(0)
@@ -67,7 +69,7 @@ def features(folder: Path, flag: str, seeds: range, noise: float = 0.0) -> Featu
     for seed in seeds:
         array = np.random.default_rng(seed).normal(size=(3, 3, 3))
         array += noise * np.random.default_rng(seed + 10_000).normal(size=(3, 3, 3))
-        nib.save(nib.Nifti1Image(array.astype(np.float32), np.eye(4)), folder / f"{seed:04d}.nii.gz")
+        nib.save(nib.Nifti1Image(array.astype(np.float32), LAS), folder / f"{seed:04d}.nii.gz")
     networks = FeatureNetworks("voxels", {"voxels": Voxels()})
     return FeatureSet(VolumeFolder(folder, flag), networks, str(folder.parent / "features"))
 

@@ -20,7 +20,7 @@ from scipy.spatial.transform import Rotation
 from scripts.core.errors import BundleError
 from scripts.preparation import registration, steps
 from scripts.preparation.appearance import appearance
-from scripts.preparation.checks import field_of_view, header_findings, pose
+from scripts.preparation.checks import field_of_view, pose
 from scripts.preparation.optional_steps import UniRes, without_bias_field
 from scripts.preparation.registration import (
     Registration,
@@ -35,6 +35,7 @@ from scripts.preparation.skull_stripping import CommandStripper, SynthStrip, Tem
 from scripts.preparation.steps import FromDarkest, Record, Register, Reorient, Resample, ScaleIntensities, TargetSpace
 from scripts.preparation.synthstrip import StripNet, brain_mask, fetch, load_strip_net
 from scripts.volumes.grid import Grid
+from scripts.volumes.reading import read_header
 from scripts.volumes.scans import Scan, ScanError, load_scan
 
 GRID = Grid((160, 224, 160), (-1, 1, 1), (80.48149872, -125.47715759, -60.55375671))
@@ -210,15 +211,16 @@ def test_doubtful_headers_are_named(tmp_path: Path) -> None:
         (tilted, ["8 degrees"]),
         (turned, ["qform says the axes are ARS, sform RAS"] if nib.aff2axcodes(turned)[0] == "A" else ["qform says"]),
     ):
-        findings = header_findings(header(tmp_path / "scan.nii", affine, qform))
+        findings = read_header(header(tmp_path / "scan.nii", affine, qform)).findings
         assert len(findings) == len(said) and all(words in found for words, found in zip(said, findings))
     centred = from_matvec(np.diag([-2.0, 2.0, 2.0]), [20, -24, -22])
-    assert "Analyze" in header_findings(header(tmp_path / "scan.nii", centred, None))[0]
-    assert "no orientation" in header_findings(header(tmp_path / "scan.nii", affine, None, code=0))[0]
+    assert "Analyze" in read_header(header(tmp_path / "scan.nii", centred, None)).findings[0]
     nib.save(nib.Spm99AnalyzeImage(np.zeros((4, 4, 4), np.uint8), affine), tmp_path / "old.img")
-    assert "which side is left" in header_findings(tmp_path / "old.img")[0]
-    with pytest.raises(BundleError, match="cannot be read"):
-        header_findings(tmp_path / "gone.nii")
+    (tmp_path / "old.hdr").rename(tmp_path / "old.nii")
+    header(tmp_path / "lost.nii", affine, None, code=0)
+    for name, words in (("lost", "no orientation"), ("old", "which side is left"), ("gone", "is not there")):
+        with pytest.raises(BundleError, match=words):
+            read_header(tmp_path / f"{name}.nii")
 
 
 def test_a_bias_field_is_taken_out(coarse: Template) -> None:
@@ -342,7 +344,7 @@ def test_real_scans_lie_upright_on_the_template(real: RegistryScan, template: Te
     assert lies.is_upright and not lies.sides_are_doubtful and found.similarity > 0.35
     flag = field_of_view(scan, found, template).flag()
     assert flag == ("skull cut" if real.name == "candi" else "whole")
-    assert header_findings(real.fetched()) == []
+    assert read_header(real.fetched()).findings == ()
     brain = SynthStrip(fetch()).mask(volume, GRID)
     sized = resample(template.brain, resized_about(template.centre, 1 / scale), GRID.shape, GRID.affine, order=1) > 0.5
     assert dice(brain, sized) > 0.89

@@ -74,7 +74,7 @@ class Prepares:
         measure = MeasureVolumes(self.target, CONDITIONS, way, None, {"mean": Mean(factor)})
         chain = {**steps(self.target), "register": Pose(0.9123456), "volumes": measure, **(more or {})}
         preparation(self.target, self.dataset, input_dir=self.raw, steps=chain, **options).run()
-        return read_table(self.dataset / "participants.tsv"), sorted(calls)
+        return [*read_table(self.dataset / "participants.tsv")], sorted(calls)
 
 
 @pytest.fixture

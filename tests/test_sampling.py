@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from processes import Finished
 from released import configuration
 
 from scripts.core.errors import find_bundle_error
+from scripts.core.tables import read_table
 from scripts.diffusion.targets import TARGETS
 from scripts.sampling import saving
 
@@ -202,13 +204,19 @@ ROWS = "male\t70\t0.2\t1500000\nf\t50\t0.9\t1200000\n"
             HEADER.replace("age_years", "age_year") + ROWS,
             "no column 'age_years' or 'age' (did you mean its column 'age_year'?)",
         ),
-        (HEADER + ROWS.replace("\t50\t", "\told\t"), "--age_years of row 2 of"),
-        (HEADER + ROWS.replace("70", "n/a"), "row 1 of"),
+        (HEADER + ROWS.replace("\t50\t", "\told\t"), "--age_years in row 2 of"),
+        (
+            HEADER.replace("sex", "ventricular_volume\tsex") + "1\tf\t50\t0.9\t1200000\n",
+            "did you mean 'ventricular_vol",
+        ),
+        (HEADER.replace("sex", "Sampler\tsex") + "ddim\tf\t50\t0.9\t1200000\n", "--sampler is of the whole run"),
+        (HEADER.replace("sex", "seed\tsex") + "-1\tf\t50\t0.9\t1200000\n", "at least 0, got -1 in row 1 of"),
+        (HEADER.replace("age_years", "sex") + ROWS, "'sex' twice"),
         (HEADER + ROWS.replace("\t50", ""), "row 2 of"),
         (HEADER, "has no rows"),
         ("", "has no rows"),
     ],
-    ids=["column", "cell", "missing cell", "ragged", "header alone", "empty"],
+    ids=["column", "cell", "near name", "flag", "seed", "twice", "ragged", "header alone", "empty"],
 )
 def test_bad_tables(text: str, told: str, sample: Sample, output_dir: Path, tmp_path: Path) -> None:
     assert told in refused(sample, output_dir, conditions_table=write_table(tmp_path, text))
@@ -222,7 +230,7 @@ def test_table_together_with_flags(flag: dict[str, Any], sample: Sample, output_
 
 
 def test_table_that_is_not_there(sample: Sample, output_dir: Path) -> None:
-    assert "No such file" in refused(sample, output_dir, conditions_table="missing.tsv")
+    assert "is not there" in refused(sample, output_dir, conditions_table="missing.tsv")
 
 
 # What is sampled.
@@ -342,8 +350,8 @@ def test_without_a_seed_every_run_is_new(sample: Sample, output_dir: Path) -> No
 def test_table_samples_one_volume_a_row(sample: Sample, output_dir: Path, tmp_path: Path) -> None:
     sample(seed=2, conditions_table=write_table(tmp_path, HEADER + ROWS))
     first, second = (stated["conditions"] for stated in sidecars(output_dir))
-    assert (first["sex"], first["age_years"], first["ventricular_vol"]) == (1, 70, 0.2)
-    assert (second["sex"], second["age_years"], second["brain_vol_mm3"]) == (0, 50, 1200000)
+    assert (first["sex"], first["age_years"], first["ventricular_vol"]) == ("male", 70, 0.2)
+    assert (second["sex"], second["age_years"], second["brain_vol_mm3"]) == ("female", 50, 1200000)
     assert len(voxels(output_dir)) == 2
 
 
@@ -367,11 +375,40 @@ def test_samples_of_another_float32_are_others(there: Any, wanted: Any, same: bo
     assert not saving._same_sample(found, {**mine, "seed": 2})
 
 
+def test_what_a_table_says_besides_its_conditions(
+    sample: Sample, output_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A seed of its own, whose first sample it is; who it is of; nothing of some conditions."""
+    caplog.set_level(logging.INFO)
+    rows = "male\t70\t0.2\t1500000\t5\ta\t12\nNA\t\tnull\tn/a\t\tb\t\nNA\t\tnull\tn/a\t7\tc\t9\n"
+    header = HEADER.replace("\n", "\tseed\tparticipant_id\teducation_years\n")
+    for _ in range(2):  # the second finds all of them there
+        sample(seed=2, conditions_table=write_table(tmp_path, header + rows))
+    one, two, three = sorted(sidecars(output_dir), key=lambda stated: stated["index"])
+    assert [stated["seed"] for stated in (one, two, three)] == [5, 2, 7]
+    assert (
+        one["request"] == {"participant_id": "a", "education_years": "12"} and two["request"]["participant_id"] == "b"
+    )
+    assert "noise_of_index" not in one and three["noise_of_index"] == 0
+    for stated in (two["conditions"], three["conditions"]):
+        assert stated["sex"] in ("female", "male") and stated["age"] == stated["brain_vol"] == 0.5
+    assert "--sex is not given" in caplog.text
+    table = read_table(output_dir / "samples.tsv")
+    assert [row["participant_id"] for row in table] == ["a", "b", "c"] and table[1]["education_years"] == "n/a"
+    assert {row["path"] for row in table} == set(voxels(output_dir))
+    flags = {"sex": "male", "age_years": 70, "ventricular_vol": 0.2, "brain_vol_mm3": 1500000}
+    sample(seed=5, output_dir=str(tmp_path / "flags"), **flags)
+    assert np.array_equal(
+        voxels(tmp_path / "flags")["sample_seed-5_000000.nii.gz"],
+        next(iter(array for name, array in voxels(output_dir).items() if name.startswith("sample_seed-5_"))),
+    )
+
+
 def test_sidecar_says_how_the_sample_was_made(sample: Sample, bundle_copy: Path, output_dir: Path) -> None:
     sample(seed=9, num_samples=2, **CARD)
     first, second = sidecars(output_dir)
     assert (first["seed"], first["index"], second["index"]) == (9, 0, 1)
-    assert first["conditions"]["age_years"] == pytest.approx(70.6) and first["conditions"]["sex"] == 1
+    assert first["conditions"]["age_years"] == pytest.approx(70.6) and first["conditions"]["sex"] == "male"
     assert (first["sampler"], first["num_inference_steps"], first["amp"]) == ("ddim", 2, False)
     assert first["latent_scale"] == 1.0 and first["dtype"] == "uint8"
     assert first["weights"]["diffusion"]["file"] == "tiny_diffusion.pt"

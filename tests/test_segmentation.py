@@ -48,7 +48,7 @@ if source.name.endswith(os.environ.get("STUB_FAILS", "nothing")):
     print("working")
     print("no memory", file=sys.stderr)
     sys.exit(3)
-shutil.copy(source.with_name(source.name.removesuffix(".nii.gz") + ".mgz"), options["--output"] + "/seg.mgz")
+shutil.copy(source.with_name(source.name.removesuffix(".nii.gz") + ".codes"), options["--output"] + "/seg.mgz")
 """
 
 
@@ -77,6 +77,7 @@ def folder(tmp_path: Path) -> VolumeFolder:
     for number in range(1, 5):
         for ending, kind in (("nii.gz", nib.Nifti1Image), ("mgz", nib.MGHImage)):
             nib.save(kind(codes(number), VOXELS), samples / f"sample_{number}.{ending}")
+        (samples / f"sample_{number}.mgz").rename(samples / f"sample_{number}.codes")
         stated = {"ventricular_vol_mm3": 9 * number, "brain_vol_mm3": 190 + number}
         (samples / f"sample_{number}.json").write_text(json.dumps({"conditions": stated}))
     return VolumeFolder(samples, "synthetic_dir")

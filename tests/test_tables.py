@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def test_line_endings_marks_and_blanks_do_not_matter(text: str, tmp_path: Path) 
 
 def test_commas_separate_in_csv_alone(tmp_path: Path) -> None:
     assert read_table(table(tmp_path, 'id,note\n1,"a, b"\n', "x.CSV")) == [{"id": "1", "note": "a, b"}]
-    assert read_table(table(tmp_path, "id,note\n1,a\n")) == [{"id,note": "1,a"}]
+    assert read_table(table(tmp_path, "id\tnote\n1\ta,b\n")) == [{"id": "1", "note": "a,b"}]
 
 
 def test_row_order_is_kept(tmp_path: Path) -> None:
@@ -80,13 +81,29 @@ def test_ragged_row_is_named(line: str, cells: int, tmp_path: Path) -> None:
 
 
 def test_column_that_is_there_twice(tmp_path: Path) -> None:
-    assert "'age' twice" in refused(table(tmp_path, "age\tid\tage\n1\t2\t3\n"))
+    path = table(tmp_path, "age\tid\tage\tnote\tnote\n1\t2\t3\tx\tx\n")
+    (row,) = read_table(path, ["id", "note"])
+    assert row == {"id": "2", "note": "x"} and "'age' twice" in refused(path, "age")
+    for needed in (
+        lambda: row.get("age"),
+        lambda: row["age"],
+        lambda: "age" in row,
+        lambda: row.updated({}).get("age"),
+    ):
+        with pytest.raises(BundleError, match="'age' twice"):
+            needed()
 
 
 def test_what_is_no_table(tmp_path: Path) -> None:
     assert "cannot read" in refused(tmp_path / "missing.tsv")
     assert "cannot read" in refused(tmp_path)
-    assert "cannot read" in refused(table(tmp_path, b"id\tage\n1\t\xff\xfe\n"))
+    assert "no text" in refused(table(tmp_path, b"id\tage\n1\t\x00\n"))
+    os.mkfifo(tmp_path / "pipe.tsv")
+    assert "pipe" in refused(tmp_path / "pipe.tsv") and "device" in refused(Path("/dev/zero"))
+    (tmp_path / "annexed.tsv").symlink_to(".git/annex/objects/gone")
+    (tmp_path / "pointer.tsv").write_text("/annex/objects/MD5E-s1--x.tsv\n")
+    for name in ("annexed", "pointer"):
+        assert "datalad get" in refused(tmp_path / f"{name}.tsv")
     refused(table(tmp_path, "x" * 200000 + "\n" + "y" * 200000))
 
 
@@ -109,3 +126,28 @@ def test_empty_cell_is_written_as_missing(tmp_path: Path) -> None:
 def test_tabs_and_line_ends_in_a_cell_become_blanks(tmp_path: Path) -> None:
     write_table(tmp_path / "x.tsv", [{"id": 1, "note": "a\tb\nc"}])
     assert read_table(tmp_path / "x.tsv") == [{"id": "1", "note": "a b c"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ("id,note\n1,Jürgen\n", "x.tsv"),
+        ("id;note\n1;Jürgen\n", "x.csv"),
+        ("id\tnote\n1\tJürgen\n", "x.csv"),
+        ('"id"\t"note"\n"1"\t"Jürgen"\n', "x.tsv"),
+        ("id\tnote\r1\tJürgen\r", "x.tsv"),
+        ("id\tnote\n1\tJürgen\n".encode("utf-16"), "x.tsv"),
+        ("id\tnote\n1\tJürgen\n".encode("cp1252"), "x.tsv"),
+    ],
+)
+def test_tables_as_other_programs_write_them(content: str | bytes, name: str, tmp_path: Path) -> None:
+    assert read_table(table(tmp_path, content, name), ["id"]) == [{"id": "1", "note": "Jürgen"}]
+
+
+def test_a_quoted_tab_is_a_part_of_its_cell(tmp_path: Path) -> None:
+    assert read_table(table(tmp_path, 'id\tnote\n1\t"a\tb"\n')) == [{"id": "1", "note": "a\tb"}]
+
+
+def test_what_would_steer_a_terminal_is_written_out(tmp_path: Path) -> None:
+    told = refused(table(tmp_path, "id\t\x1b[31mage\n1\t2\n"), "path")
+    assert "\x1b" not in told and "\\x1b[31mage" in told

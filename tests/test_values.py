@@ -11,7 +11,6 @@ import pytest
 from monai.metrics import SSIMMetric
 
 from scripts.compute.kept import Values, identity
-from scripts.core.errors import BundleError
 from scripts.evaluation.measures import settings
 from scripts.evaluation.metrics.alignment import Alignment
 from scripts.evaluation.metrics.four_g_r_ssim import FourGRSSIM
@@ -46,10 +45,12 @@ def test_numbers_of_all_processes_are_found(tmp_path: Path, monkeypatch: pytest.
     assert values.get("a", "x") == (2.0,) and [path.name for path in tmp_path.iterdir()] == ["rank-3.tsv"]
 
 
-def test_damage_is_named(tmp_path: Path) -> None:
-    (tmp_path / "rank-0.tsv").write_text("a\tx\tmany\n")
-    with pytest.raises(BundleError, match="rank-0.tsv are damaged: remove the file"):
-        Values(tmp_path).get("a", "x")
+def test_damaged_lines_do_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [b"a\tx\tmany", b"a\ty\t0.5", b"a\tz\tnan", b"\xff\xfe", b"", b"a\tw\t1 2+3j", b"a\tv\t"]
+    (tmp_path / "rank-0.tsv").write_bytes(b"\n".join([*lines, b""]))
+    values = Values(tmp_path)
+    assert values.get("a", "y") == (0.5,) and not any(values.get("a", name) for name in "xzwv")
+    assert "6 lines of" in caplog.text and "rank-0.tsv" in caplog.text
 
 
 def test_another_metric_or_setting_has_another_identity() -> None:

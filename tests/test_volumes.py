@@ -98,8 +98,8 @@ def test_what_is_not_written(grid: Grid, volume: np.ndarray, tmp_path: Path) -> 
 
 
 def test_volume_that_is_not_there(tmp_path: Path) -> None:
-    assert "there is no volume" in refused(tmp_path / "x.nii.gz")
-    assert "there is no volume" in refused(tmp_path)
+    assert "is not there" in refused(tmp_path / "x.nii.gz")
+    assert "is a folder" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.9])
@@ -109,7 +109,7 @@ def test_truncated_volume(share: float, suffix: str, grid: Grid, tmp_path: Path)
     write_volume(path, np.random.default_rng(0).random(grid.shape), grid)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    assert "damaged, cut short or no image" in refused(path)
+    assert any(words in refused(path) for words in ("truncated or damaged", "cut short"))
 
 
 @pytest.mark.parametrize(("start", "content"), [(40, bytes(8)), (70, b"\x07\x00"), (108, b"\x00\x00\x00\x43")])
@@ -145,7 +145,7 @@ def test_other_shapes_and_kinds(grid: Grid, tmp_path: Path) -> None:
 
 
 def test_stored_nan_is_named(grid: Grid, volume: np.ndarray, tmp_path: Path) -> None:
-    volume[0, 0, 0] = np.nan
+    volume[8, 12, 10] = np.nan
     nib.save(nib.Nifti1Image(volume, grid.affine), tmp_path / "x.nii.gz")
     assert "holds NaN" in refused(tmp_path / "x.nii.gz")
 

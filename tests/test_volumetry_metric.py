@@ -94,7 +94,7 @@ BAD_TABLES = {
     "has no column 'left lateral ventricle'": "subject,total intracranial\na,1\n",
     "two rows of a": f"{SYNTHSEG}\n" + 2 * "a.nii.gz,9,1,1,1,1,1,1,1,1,1,1,1,1,1\n",
     "a volume of a in .* is no number": f"{SYNTHSEG}\na,9,1,1,x,1,1,1,1,1,1,1,1,1,1\n",
-    "a volume of a in .* is NaN": f"{SYNTHSEG}\na,9,1,1,nan,1,1,1,1,1,1,1,1,1,1\n",
+    "a volume of a in .* is no number: 'nan'": f"{SYNTHSEG}\na,9,1,1,nan,1,1,1,1,1,1,1,1,1,1\n",
 }
 
 

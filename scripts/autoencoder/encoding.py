@@ -24,6 +24,7 @@ from scripts.autoencoder.latents import (
     ENCODING,
     POSTERIORS,
     Posteriors,
+    are_moments,
     array_sha256,
     noise_share,
     read_encoding,
@@ -135,6 +136,11 @@ class LatentEncoder:
         return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
 
     def _encode(self, scans: Scans, writer: LatentWriter, rows: range) -> int:
+        damaged = writer.clear_damaged(rows)
+        if damaged:
+            logger.warning(
+                f"{len(damaged)} latents in {self.folder} are damaged, row {damaged[0]} the first: made again"
+            )
         transforms = (self.load, self.augment, self.seed)
         volumes = VolumesToEncode(scans, self.versions, rows, writer.encoded()[:, VOLUME], *transforms)
         on_gpu = self.device.type == "cuda"
@@ -177,9 +183,8 @@ class LatentEncoder:
             known = read_encoding(self.folder)
         except BundleError:
             known = {}
-        if known.get("encoded_sha256") == encoded and "noise" in known["moments"]:
-            return known["moments"]
-        return moments(Posteriors(self.folder).array)
+        found: Any = known.get("moments") if known.get("encoded_sha256") == encoded else None
+        return found if are_moments(found) and "noise" in found else moments(Posteriors(self.folder).array)
 
 
 def _written(folder: Path) -> int:

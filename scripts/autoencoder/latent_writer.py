@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
-from scripts.autoencoder.latents import ENCODED, POSTERIORS, in_making, mapped
+from scripts.autoencoder.latents import CHECKSUMS, ENCODED, POSTERIORS, checksum, in_making, is_whole, mapped
 from scripts.compute.processes import Waiting
 from scripts.core.errors import BundleError
 from scripts.core.files import replacing
@@ -57,10 +57,21 @@ class LatentWriter:
         with writing(folder):
             self._prepare() if prepares else self._wait(patience)
             self._posteriors, self._encoded = ArrayFile(folder / POSTERIORS), ArrayFile(folder / ENCODED)
+            self._checksums = ArrayFile(folder / CHECKSUMS)
 
     def encoded(self) -> np.ndarray:
         """(rows, 2, 32) uint8: the hashes of recipe and volume of each row, zeros where it is not encoded."""
         return np.array(mapped(self.folder / ENCODED))
+
+    def clear_damaged(self, rows: Iterable[int]) -> list[int]:
+        """Have those of some rows encoded again that are not what was written; which these are."""
+        posteriors, checksums = self._posteriors.rows, self._checksums.rows
+        marked = np.asarray(self.encoded()[:, RECIPE].any(axis=1))
+        damaged = [r for r in rows if marked[r] and not is_whole(np.array(posteriors[r]), int(checksums[r]))]
+        with writing(self.folder):
+            for row in damaged:
+                self._encoded.write(row, np.zeros((2, HASH_BYTES), np.uint8))
+        return damaged
 
     def is_complete(self) -> bool:
         """Whether all rows are encoded, by whichever process."""
@@ -75,7 +86,9 @@ class LatentWriter:
         with writing(self.folder):
             if self._encoded.rows[row].any():
                 self._encoded.write(row, np.zeros((2, HASH_BYTES), np.uint8))
-            self._posteriors.write(row, posterior.astype(self.dtype))
+            stored = posterior.astype(self.dtype)
+            self._posteriors.write(row, stored)
+            self._checksums.write(row, np.array(checksum(stored), np.uint64), flush=False)
             self._encoded.write(row, np.stack([self.recipes[row], np.frombuffer(volume_sha256, np.uint8)]), flush=False)
 
     def _wait(self, patience: float) -> None:
@@ -90,6 +103,9 @@ class LatentWriter:
             return False
         if posteriors.shape != self.shape or posteriors.dtype != self.dtype or len(encoded) != len(self.recipes):
             return False
+        checksums = _try_map(self.folder / CHECKSUMS)
+        if checksums is None or checksums.shape != (len(encoded),):
+            return False
         made = encoded[:, RECIPE]
         return bool(((made == self.recipes) | ~made.any(axis=1, keepdims=True)).all())
 
@@ -98,15 +114,32 @@ class LatentWriter:
 
     def _prepare(self) -> None:
         self._put_in_place()
+        self._add_checksums()
         if self._is_prepared():
             return
         kept = self._kept()
         if not kept:
-            for name in (ENCODED, POSTERIORS):
+            for name in (ENCODED, CHECKSUMS, POSTERIORS):
                 (self.folder / name).unlink(missing_ok=True)
         self._check_room()
         self._make(kept)
         self._put_in_place()
+
+    def _add_checksums(self) -> None:
+        """Those of a folder that version 2.0.0 wrote, of its rows as they are."""
+        posteriors, encoded = self._existing()
+        if (
+            posteriors is None
+            or encoded is None
+            or (self.folder / CHECKSUMS).exists()
+            or len(posteriors) != len(encoded)
+        ):
+            return
+        marked = np.asarray(encoded[:, RECIPE].any(axis=1))
+        rows = (np.array(row) for row in posteriors)
+        sums = [checksum(row) if mark and is_whole(row, 0) else 0 for row, mark in zip(rows, marked)]
+        with replacing(self.folder / CHECKSUMS) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.array(sums, np.uint64))
 
     def _kept(self) -> dict[int, int]:
         """Row of the new array -> row of the old one that holds what belongs there."""
@@ -131,17 +164,22 @@ class LatentWriter:
         path = in_making(self.folder / POSTERIORS)
         np.lib.format.open_memmap(path, mode="w+", dtype=self.dtype, shape=self.shape)
         copy, marks = ArrayFile(path), np.zeros((len(self.recipes), 2, HASH_BYTES), np.uint8)
+        sums, known = np.zeros(len(self.recipes), np.uint64), _try_map(self.folder / CHECKSUMS)
         for new, old in kept.items():
-            copy.write(new, posteriors[old], flush=False)  # type: ignore[index]
-            marks[new] = encoded[old]  # type: ignore[index]
+            row = np.array(posteriors[old])  # type: ignore[index]
+            stated = int(known[old]) if known is not None and old < len(known) else 0
+            if is_whole(row, stated):
+                copy.write(new, row, flush=False)
+                marks[new], sums[new] = encoded[old], checksum(row)  # type: ignore[index]
         copy.flush()
-        with replacing(in_making(self.folder / ENCODED)) as temporary, open(temporary, "wb") as file:
-            np.save(file, marks)
+        for name, array in ((CHECKSUMS, sums), (ENCODED, marks)):
+            with replacing(in_making(self.folder / name)) as temporary, open(temporary, "wb") as file:
+                np.save(file, array)
 
     def _put_in_place(self) -> None:
         """Replace both arrays by those made for it. A finished new `encoded.npy` says that both are ready."""
         if in_making(self.folder / ENCODED).exists():
-            for name in (POSTERIORS, ENCODED):
+            for name in (POSTERIORS, CHECKSUMS, ENCODED):
                 with suppress(FileNotFoundError):
                     os.replace(in_making(self.folder / name), self.folder / name)
         in_making(self.folder / POSTERIORS).unlink(missing_ok=True)

@@ -7,6 +7,8 @@ A folder of latents holds
 - `posteriors.npy`, (rows, 2, C, x, y, z): the posterior of each row, its mean and its standard deviation;
 - `encoded.npy`, (rows, 2, 32) uint8: SHA-256 of how each row was made and of the volume that it was made of, zeros
   where the row is not encoded;
+- `checksums.npy`, (rows,) uint64: CRC-32 of each row's bytes, plus 1; 0 where the row is not encoded. A row that does
+  not fit its own is damaged: it is never trained on, and is made again when the dataset is encoded again;
 - `participants.tsv`: a line for each row, in the array's order, with the covariates of the scan, its `path` in the
   dataset, the `version` (0 is the scan itself, others are augmented) and the `row`;
 - `encoding.json`: how the latents were made, their moments, and which share of their variance is noise. It is written
@@ -19,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,13 +36,14 @@ from scripts.conditions.ranges import check_learned_ranges
 from scripts.core.config import current_config, is_plain
 from scripts.core.errors import BundleError
 from scripts.core.tables import read_table
-from scripts.networks.weights import encoder_sha256, read_state
+from scripts.networks.weights import encoder_sha256, is_latent_scale, read_state
 from scripts.training.health import latent_noise
 from scripts.volumes.datasets import TABLE, participants, with_conditions
 
 logger = logging.getLogger(__name__)
 
 POSTERIORS, ENCODED, ENCODING = "posteriors.npy", "encoded.npy", "encoding.json"
+CHECKSUMS = "checksums.npy"
 AGAIN = "run configs/encode_latents.yaml again with the same flags, and it goes on from where it stopped"
 
 
@@ -53,9 +57,10 @@ class Posteriors:
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(str(folder)) / POSTERIORS
         self._array: np.ndarray | None = None
+        self._checksums: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_array": None}  # a pickled memory map would be the whole array
+        return {**self.__dict__, "_array": None, "_checksums": None}  # a pickled memory map would be the whole array
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each (C, x, y, z) float32, of a row.
@@ -66,8 +71,18 @@ class Posteriors:
         array = self.array
         if not 0 <= row < len(array):
             raise BundleError(f"{self.path} has {len(array)} rows, and no row {row}: {AGAIN}")
-        mean, std = torch.from_numpy(np.array(array[row])).float()  # NumPy converts float16 14 times slower
+        posterior = np.array(array[row])
+        if not is_whole(posterior, self.checksum_of(row)):
+            raise BundleError(f"row {row} of {self.path} is damaged: {AGAIN} and makes it again")
+        mean, std = torch.from_numpy(posterior).float()  # NumPy converts float16 14 times slower
         return mean, std
+
+    def checksum_of(self, row: int) -> int:
+        """What `checksums.npy` says of a row; 0 where it says nothing, as in folders of version 2.0.0."""
+        path = self.path.with_name(CHECKSUMS)
+        if self._checksums is None:
+            self._checksums = mapped(path) if path.is_file() else np.zeros(0, np.uint64)
+        return int(self._checksums[row]) if row < len(self._checksums) else 0
 
     @property
     def array(self) -> np.ndarray:
@@ -79,6 +94,18 @@ class Posteriors:
         if self._array is None:
             self._array = mapped(self.path)
         return self._array
+
+
+def checksum(posterior: np.ndarray) -> int:
+    """CRC-32 of a row's bytes, plus 1."""
+    return zlib.crc32(np.ascontiguousarray(posterior).tobytes()) + 1
+
+
+def is_whole(posterior: np.ndarray, stated: int) -> bool:
+    """Whether a row is what was written; without a checksum, whether its standard deviations are numbers above 0."""
+    if stated:
+        return checksum(posterior) == stated
+    return bool(np.isfinite(posterior).all() and (posterior[1] > 0).all())
 
 
 def mapped(path: Path) -> np.ndarray:
@@ -232,12 +259,20 @@ def latent_scale(folder: str) -> float:
     Raises:
         BundleError: if the variance is zero or not finite.
     """
-    moments = read_encoding(folder)["moments"]
+    moments: Any = read_encoding(folder).get("moments")
+    if not are_moments(moments):
+        raise BundleError(f"{Path(str(folder)) / ENCODING} has no moments of the latents: remove it, and {AGAIN}")
     variance = moments["square"] - moments["mean"] ** 2
-    if not np.isfinite(variance) or variance <= 0.0:
+    if not variance > 0.0 or not is_latent_scale(variance**-0.5):
         raise BundleError(f"the latents in {folder} have variance {variance}: the autoencoder is not usable")
     warn_of_noise(folder, moments)
     return float(variance**-0.5)
+
+
+def are_moments(value: Any) -> bool:
+    """Whether a value is the mean and mean square of latents, as `encoding.json` holds them."""
+    names = ("mean", "square")
+    return isinstance(value, Mapping) and all(isinstance(value.get(name), (int, float)) for name in names)
 
 
 class PosteriorMeand(MapTransform):

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -86,12 +87,24 @@ class Values:
 
 
 def _lines(path: Path) -> list[tuple[tuple[str, ...], Numbers]]:
+    """What the complete lines of a file say; damaged ones are left out, so that their values are measured again."""
     try:
-        complete = path.read_bytes().decode().split("\n")[:-1]
-        columns = [line.split("\t") for line in complete]
-        return [((what, *files.split("+")), tuple(map(float, numbers.split()))) for what, files, numbers in columns]
-    except (OSError, ValueError) as error:
-        raise BundleError(f"the values in {path} are damaged: remove the file ({error})") from error
+        complete = path.read_bytes().decode(errors="replace").split("\n")[:-1]
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror or error}") from error
+    found = [line for line in map(_line, complete) if line is not None]
+    if len(found) < len(complete):
+        logger.warning(f"{len(complete) - len(found)} lines of {path} are damaged: what they held is measured again")
+    return found
+
+
+def _line(text: str) -> tuple[tuple[str, ...], Numbers] | None:
+    try:
+        what, files, numbers = text.split("\t")
+        values = tuple(map(float, numbers.split()))
+    except ValueError:
+        return None
+    return None if not values or any(map(math.isnan, values)) else ((what, *files.split("+")), values)
 
 
 class Identity(str):

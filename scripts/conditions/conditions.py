@@ -7,19 +7,23 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
 import torch
 
+from scripts.core.cells import SEX_WORDS, is_missing, read_number, shown
 from scripts.core.config import current_config
 from scripts.core.errors import BundleError
 from scripts.core.options import range_in_words, whole_number
-from scripts.core.tables import MISSING, read_table
+from scripts.core.tables import read_table
 
 logger = logging.getLogger(__name__)
+
+RANGE = "is a range"
+NOT_NUMBERS = ("nan",)  # given as a flag, a slip and no missing value
 
 
 @dataclass(frozen=True)
@@ -75,14 +79,30 @@ class Condition:
         normalised = self.normalise(number) if raw else number
         if not abs(normalised) <= torch.finfo(torch.float32).max:
             expected = f"one of {', '.join(self.codes)}" if raw and self.codes else "a finite number"
-            raise BundleError(f"--{flag}{where} must be {expected}, got '{value}'")
+            raise BundleError(f"--{flag}{where} must be {expected}, got '{shown(value)}'")
         return normalised
 
     def _code(self, value: Any) -> float | None:
         word = str(value).strip().lower()
         whole = [code for name, code in self.codes.items() if name.lower() == word]
         initial = [code for name, code in self.codes.items() if name[:1].lower() == word]
-        return next((codes[0] for codes in (whole, initial) if len(codes) == 1), None)
+        other = [code for name, code in self.codes.items() if word in SEX_WORDS.get(name.lower(), ())]
+        return next((codes[0] for codes in (whole, initial, other) if len(codes) == 1), None)
+
+    def from_cell(self, flag: str, cell: Any) -> tuple[Any, str]:
+        """What a cell of a column of either form says, for `parse`, and what to warn of; None where it says nothing.
+
+        Words of codes are left as they are; numbers are read as `scripts.core.cells.read_number` does, and what is none
+        is left for `parse` to refuse.
+        """
+        if is_missing(cell):
+            return None, ""
+        if flag == self.raw and self._code(cell) is not None:
+            return cell, ""
+        number = read_number(cell)
+        if number.unreadable and not number.remark.startswith(RANGE):
+            return cell, ""
+        return number.value, number.remark
 
 
 def _number(value: Any) -> float:
@@ -147,6 +167,23 @@ class Conditions(Sequence[Condition]):
         """
         return torch.tensor([self._requested(c, request, where, warn) for c in self], dtype=torch.float32)
 
+    def in_table(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The conditions that a row of a table states, by column, after a warning of those with a remark.
+
+        Args:
+            row: of a table of requests, participants or volumes.
+            where: words for messages.
+        """
+        found = {}
+        for condition in self:
+            for flag in (condition.name, condition.raw):
+                value, remark = condition.from_cell(flag, row.get(flag))
+                if remark:
+                    logger.warning(f"{flag}{where} is '{shown(row[flag])}', which {remark}")
+                if value is not None:
+                    found[flag] = value
+        return found
+
     def _requested(self, condition: Condition, request: Mapping[str, Any], where: str, warn: bool) -> float:
         given = [flag for flag in (condition.name, condition.raw) if not _absent(request.get(flag))]
         if len(given) > 1:
@@ -160,6 +197,14 @@ class Conditions(Sequence[Condition]):
                 f"({condition.in_words()}, 0 to 1 normalised): the model extrapolates"
             )
         return value
+
+    def with_unknown_codes(self, request: Mapping[str, Any], where: str = "", warn: bool = True) -> torch.Tensor:
+        """As `from_request`, with NaN for conditions with codes that the request leaves out: half a sex is none."""
+        vector = self.from_request(request, where, warn)
+        for i, c in enumerate(self):
+            if c.codes and _absent(request.get(c.name)) and _absent(request.get(c.raw)):
+                vector[i] = math.nan
+        return vector
 
     def from_row(self, row: Mapping[str, Any], where: str, missing: str = "error", warn: bool = True) -> torch.Tensor:
         """The network's vector for one training scan from its row in raw units or normalised.
@@ -176,13 +221,15 @@ class Conditions(Sequence[Condition]):
             Float32 tensor of shape (conditions,).
 
         Raises:
-            BundleError: as `from_request`, for a missing value with `error`, or for another `missing`.
+            BundleError: as `from_request`, for a missing value with `error`, or for another `missing`; for a column
+                that the table has twice.
         """
         if missing not in ("error", "default", "random"):
             raise BundleError(f"--missing_conditions must be error, default or random, got '{missing}'")
-        vector = self.from_request(row, f" of {where}", warn)
+        stated = self.in_table(row, f" of {where}")
+        vector = self.from_request(stated, f" of {where}", warn)
         for i, c in enumerate(self):
-            absent = _absent(row.get(c.name)) and _absent(row.get(c.raw))
+            absent = c.name not in stated and c.raw not in stated
             if absent and missing == "random":
                 vector[i] = float("nan")
             if absent and missing == "error":
@@ -192,24 +239,25 @@ class Conditions(Sequence[Condition]):
                 )
         return vector
 
-    def columns_in(self, header: Sequence[str], table: str) -> None:
-        """Check that a table of requests has, for every condition, a column of either form.
+    def columns_in(self, header: Collection[str], table: str) -> None:
+        """Check that a table has, for every condition, a column of either form.
 
         Raises:
             BundleError: naming the column that is not there and the nearest one that is.
         """
         for c in self:
             if c.name not in header and c.raw not in header:
-                near = difflib.get_close_matches(c.raw, header, 1) or difflib.get_close_matches(c.name, header, 1)
+                near = difflib.get_close_matches(c.raw, [*header], 1) or difflib.get_close_matches(c.name, [*header], 1)
                 hint = f" (did you mean its column '{near[0]}'?)" if near else ""
                 raise BundleError(f"the table {table} has no column '{c.raw}' or '{c.name}'{hint}")
 
-    def in_both_units(self, vector: torch.Tensor) -> dict[str, float]:
-        """Name -> value and raw name -> value in raw units, for one vector of shape (conditions,)."""
-        values: dict[str, float] = {}
+    def in_both_units(self, vector: torch.Tensor) -> dict[str, Any]:
+        """Name -> value and raw name -> value in raw units or its word, for one vector of shape (conditions,)."""
+        values: dict[str, Any] = {}
         for c, value in zip(self, vector.tolist(), strict=True):
+            raw = float(f"{c.denormalise(value):.7g}")
             values[c.name] = round(value, 6)
-            values[c.raw] = float(f"{c.denormalise(value):.7g}")
+            values[c.raw] = next((word for word, code in c.codes.items() if code == raw), raw)
         return values
 
 
@@ -240,7 +288,7 @@ class NoConditions(Conditions):
                 raise BundleError(f"--{flag} {request[flag]}{where}: {self.model} has no conditions: leave it out")
         return super().from_request(request, where, warn)
 
-    def columns_in(self, header: Sequence[str], table: str) -> None:
+    def columns_in(self, header: Collection[str], table: str) -> None:
         """Check that a table of requests has a column of no condition.
 
         Raises:
@@ -278,7 +326,7 @@ def flags_or_table(
 
 
 def _absent(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and value.strip() in ("", MISSING))
+    return value is None or (isinstance(value, str) and is_missing(value) and value.strip().lower() not in NOT_NUMBERS)
 
 
 def _condition(name: str, entry: Mapping[str, Any]) -> Condition:

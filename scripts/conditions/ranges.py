@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts.conditions.conditions import Condition, Conditions
+from scripts.core.cells import read_number
 from scripts.core.errors import BundleError
 from scripts.core.files import make_folder, write_json
 
@@ -45,9 +45,8 @@ def learned_ranges(rows: Sequence[Mapping[str, Any]], conditions: Conditions) ->
 
 
 def _values(rows: Sequence[Mapping[str, Any]], condition: Condition) -> list[float]:
-    stated = [str(row.get(condition.raw)) for row in rows]
-    numbers = [float(value) for value in stated if value not in ("n/a", "", "None")]
-    return [number for number in numbers if math.isfinite(number)]
+    numbers = (read_number(row.get(condition.raw)).value for row in rows)
+    return [number for number in numbers if number is not None]
 
 
 def check_learned_ranges(folder: str | os.PathLike, conditions: Conditions) -> None:

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-FROM_A_WORKER = re.compile(r"in DataLoader worker process[\s\S]*^(?:\w+\.)*BundleError: (.*)", re.MULTILINE)
+from scripts.core.cells import printable
+
+FROM_A_WORKER = re.compile(r"in DataLoader worker process[\s\S]*^(?:\w+\.)*(?:Bundle|Scan)Error: (.*)", re.MULTILINE)
 LOST_PEER = re.compile(r"Connection (closed|reset) by peer|ncclRemoteError|NCCL communicator was aborted")
 NO_MEMORY = re.compile(
     r"\w+ out of memory[^.]*\.( Tried to allocate [\d.]+ \w+)?|can't allocate memory|Unable to allocate.*"
@@ -38,7 +40,7 @@ class BundleError(Exception):
     """Something that the user can put right: says what is wrong, where, and what to do, in one line."""
 
     def __str__(self) -> str:
-        return re.sub(r"\s*\n\s*", " ", super().__str__().strip())
+        return printable(re.sub(r"\s*\n\s*", " ", super().__str__().strip()))
 
 
 def find_bundle_error(error: BaseException | None) -> BundleError | None:

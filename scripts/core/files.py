@@ -54,6 +54,44 @@ def file_hash(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+POINTERS = {
+    b"/annex/objects/": "datalad get",
+    b".git/annex/objects/": "datalad get",
+    b"version https://git-lfs": "git lfs pull --include",
+}
+"""First bytes of small files that stand in for content which was not fetched -> the command that fetches it."""
+
+
+def looks_there(path: str | os.PathLike) -> bool:
+    """Whether something of that name is there: a file, or a link whose content is not here."""
+    return os.path.lexists(path)
+
+
+def check_content(path: str | os.PathLike) -> None:
+    """Refuse what is no file with content: of a dataset that was cloned, large files can be links or pointers alone.
+
+    Raises:
+        BundleError: naming the command that fetches the content; for a folder, a pipe or a device; or if nothing of
+            that name is there.
+    """
+    target = Path(path)
+    if target.is_file():
+        with suppress(OSError), open(target, "rb") as file:
+            start = file.read(32)
+            command = next((command for pointer, command in POINTERS.items() if start.startswith(pointer)), None)
+            if command:
+                raise BundleError(f"the content of {target} is not here: fetch it with `{command} {target}`")
+    elif target.is_symlink() and not target.exists():
+        raise BundleError(
+            f"the content of {target} is not here, since it is a link to {os.readlink(target)}, which is not there: "
+            f"fetch it, with `datalad get {target}` where the dataset is one of DataLad"
+        )
+    elif target.exists():
+        raise BundleError(f"{target} is a folder, a pipe or a device, not a file")
+    else:
+        raise BundleError(f"{target} is not there")
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name beside `path`, with the same suffixes, which becomes `path` if the block succeeds.

@@ -152,6 +152,7 @@ def _choice(*words: str, **more: Any) -> OptionType:
 YES_NO, SHARE, PATH, TEXT = (OptionType(kind) for kind in ("yes_no", "share", "path", "text"))
 PERHAPS_PATH, PERHAPS_PATHS = OptionType("path", optional=True), OptionType("paths", optional=True)
 PERHAPS_TEXT, ANYTHING = OptionType("text", optional=True), OptionType("anything")
+PERHAPS_ANYTHING = OptionType("anything", optional=True)
 RATE, POSITIVE = _number(above=0.0, most=1000.0), _number(above=0.0)
 NOT_NEGATIVE, ANY_NUMBER = _number(0.0), _number()
 PRECISION = OptionType("yes_no", words=("bf16", "fp16"))
@@ -172,6 +173,7 @@ OPTIONS: Mapping[str, OptionType] = {
     "diffusion_path": PATH,
     "load_old": YES_NO,
     "resample_to_grid": YES_NO,
+    "resample_volumes": YES_NO,
     "num_workers": _whole(0, 4096),
     "tracking": PERHAPS_TEXT,
     "tracking_uri": PERHAPS_TEXT,
@@ -290,6 +292,9 @@ OPTIONS: Mapping[str, OptionType] = {
     # preparation
     "input_dir": PERHAPS_PATH,
     "input_table": PERHAPS_PATH,
+    "participant_label": PERHAPS_ANYTHING,  # a label, several, or a number
+    "session_label": PERHAPS_ANYTHING,
+    "bids_filter_file": PERHAPS_PATH,
     "columns": ANYTHING,  # a map of the preparation, and a list of the figures
     "words": OptionType("map", optional=True),
     "plausible": OptionType("map", optional=True),

@@ -183,5 +183,5 @@ def low_and_high(conditions: Conditions) -> list[dict[str, float]]:
 
 def label(conditions: Conditions, vector: Tensor) -> str:
     """A line for each condition of a vector (n,): its name, its value 0..1, and that in raw units or as a word."""
-    values = conditions.in_both_units(vector)
-    return "\n".join(f"{c.name} {values[c.name]:g} ({c.describe(values[c.raw])})" for c in conditions)
+    pairs = zip(conditions, (round(value, 6) for value in vector.tolist()), strict=True)
+    return "\n".join(f"{c.name} {value:g} ({c.describe(float(f'{c.denormalise(value):.7g}'))})" for c, value in pairs)

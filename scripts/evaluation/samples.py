@@ -15,6 +15,7 @@ from scripts.compute.kept import Values
 from scripts.core.errors import BundleError
 from scripts.evaluation.metrics.features import FeatureNetworks, FeatureSet
 from scripts.volumes.folders import VolumeFolder
+from scripts.volumes.grid import Grid
 
 FLAG = "synthetic_dir"
 NAME = re.compile(r"(?!\.+$)[\w.+-]+")
@@ -29,7 +30,7 @@ class Samples:
         folders: a folder; several, separated by commas or as a list, which give the models' names; or a map from
             the models' names to folders. None if none was given.
         networks, feature_dir, device: of the features; see `FeatureSet`.
-        values: of the folders; see `VolumeFolder`.
+        values, grid, resample: of the folders; see `VolumeFolder`.
 
     Attributes:
         sets: name of the model -> its volumes. One folder that was not given a name has an empty one.
@@ -46,8 +47,11 @@ class Samples:
         feature_dir: str,
         values: Values,
         device: torch.device | str = "cpu",
+        grid: Grid | None = None,
+        resample: Any = False,
     ) -> None:
-        found = {name: VolumeFolder(path, FLAG, values) for name, path in named_folders(folders).items()}
+        named = named_folders(folders).items()
+        found = {name: VolumeFolder(path, FLAG, values, grid, resample) for name, path in named}
         given = [folder for folder in found.values() if folder.requested]
         for other in given[1:]:
             given[0].check_same_grid(other)

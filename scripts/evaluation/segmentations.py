@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 from tqdm import tqdm
 
 from scripts.compute.kept import Values, complete
@@ -28,7 +26,7 @@ from scripts.measuring.tools import SegmentationTool, chosen_way
 from scripts.volumes.folders import VolumeFolder, find_volumes
 from scripts.volumes.head_size import Structures
 from scripts.volumes.labels import belongs, by_stem, label_volumes, read_synthseg, stem
-from scripts.volumes.nifti import UNREADABLE
+from scripts.volumes.reading import read_codes
 
 logger = logging.getLogger(__name__)
 
@@ -226,8 +224,8 @@ def _is_done(label_map: Path, volume: Path) -> bool:
     if not label_map.is_file() or label_map.stat().st_mtime < volume.stat().st_mtime:
         return False
     try:
-        np.asanyarray(nib.load(label_map).dataobj)  # type: ignore[attr-defined]
-    except UNREADABLE:
+        read_codes(label_map)
+    except BundleError:
         return False
     return True
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from scripts.conditions.conditions import Condition, Conditions
 from scripts.core.errors import BundleError
+from scripts.core.files import looks_there
 from scripts.core.tables import read_table
 from scripts.volumes.folders import TABLE, VolumeFolder
 from scripts.volumes.labels import QUANTITIES, stem
@@ -39,7 +40,7 @@ def table_rows(folder: VolumeFolder) -> dict[Path, dict[str, str]]:
     """The rows of a folder's `participants.tsv` by the volumes that they name; none where there is no such table."""
     assert folder.folder is not None
     table = folder.folder / TABLE
-    rows = read_table(table) if table.is_file() else []
+    rows = read_table(table) if looks_there(table) else []
     return {folder.folder / row["path"]: row for row in rows if "path" in row}
 
 
@@ -73,6 +74,7 @@ def _stated(path: Path, row: Mapping[str, str] | None, conditions: Conditions) -
 
 def _raw(condition: Condition, stated: Mapping[str, Any], path: Path) -> float:
     for flag in (condition.raw, condition.name):
-        if stated.get(flag) not in (None, "", "n/a"):
-            return condition.denormalise(condition.parse(flag, stated[flag], f" of {path}"))
+        value, _ = condition.from_cell(flag, stated.get(flag))
+        if value is not None:
+            return condition.denormalise(condition.parse(flag, value, f" of {path}"))
     raise BundleError(f"{path} has no value of {condition.raw}")

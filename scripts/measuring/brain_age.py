@@ -21,7 +21,6 @@ from scripts.conditions.conditions import Condition, Conditions
 from scripts.core.correlation import pearson
 from scripts.core.errors import BundleError
 from scripts.core.options import number, probability
-from scripts.core.tables import MISSING
 from scripts.training.engine import Facts
 from scripts.training.optimisation import Batch
 from scripts.training.step import Loss
@@ -103,8 +102,9 @@ def age_of(row: Mapping[str, Any], condition: Condition, where: str) -> float | 
         BundleError: if it is no number.
     """
     for flag in (condition.raw, condition.name):
-        if row.get(flag) not in (None, "", MISSING):
-            return round(condition.denormalise(condition.parse(flag, row[flag], where)), 6)
+        value, _ = condition.from_cell(flag, row.get(flag))
+        if value is not None:
+            return round(condition.denormalise(condition.parse(flag, value, where)), 6)
     return None
 
 

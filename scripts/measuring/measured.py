@@ -9,10 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
-import numpy as np
 from tqdm import tqdm
 
 from scripts.compute.devices import process_rank
@@ -24,31 +21,10 @@ from scripts.core.tables import write_table
 from scripts.measuring.outlines import outlined
 from scripts.measuring.segmenter import COLUMNS, INTRACRANIAL, Segmenter, summarised
 from scripts.volumes.folders import VolumeFolder
-from scripts.volumes.grid import Grid
 from scripts.volumes.labels import stem
-from scripts.volumes.nifti import UNREADABLE, write_labels, write_picture
+from scripts.volumes.nifti import write_labels, write_picture
 
 logger = logging.getLogger(__name__)
-
-OBLIQUE = 1e-3
-"""Largest share of a voxel's side by which an axis may lean."""
-
-
-def grid_of(path: Path) -> Grid:
-    """The grid of a volume's file.
-
-    Raises:
-        BundleError: if it cannot be read, or its axes are not those of the world.
-    """
-    try:
-        image: Any = nib.load(path)
-        affine = np.asarray(image.affine, np.float64)
-    except UNREADABLE as error:
-        raise BundleError(f"cannot read the volume {path}: it is damaged, cut short or no image ({error})") from error
-    steps = np.diag(affine)[:3]
-    if np.abs(affine[:3, :3] - np.diag(steps)).max() > OBLIQUE * np.abs(affine[:3, :3]).max():
-        raise BundleError(f"the axes of {path} are not left-right, back-front and up-down: prepare the scan first")
-    return Grid(image.shape, steps.tolist(), affine[:3, 3].tolist())
 
 
 class MeasuredVolumes:
@@ -84,7 +60,7 @@ class MeasuredVolumes:
         Raises:
             BundleError: if the file cannot be read, or lies on no grid whose axes are the world's.
         """
-        grid, volume = grid_of(self.folder.paths[index]), self.folder[index][0]
+        grid, volume = self.folder.grid_of(index), self.folder[index][0]
         shares = self.segmenter.shares(volume, grid)
         if label_map is not None:
             labels = self.segmenter.labels(shares, grid)

@@ -18,10 +18,11 @@ from torch.utils.data import Dataset
 
 from scripts.compute.precision import autocast
 from scripts.conditions.conditions import Conditions
+from scripts.core.cells import present
 from scripts.core.correlation import pearson
 from scripts.core.errors import BundleError
+from scripts.core.files import looks_there
 from scripts.core.options import number, probability
-from scripts.core.tables import MISSING
 from scripts.measuring.segmenter import (
     BRAIN,
     CLASSES,
@@ -39,9 +40,10 @@ from scripts.training.engine import Facts
 from scripts.training.optimisation import Batch
 from scripts.training.step import Loss
 from scripts.training.validation import HeldOut, Network
-from scripts.volumes.datasets import TABLE, LoadVolumed, participants, read_on_grid
+from scripts.volumes.datasets import TABLE, LoadVolumed, participants
 from scripts.volumes.grid import Grid
 from scripts.volumes.labels import LABELS
+from scripts.volumes.placing import read_on_grid
 
 LEVELS = 5
 """Most levels of the network: its volumes are multiples of 16 voxels."""
@@ -66,8 +68,8 @@ def labelled_participants(folder: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _labels(row: Mapping[str, Any], table: Path) -> dict[str, str]:
-    path = row["row"].get("labels", MISSING)
-    if path == MISSING or not (table.parent / path).is_file():
+    path = present(row["row"], "labels")
+    if not path or not looks_there(table.parent / path):
         raise BundleError(
             f"participant {row['participant_id']} in {table} has no label map (column 'labels'): make a dataset of "
             "phantoms with configs/phantoms.yaml"
@@ -128,7 +130,7 @@ class LoadSharesd(MapTransform):
         """
         loaded = self.load_image(data)
         image = divisible(thinned(loaded["image"], self.grid, self.spacing))
-        labels = torch.as_tensor(read_on_grid(loaded.pop("labels"), self.grid, "nearest"))
+        labels = torch.as_tensor(read_on_grid(loaded.pop("labels"), self.grid, mode="nearest"))
         whole = labels.byte()
         if not torch.equal(whole.float(), labels) or whole.max() >= len(LABELS):
             raise BundleError(f"{data['labels']} holds other labels than those of phantoms, 0 to {len(LABELS) - 1}")

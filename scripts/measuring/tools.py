@@ -23,6 +23,7 @@ from scripts.core.files import replacing
 from scripts.core.options import is_absent
 from scripts.core.programs import run_program
 from scripts.volumes.labels import stem
+from scripts.volumes.reading import read_codes
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +117,9 @@ class Samseg(SegmentationTool):
                 self._convert(found, self.label_map(volume, output_dir))
 
     def _convert(self, found: Path, label_map: Path) -> None:
-        image: Any = nib.load(found)
-        codes = np.rint(np.asanyarray(image.dataobj)).astype(np.int16)
+        codes, affine = read_codes(found)
         with replacing(label_map) as temporary:
-            nib.save(nib.Nifti1Image(codes, image.affine), temporary)
+            nib.save(nib.Nifti1Image(codes.astype(np.int16), affine), temporary)
 
 
 def _of_process() -> str:

@@ -34,6 +34,9 @@ LATENT_DIFFUSION = "latent_diffusion"  # the family of all weights that do not s
 NESTS = ("state_dict", "model")  # where other trainers put the weights: PyTorch Lightning, timm and the like
 ENCODER = ("encoder.", "quant_conv_")  # what an autoencoder's parts that make latents are called
 PREFIX = "module."  # which torch.nn.parallel.DistributedDataParallel puts before each name
+LATENT_SCALES = (1e-6, 1e6)
+LARGEST = 1e8  # a weight beyond is damage: those of trained networks stay below 1e4
+CHECKSUM = "weights_sha256"  # of the tensors, in the metadata of safetensors files, whose format has none
 ALIGNMENT = 64  # bytes, of PyTorch's own memory: products of matrices may round otherwise where it is less
 LARGE = 2**20  # bytes of a weight above which a convolution brings it into an order of its own before it computes
 WAYS_OUT = (
@@ -76,9 +79,18 @@ class Checkpoint:
     def latent_scale(self) -> float:
         """Factor between the autoencoder's latents and those that the diffusion model saw; 1 if none was stored."""
         scale = self.facts.get("latent_scale", 1.0)
-        if not isinstance(scale, (int, float)) or not 0.0 < scale < float("inf"):
-            raise BundleError(f"{self.path} holds a latent scale of {scale}, not a number above 0: it is damaged")
+        if not is_latent_scale(scale):
+            low, high = LATENT_SCALES
+            raise BundleError(
+                f"{self.path} holds a latent scale of {scale}, not a number from {low:g} to {high:g}: it is damaged"
+            )
         return float(scale)
+
+
+def is_latent_scale(value: Any) -> bool:
+    """Whether a value can be one over the standard deviation of latents."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return plain and LATENT_SCALES[0] <= value <= LATENT_SCALES[1]
 
 
 def read_checkpoint(path: str | os.PathLike, network: str, family: str | None = None) -> Checkpoint:
@@ -125,7 +137,25 @@ def read_state(
     if not _is_state_dict(state) or not isinstance(facts, Mapping):
         parts = ", ".join(map(str, list(content)[:6])) or "nothing"
         raise BundleError(f"{path} holds no weights of the {network}: it holds {parts}")
+    check_values(path, state)
     return dict(state), dict(facts)
+
+
+@torch.no_grad()
+def check_values(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Refuse weights that cannot be those of a trained network: NaN, infinite, enormous or complex ones.
+
+    Raises:
+        BundleError: naming the file and the first such weight.
+    """
+    for name, tensor in state.items():
+        if tensor.is_complex():
+            raise BundleError(f"{path} is damaged or no file of weights: its {name} is {tensor.dtype}")
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = (float(value) for value in tensor.float().aminmax())
+        if not (-LARGEST <= low and high <= LARGEST):
+            raise BundleError(f"{path} is damaged: its {name} holds {low:g} to {high:g}; copy or download it again")
 
 
 def file_stamp(path: str | os.PathLike) -> tuple[int, ...]:
@@ -178,13 +208,43 @@ def encoder_sha256(state: Mapping[str, Tensor]) -> str:
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get(FACTS, "{}"))
-            return {key: file.get_tensor(key) for key in file.keys()}, facts
+            stated = file.metadata() or {}
+            facts = json.loads(stated.get(FACTS, "{}"))
+            content = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise BundleError(f"{path} is damaged or no safetensors file ({error}): copy or download it again") from error
+    if CHECKSUM in stated and stated[CHECKSUM] != _tensors_sha256(content):
+        raise BundleError(f"{path} is damaged: its weights have another checksum than it states; copy it again")
+    return content, facts
+
+
+def _tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_zip(path: Path) -> None:
+    """Compare the checksums of the parts of a file that `torch.save` wrote, which PyTorch does not do.
+
+    Raises:
+        BundleError: if one is another.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()
+    except Exception as error:  # damaged bytes can fail anywhere in zipfile
+        raise BundleError(f"{path} is damaged or cut short: copy or download it again") from error
+    if bad is not None:
+        raise BundleError(f"{path} is damaged: the checksum of its part {bad} is wrong; copy or download it again")
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    check_zip(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -218,7 +278,7 @@ def write_safetensors(
     source = read_checkpoint(checkpoint, network)
     state = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in source.state.items()}
     with replacing(path) as temporary:
-        save_file(state, temporary, {FACTS: json.dumps(source.facts)})
+        save_file(state, temporary, {FACTS: json.dumps(source.facts), CHECKSUM: _tensors_sha256(state)})
 
 
 def load_network(
@@ -378,6 +438,11 @@ def _renamed(network: nn.Module, checkpoint: Checkpoint, wanted: Mapping[str, Te
 
 def _check_shapes(checkpoint: Checkpoint, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     for name, tensor in given.items():
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise BundleError(
+                f"{checkpoint.path} is damaged or of another model: its {name} is {tensor.dtype}, the configured "
+                f"network's is {wanted[name].dtype}"
+            )
         if tensor.shape != wanted[name].shape:
             raise BundleError(
                 f"{checkpoint.path} is of another model: its {name} is {tuple(tensor.shape)}, "

@@ -15,12 +15,13 @@ from scipy import ndimage
 from torch import Tensor
 
 from scripts.core.errors import BundleError
+from scripts.core.files import looks_there
 from scripts.core.tables import read_table
 from scripts.phantoms.potential_flow import PotentialFlow
-from scripts.volumes.datasets import read_on_grid
 from scripts.volumes.grid import Grid
 from scripts.volumes.head_size import Volumes
 from scripts.volumes.labels import LABELS
+from scripts.volumes.placing import read_on_grid
 
 VENTRICLES, GREY, WHITE = LABELS["lateral_ventricles"], LABELS["grey"], LABELS["white"]
 INTRACRANIAL = tuple(range(2, 8))
@@ -108,7 +109,7 @@ def load_head(
     if not labels_path.is_file():
         known = ", ".join(head_names(labels_dir)) or "none"
         raise BundleError(f"there is no seed head '{name}': {labels_dir} has label maps of {known}")
-    labels = read_on_grid(labels_path, grid, "nearest")
+    labels = read_on_grid(labels_path, grid, mode="nearest")
     if not set(np.unique(labels)) <= set(LABELS.values()):
         raise BundleError(f"{labels_path} holds other labels than 0 to {len(LABELS) - 1}: make it again")
     image = read_on_grid(_scan_of(name, Path(dataset_dir)), grid)
@@ -122,7 +123,7 @@ def head_names(labels_dir: str | Path) -> list[str]:
 
 def _scan_of(name: str, dataset_dir: Path) -> Path:
     table = dataset_dir / "participants.tsv"
-    rows = read_table(table, ["participant_id", "path"]) if table.is_file() else []
+    rows = read_table(table, ["participant_id", "path"]) if looks_there(table) else []
     paths = [dataset_dir / row["path"] for row in rows if row["participant_id"] == name]
     if not paths or not paths[0].is_file():
         raise BundleError(f"the scan of the seed head {name} is not in {dataset_dir}: run `make example-data` first")

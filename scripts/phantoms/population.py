@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from scripts.conditions.conditions import Condition, Conditions
+from scripts.core.cells import read_number, shown
 from scripts.core.errors import BundleError
 from scripts.core.option_types import OptionType
 from scripts.core.options import yes_or_no
@@ -151,17 +152,15 @@ def as_raw(conditions: Conditions, request: Mapping[str, Any], where: str = "") 
     Raises:
         BundleError: as `Conditions.from_request`, and for what no head can have.
     """
-    stated = {c.raw for c in conditions if any(_is_stated(request.get(flag)) for flag in (c.name, c.raw))}
-    vector = conditions.from_request(request, where, warn=False)
+    given = conditions.in_table(request, where)
+    stated = {c.raw for c in conditions if c.name in given or c.raw in given}
+    vector = conditions.from_request(given, where, warn=False)
     values = {c.raw: c.denormalise(v) for c, v in zip(conditions, vector.double().tolist(), strict=True)}
-    exact = {name: request[name] for name in stated if isinstance(request.get(name), (int, float))}
+    exact = {name: given[name] for name in stated if isinstance(given.get(name), (int, float))}
     found: dict[str, Any] = {name: exact.get(name, values[name]) for name in stated}
-    if _is_stated(request.get(RAW[-1])):
-        found[RAW[-1]] = request[RAW[-1]]
+    inside = read_number(request.get(RAW[-1]))
+    if inside.remark or inside.value is not None:
+        found[RAW[-1]] = shown(request[RAW[-1]]) if inside.value is None else inside.value
     for name in found.keys() & POSSIBLE.keys():
         POSSIBLE[name].check(found[name], f"{name}{where}")
     return {name: float(value) for name, value in found.items()}
-
-
-def _is_stated(value: Any) -> bool:
-    return value is not None and str(value).strip() not in ("", "n/a")

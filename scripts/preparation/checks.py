@@ -4,28 +4,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import nibabel as nib
 import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from scripts.core.errors import BundleError
 from scripts.preparation.appearance import VAULT_FROM_MM, Appearance, appearance, at_template_size
 from scripts.preparation.registration import LIKELY_SCALES, Registration, Template, correlation, seen_fraction
 from scripts.preparation.steps import Record, TargetSpace
-from scripts.volumes.nifti import UNREADABLE
 from scripts.volumes.scans import Scan
 
 SKULL_MM = 12.0
 THICK_MM = 2.0
 DOUBTFUL_SIDES = -0.008
-FORM_DEGREES = 3.0
-FORM_MM = 3.0
 
 
 @dataclass(frozen=True)
@@ -128,94 +122,6 @@ def _similarity(moved: np.ndarray, head: Scan, transform: np.ndarray, near: np.n
     return correlation(moved[near], turned[near])
 
 
-def header_findings(path: str | os.PathLike) -> list[str]:
-    """What makes a file's left and right, or its position, doubtful; empty if nothing does.
-
-    That a header is wrong as a whole cannot be seen from it.
-
-    Args:
-        path: a NIfTI file.
-
-    Returns:
-        One short sentence for each finding.
-
-    Raises:
-        BundleError: if the file cannot be read.
-    """
-    try:
-        image = nib.load(path)
-    except UNREADABLE as error:
-        raise BundleError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(image, nib.Nifti1Image):
-        return _analyze_findings(image)
-    return [*_form_findings(image), *_code_findings(image), *_unit_findings(image)]
-
-
-def _analyze_findings(image: nib.spatialimages.SpatialImage) -> list[str]:
-    if type(image) in (nib.AnalyzeImage, nib.Spm99AnalyzeImage, nib.Spm2AnalyzeImage):
-        return ["is an Analyze file: the format does not say which side is left"]
-    return []
-
-
-def _form_findings(image: nib.Nifti1Image) -> list[str]:
-    """Disagreement of the header's two affines, where both are set."""
-    (qform, qcode), (sform, scode) = image.get_qform(coded=True), image.get_sform(coded=True)
-    if not (qcode and scode):
-        return []
-    if np.linalg.det(qform[:3, :3]) * np.linalg.det(sform[:3, :3]) < 0:
-        return ["qform and sform are mirror images of each other: one of them has left and right wrong"]
-    if nib.aff2axcodes(qform) != nib.aff2axcodes(sform):
-        return [f"qform says the axes are {_codes(qform)}, sform {_codes(sform)}"]
-    if qcode != scode:
-        return []  # two frames, each with its own name
-    middle = np.append((np.asarray(image.shape[:3]) - 1) / 2, 1.0)
-    apart = float(np.linalg.norm((qform - sform) @ middle))
-    angle = _angle(qform, sform)
-    if angle > FORM_DEGREES or apart > FORM_MM:
-        return [f"qform and sform differ by {angle:.0f} degrees and {apart:.0f} mm, under one code"]
-    return []
-
-
-def _angle(one: np.ndarray, other: np.ndarray) -> float:
-    """Degrees between the axes of two affines of the same handedness."""
-    axes = [matrix[:3, :3] / np.linalg.norm(matrix[:3, :3], axis=0) for matrix in (one, other)]
-    cosine = (np.trace(axes[0].T @ axes[1]) - 1.0) / 2.0
-    return float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))))
-
-
-def _codes(affine: np.ndarray) -> str:
-    return "".join(nib.aff2axcodes(affine))
-
-
-def _code_findings(image: nib.Nifti1Image) -> list[str]:
-    header, found = image.header, []
-    codes = int(header["qform_code"]), int(header["sform_code"])
-    if codes == (0, 0):
-        found.append("has no orientation (sform and qform codes are 0): left and right are a guess")
-    if codes[0] and float(header["pixdim"][0]) not in (-1.0, 1.0):
-        found.append(
-            f"pixdim[0] is {float(header['pixdim'][0]):g}, not 1 or -1: the handedness of its qform is a guess"
-        )
-    if _came_from_analyze(image):
-        found.append("its axes are the array's, centred, as of a file converted from Analyze: check left and right")
-    return found
-
-
-def _came_from_analyze(image: nib.Nifti1Image) -> bool:
-    """Whether only an sform of unturned axes is there, whose origin is the middle of the array."""
-    header, affine = image.header, np.asarray(image.affine)
-    unturned = np.count_nonzero(np.abs(affine[:3, :3]) > 1e-6) == 3
-    middle = affine @ np.append((np.asarray(image.shape[:3]) - 1) / 2, 1.0)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0).max()
-    centred = bool(np.abs(middle[:3]).max() <= spacing)
-    return int(header["qform_code"]) == 0 and unturned and centred and int(header["sform_code"]) in (1, 2)
-
-
-def _unit_findings(image: nib.Nifti1Image) -> list[str]:
-    unit = image.header.get_xyzt_units()[0]
-    return [f"says that its lengths are in {unit}s: they are read as mm"] if unit in ("meter", "micron") else []
-
-
 def described(findings: Sequence[str]) -> str:
     """The findings as one cell of a table; `none` if there are none."""
     return "; ".join(findings) if findings else "none"
@@ -242,7 +148,7 @@ class CheckScan:
         "orientation": "`upright`, or `turned` where the template fits better after a quarter or half turn",
         "sides": "`usual`, or `doubtful` where the mirrored template fits clearly better",
         "sides_score": "correlation with the template less that with its mirror image",
-        "header": "what makes left and right, or the position, doubtful in the file's header; `none` if nothing does",
+        "header": "what is doubtful in the file: left and right, the position, or its bytes; `none` if nothing is",
         "contrast": "`T1w`, or `flat` or `inverted` where white matter is not clearly brighter than grey",
         "air": "`dark`, or `bright` where the air around the head is not, as in UNI images of MP2RAGE",
         "skull": "`on`, or `stripped` where the scan has next to nothing around the brain",
@@ -255,14 +161,11 @@ class CheckScan:
         view = field_of_view(record.original, found, template)
         moved, coarse = at_template_size(record.on_grid(), grid.affine, found.scale, template)
         lies, looks = _pose(moved, coarse, template.centre), appearance(moved, coarse)
-        findings = header_findings(record.raw) if record.raw.is_file() else []
         flag = view.flag(self.min_brain, self.min_vault)
         record = record.warned(flag == "cut", f"{1 - view.brain:.1%} of the brain is outside its field of view")
         record = record.warned(flag == "skull cut", f"{1 - view.vault:.1%} of the skull's vault is outside its view")
         record = record.warned(not lies.is_upright, "the template fits better when it is turned: look at its picture")
         record = record.warned(lies.sides_are_doubtful, "the mirrored template fits better: check left and right")
-        for finding in findings:
-            record = record.warned(True, f"its header {finding}")
         record = self._looked_at(record, looks, found.scale)
         return record.with_measured(
             brain_seen=round(view.brain, 4),
@@ -271,7 +174,7 @@ class CheckScan:
             orientation="upright" if lies.is_upright else "turned",
             sides="doubtful" if lies.sides_are_doubtful else "usual",
             sides_score=round(lies.sides, 4),
-            header=described(findings),
+            header=described(record.original.findings),
             contrast=looks.contrast,
             air=looks.air,
             skull=looks.skull,

@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import nibabel as nib
 import numpy as np
 
 from scripts.conditions.conditions import Conditions
 from scripts.conditions.plausible import Plausible, why_impossible
+from scripts.core.cells import present
 from scripts.core.errors import BundleError
 from scripts.core.files import file_hash
 from scripts.core.options import is_absent
@@ -24,11 +24,11 @@ from scripts.preparation.steps import Record, TargetSpace
 from scripts.volumes.head_size import Structures
 from scripts.volumes.labels import QUANTITIES, belongs, by_stem, label_volumes, read_synthseg, stem
 from scripts.volumes.nifti import as_stored, write_volume
-from scripts.volumes.scans import Scan, ScanError
+from scripts.volumes.reading import SUFFIXES, Scan, has_suffix, read_codes
+from scripts.volumes.scans import ScanError
 
 LABELS_COLUMN = "labels"
 BESIDE = ("_dseg", "_aseg", "_seg")
-ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh")
 
 
 class VolumeMethod(ABC):
@@ -80,11 +80,11 @@ class LabelsBeside(VolumeMethod):
         return next((path for path in self._candidates(raw, row) if path.is_file()), None)
 
     def _candidates(self, raw: Path, row: Mapping[str, str]) -> list[Path]:
-        named = row.get(LABELS_COLUMN, "")
-        if named not in ("", "n/a"):
+        named = present(row, LABELS_COLUMN)
+        if named:
             return [raw.parent / named]
         name = stem(raw).removesuffix("_T1w")
-        return [raw.with_name(f"{name}{word}{ending}") for word in BESIDE for ending in ENDINGS]
+        return [raw.with_name(f"{name}{word}{ending}") for word in BESIDE for ending in SUFFIXES]
 
 
 class GivenVolumes(VolumeMethod):
@@ -107,7 +107,7 @@ class GivenVolumes(VolumeMethod):
             raise BundleError(f"--segmentations: there is no folder of label maps and no table {self.path}")
 
     def _files(self) -> list[Path]:
-        files = sorted(file for file in self.path.rglob("*") if file.name.endswith(ENDINGS))
+        files = sorted(file for file in self.path.rglob("*") if has_suffix(file))
         if not files:
             raise BundleError(f"--segmentations: the folder {self.path} holds no label map in NIfTI or MGH")
         return files
@@ -158,9 +158,8 @@ class ByTool(VolumeMethod):
             found = self.segmenter.label_map(volume, Path(folder))
             if not found.is_file():
                 raise BundleError(f"{self.segmenter.name} wrote no label map of {record.name}")
-            image: Any = nib.load(found)
-            labels = Scan(np.rint(np.asanyarray(image.dataobj)).astype(np.int16), image.affine)
-            where = f"{self.segmenter.name}'s label map of {record.name}"
+            codes, affine = read_codes(found)
+            labels, where = Scan(codes.astype(np.int16), affine), f"{self.segmenter.name}'s label map of {record.name}"
             return normalised_for_head_size(label_volumes(found), where, record, space), labels
 
     def check(self) -> None:

@@ -6,18 +6,19 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scripts.conditions.conditions import Condition, Conditions
 from scripts.conditions.plausible import why_impossible
+from scripts.core.cells import MISSING, present, read_number, shown
 from scripts.core.errors import BundleError
-from scripts.core.tables import MISSING
 from scripts.preparation.sources import Source
-from scripts.volumes.scans import ScanError
 
 logger = logging.getLogger(__name__)
 
+MOST_SHOWN = 5
 Columns = Mapping[str, str | Sequence[str]]
 
 
@@ -29,11 +30,14 @@ class CovariateReader:
         columns: raw name of a condition -> the column that holds it, which must then be there, or several, of which
             the first with a value is read; its raw name, if it is not mentioned.
         words: raw name -> the table's word -> the raw value or its word, such as `{"sex": {"2": "female"}}`.
-        plausible: raw name -> lowest and highest value that a person can have.
+        plausible: raw name -> lowest and highest value that a person can have; others are missing.
         sources: the scans; those of a table share its columns.
 
     Raises:
         BundleError: if a name is of no condition, or a column is not there.
+
+    Attributes:
+        used: columns of the input that the conditions are read from, or are called by.
     """
 
     def __init__(
@@ -50,36 +54,65 @@ class CovariateReader:
         for flag, given in (("columns", columns), ("words", self.words), ("plausible", self.plausible)):
             _check_names(flag, given, [c.raw for c in conditions])
         header = list(dict.fromkeys(name for source in sources for name in source.row))
+        header += sorted({name for source in sources for name in getattr(source.row, "twice", ())} - set(header))
         self.columns = {c.raw: _present(c.raw, columns.get(c.raw, [c.raw]), header) for c in conditions}
+        self.used = {*conditions.flags(), *(name for names in self.columns.values() for name in names)}
+        self.doubts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+        self._unclear = {c.raw: self._unclear_numbers(c, sources) for c in conditions}
 
     def of(self, source: Source) -> dict[str, str]:
         """Raw name -> value of each condition, in raw units or the words of its codes; `n/a` where it is not known.
 
+        What cannot be read, or no person can have, is not known: see `warn`.
+
         Raises:
-            ScanError: if a value cannot be read, or no person can have it.
+            BundleError: if the table has a column that is asked for twice, with other values.
         """
         return {c.raw: self._of(c, source) for c in self.conditions}
 
-    def _of(self, condition: Condition, source: Source) -> str:
-        given = {column: source.row.get(column, MISSING).strip() for column in self.columns[condition.raw]}
-        column, value = next(((k, v) for k, v in given.items() if v not in ("", MISSING)), ("", MISSING))
-        if value == MISSING:
-            return MISSING
-        return self._parsed(condition, self.words.get(condition.raw, {}).get(value, value), column, source.name)
+    def warn(self) -> None:
+        """Say, once for all scans, which values were not taken as they stand."""
+        for (raw, remark), cells in self.doubts.items():
+            first = ", ".join(f"'{shown(cell)}'" for cell in list(cells)[:MOST_SHOWN])
+            more = f" and {len(cells) - MOST_SHOWN} other words" if len(cells) > MOST_SHOWN else ""
+            logger.warning(f"{raw} of {sum(cells.values())} scans ({first}{more}) {remark}")
 
-    def _parsed(self, condition: Condition, value: str, column: str, name: str) -> str:
-        where = f"{column} of {name}"
+    def _of(self, condition: Condition, source: Source) -> str:
+        given = ((column, present(source.row, column)) for column in self.columns[condition.raw])
+        cell = next((value for _, value in given if value), "")
+        return self._read(condition, self.words.get(condition.raw, {}).get(cell, cell)) if cell else MISSING
+
+    def _read(self, condition: Condition, cell: str) -> str:
+        value, remark = condition.from_cell(condition.raw, cell)
+        if value is None:
+            return self._doubt(condition, cell, remark) if remark else MISSING
+        if value in self._unclear[condition.raw]:
+            return self._doubt(condition, cell, "is missing: --words has to say what such numbers stand for")
         try:
             raw = condition.denormalise(condition.parse(condition.raw, value))
-        except BundleError as error:
-            raise ScanError(f"unreadable {condition.raw}", f"{where} is '{value}'{_hint(condition, value)}") from error
+        except BundleError:
+            return self._doubt(condition, cell, f"is missing: {_expected(condition, cell)}")
         words = {code: word for word, code in condition.codes.items()}
         if words and raw not in words:
-            raise ScanError(f"unreadable {condition.raw}", f"{where} is '{value}'{_hint(condition, value)}")
-        why = why_impossible(condition.raw, raw, self.plausible)
-        if why:
-            raise ScanError(f"impossible {condition.raw}", f"{where} is {raw:g} {condition.unit}: {why}")
+            return self._doubt(condition, cell, f"is missing: {_expected(condition, cell)}")
+        if why := why_impossible(condition.raw, raw, self.plausible):
+            return self._doubt(condition, cell, f"is missing: {why} {condition.unit}".rstrip())
+        if remark:
+            self._doubt(condition, cell, remark)
         return words.get(raw, f"{raw:.10g}")
+
+    def _doubt(self, condition: Condition, cell: str, remark: str) -> str:
+        self.doubts[condition.raw, remark][cell] += 1
+        return MISSING
+
+    def _unclear_numbers(self, condition: Condition, sources: Sequence[Source]) -> set[Any]:
+        """Numbers of a coded column that are of no code, and those beside them: 1 and 2 are not 0 and 1."""
+        if not condition.codes:
+            return set()
+        words = self.words.get(condition.raw, {})
+        cells = {present(source.row, column) for source in sources for column in self.columns[condition.raw]}
+        numbers = {read_number(cell).value for cell in cells if cell not in words} - {None}
+        return numbers if numbers - {float(code) for code in condition.codes.values()} else set()
 
 
 def _check_names(flag: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -102,10 +135,10 @@ def _present(raw: str, wanted: str | Sequence[str], header: Sequence[str]) -> li
     return []
 
 
-def _hint(condition: Condition, value: str) -> str:
+def _expected(condition: Condition, cell: str) -> str:
     if not condition.codes:
-        return ", not a number"
-    near = difflib.get_close_matches(value.lower(), condition.codes, 1)
+        return "it is not a number"
+    near = difflib.get_close_matches(cell.lower(), condition.codes, 1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     spelt = ", ".join(f"{word} or {code:g}" for word, code in condition.codes.items())
-    return f"{hint}: it must be {spelt}, or an initial"
+    return f"it must be {spelt}, or an initial{hint}; --words says what others stand for"

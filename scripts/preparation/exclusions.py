@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 from scripts.core.errors import BundleError
+from scripts.core.tables import read_text
 
 
 class Exclusions:
@@ -52,7 +52,4 @@ class Exclusions:
 
 
 def _lines(path: str | os.PathLike) -> list[str]:
-    try:
-        return Path(str(path)).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"cannot read the list {path}: {getattr(error, 'strerror', None) or error}") from error
+    return read_text(path).splitlines()

@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -25,9 +24,15 @@ from scipy import ndimage
 from scripts.core.errors import BundleError
 from scripts.core.files import replacing
 from scripts.core.programs import errors_in_one_line
-from scripts.volumes.nifti import UNREADABLE
+from scripts.volumes.headers import ScanError
+from scripts.volumes.reading import read_codes, read_header, read_image
 
 KEY = "template_to_scan_mm"
+PLACE = (
+    *("pixdim", "sform_code", "qform_code", "srow_x", "srow_y", "srow_z"),
+    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z", "xyzt_units"),
+)
+"""Fields of a NIfTI header that say where the voxels lie."""
 
 
 def to_native(
@@ -92,31 +97,29 @@ def carry_back(
         BundleError: if a file cannot be read or written.
     """
     transform = read_transform(sidecar)
-    image, native = _load(volume), _load(scan)
-    data = np.asanyarray(image.dataobj)
-    if labels and not np.array_equal(data, np.rint(data)):
-        raise BundleError(f"{volume} holds no labels: its values are not whole numbers; leave out --labels")
-    stored = np.rint(data).astype(np.int32 if np.abs(data).max(initial=0) > 32767 else np.int16) if labels else data
-    moved = to_native(stored, image.affine, transform, native.shape, native.affine, labels)
+    native = read_header(scan)
+    if labels:
+        stored, affine = _labels(volume)
+    else:
+        image = read_image(volume)
+        stored, affine = image.data, image.affine
+    moved = to_native(stored, affine, transform, native.shape, native.affine, labels)
     result = nib.Nifti1Image(moved, native.affine)
-    if isinstance(native, nib.Nifti1Image):
-        result.header["sform_code"], result.header["qform_code"] = (
-            native.header["sform_code"],
-            native.header["qform_code"],
-        )
+    if isinstance(native.stored, nib.Nifti1Header):
+        for field in PLACE:  # all that the scan's header says, so that the result lies on it in every tool
+            result.header[field] = native.stored[field]
     with replacing(output) as temporary:
         nib.save(result, temporary)
 
 
-def _load(path: str | os.PathLike) -> Any:
+def _labels(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     try:
-        image: Any = nib.load(path)
-        np.asanyarray(image.dataobj)
-    except UNREADABLE as error:
-        raise BundleError(f"cannot read {path}: {str(error).strip().splitlines()[0]}") from error
-    if len([n for n in image.shape if n > 1]) != 3:
-        raise BundleError(f"{path} has shape {image.shape}, not three axes")
-    return image
+        codes, affine = read_codes(path)
+    except ScanError:
+        raise
+    except BundleError as error:
+        raise BundleError(f"{path} holds no labels: its values are not whole numbers; leave out --labels") from error
+    return codes.astype(np.int32 if np.abs(codes).max(initial=0) > 32767 else np.int16), affine
 
 
 def main() -> None:

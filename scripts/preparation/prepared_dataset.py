@@ -7,14 +7,15 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from scripts.conditions.conditions import Conditions
 from scripts.conditions.ranges import FILE as RANGES
 from scripts.conditions.ranges import learned_ranges
+from scripts.core.cells import present
 from scripts.core.errors import BundleError
 from scripts.core.files import read_json, write_json, write_text
 from scripts.core.options import number
@@ -29,6 +30,8 @@ from scripts.volumes.datasets import SPLITS, TABLE, place
 logger = logging.getLogger(__name__)
 
 FAILURES = "failures.tsv"
+OWN_COLUMNS = ("participant_id", "session_id", "session", "ses", "path", "split", "labels", "measured_volumes")
+"""Of the input, which this dataset's table states in its own way."""
 METADATA = CONFIGS / "metadata.json"
 IGNORED = ("conditions.json", "failures.tsv", "figures", "logs", "*.html", "*_xfm.txt")
 
@@ -56,12 +59,14 @@ class Tables:
         excluded: names of those that are to be left out.
         failures: one a scan that could not be prepared.
         missing: names of scans that are not there yet.
+        further: columns of the input that were carried over.
     """
 
     rows: list[dict[str, Any]]
     excluded: set[str]
     failures: list[dict[str, Any]]
     missing: list[str]
+    further: list[str] = field(default_factory=list)
 
 
 class Splits:
@@ -112,8 +117,8 @@ def _stated(sources: Sequence[Source]) -> dict[str, str]:
     """
     stated: dict[str, str] = {}
     for source in sources:
-        word = source.row.get("split", MISSING)
-        if word in ("", MISSING):
+        word = present(source.row, "split")
+        if not word:
             continue
         if word not in SPLITS:
             raise BundleError(f"the column `split` has '{word}' for {source.name}: use {', '.join(SPLITS)}")
@@ -133,6 +138,7 @@ class PreparedDataset:
         exclusions: scans that a person has found bad; they stay on the quality page, but not in the table.
         learn_ranges: whether to write the conditions' ranges in the training split.
         origin: path of the raw data, for provenance.
+        used: columns of the input that are not carried over: the conditions are read from them.
     """
 
     def __init__(
@@ -144,10 +150,11 @@ class PreparedDataset:
         exclusions: Exclusions,
         learn_ranges: bool,
         origin: Path,
+        used: Collection[str] = (),
     ) -> None:
         self.dataset_dir, self.preparer, self.conditions = dataset_dir, preparer, conditions
         self.splits, self.exclusions = splits, exclusions
-        self.learn_ranges, self.origin = learn_ranges, origin
+        self.learn_ranges, self.origin, self.used = learn_ranges, origin, {*used, *OWN_COLUMNS}
 
     def is_complete(self, scans: Sequence[ScanToPrepare]) -> bool:
         """Whether every scan of the input is prepared, or noted as failed."""
@@ -183,7 +190,9 @@ class PreparedDataset:
     def tables(self, scans: Sequence[ScanToPrepare]) -> Tables:
         """What the tables say, read from the scans' own files."""
         with_sessions = any(scan.source.session for scan in scans)
-        tables, prepared = Tables([], set(), [], []), list[tuple[ScanToPrepare, PreparedFiles, dict[str, Any]]]()
+        further = self._further_columns(scans)
+        tables = Tables([], set(), [], [], further)
+        prepared = list[tuple[ScanToPrepare, PreparedFiles, dict[str, Any]]]()
         for scan in scans:
             files = PreparedFiles(self.dataset_dir, scan.source)
             noted = _failure(scan) if scan.fault else read_json(files.failure)
@@ -200,8 +209,17 @@ class PreparedDataset:
         sources = [scan.source for scan, _, _ in prepared]
         taken = [source for source in sources if source.name not in tables.excluded]
         of_subject = {**self.splits.of(sources), **self.splits.of(taken)}
-        tables.rows.extend(self._row(*one, of_subject, with_sessions) for one in prepared)
+        for one in prepared:
+            row = self._row(*one, of_subject, with_sessions)
+            stated = one[0].source.row
+            tables.rows.append({**row, **{name: present(stated, name) for name in further if name not in row}})
         return tables
+
+    def _further_columns(self, scans: Sequence[ScanToPrepare]) -> list[str]:
+        """Columns of the input that say more than the conditions, and are kept as they are."""
+        columns = dict.fromkeys(name for scan in scans for name in scan.source.row)
+        taken = {name for step in self.preparer.steps.values() for name in getattr(step, "columns", {})}
+        return [name for name in columns if name and name not in self.used | taken]
 
     def _row(
         self,

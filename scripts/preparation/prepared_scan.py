@@ -22,7 +22,7 @@ from scripts.core.errors import BundleError
 from scripts.core.files import file_hash, make_folder, read_json, remove_leftovers, replacing, write_json, write_text
 from scripts.preparation.quality_page import FIGURES
 from scripts.preparation.quality_pictures import QualityPictures
-from scripts.preparation.registration import LPS, Registration, resample
+from scripts.preparation.registration import LPS, Registration, itk_frame, resample
 from scripts.preparation.sources import Source
 from scripts.preparation.steps import NoMatchError, Record, Step, TargetSpace, recognised, step_identity
 from scripts.volumes.nifti import MNI152, SPACE, read_volume, write_volume
@@ -216,7 +216,7 @@ class ScanPreparer:
     def _prepare(self, work: Work, files: PreparedFiles) -> tuple[str, ...]:
         source, hashes = work.source, self._read(work)
         scan = read_scan(source.path)
-        record = Record(source.name, scan, scan, work.lacking, source.row, source.path)
+        record = Record(source.name, scan, scan, work.lacking, source.row, source.path, warnings=_doubts(scan))
         for step in self.steps.values():
             record = step(record)
         files.sidecar.unlink(missing_ok=True)  # until the volume that it describes is written
@@ -234,7 +234,11 @@ class ScanPreparer:
             write_labels(files.labels, record.labels)
         found = record.registered()
         self.pictures.write(self.dataset_dir / FIGURES, record.name, record.on_grid(), self.space.grid, found.scale)
-        write_text(files.transform, itk_transform(found.rigid))
+        write_text(files.transform, itk_transform(itk_frame(record.raw, record.original) @ found.rigid))
+
+
+def _doubts(scan: Scan) -> tuple[str, ...]:
+    return tuple(f"the file {finding}" for finding in scan.findings)
 
 
 def _hash(path: Path | None) -> str:

@@ -17,10 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.core.cells import is_missing
 from scripts.core.files import write_text
 from scripts.core.pages import render
 from scripts.core.programs import errors_in_one_line
-from scripts.core.tables import MISSING, read_table
+from scripts.core.tables import read_table
 from scripts.preparation.checks import THICK_MM
 from scripts.preparation.exclusions import Exclusions
 from scripts.preparation.quality_pictures import THUMBNAILS
@@ -96,7 +97,7 @@ def flags(row: Mapping[str, Any], score: str = "similarity", low_score: float = 
 
 
 def _is_other(value: Any, fine: str) -> bool:
-    return value is not None and str(value) not in (fine, MISSING, "")
+    return not is_missing(value) and str(value) != fine
 
 
 def _is_beyond(value: Any, usual: tuple[float, float]) -> bool:
@@ -115,7 +116,7 @@ def _scan(
 
 def _number(value: Any) -> float | str | None:
     """A finite number where the cell holds one, None where it is empty, else its text."""
-    if value in (None, "", MISSING):
+    if is_missing(value):
         return None
     try:
         number = float(value)

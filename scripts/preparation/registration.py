@@ -20,7 +20,8 @@ from scipy.spatial.transform import Rotation
 from skimage.filters import threshold_otsu
 
 from scripts.core.errors import BundleError
-from scripts.volumes.scans import Scan, load_scan
+from scripts.volumes.reading import MGH, has_suffix, read_header
+from scripts.volumes.scans import Scan, ScanError, load_scan
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 COARSE_MM = 6.0
@@ -425,6 +426,27 @@ def _ants() -> ModuleType:
     except ImportError as error:
         raise BundleError("scans are registered by the package antspyx: pip install antspyx") from error
     return ants
+
+
+def itk_frame(path: Path, scan: Scan) -> np.ndarray:
+    """4 x 4 matrix from the millimetres of a scan, as it was read, to those in which ITK's tools see its file (RAS+).
+
+    They are the same but where the header contradicts itself: then ITK is asked, which may take the qform.
+
+    Args:
+        path: the file.
+        scan: as it was read, before its axes were turned.
+    """
+    if has_suffix(path, MGH) or not path.is_file() or read_header(path).says_one_place:
+        return np.eye(4)
+    try:
+        found = _ants().image_header_info(str(path))
+    except Exception as error:  # what ITK makes of a file that it cannot read
+        raise ScanError("unreadable", f"{path} cannot be read by ITK, and its header contradicts itself") from error
+    affine = np.eye(4)
+    affine[:3, :3] = np.asarray(found["direction"])[:3, :3] * np.asarray(found["spacing"])[:3]
+    affine[:3, 3] = np.asarray(found["origin"])[:3]
+    return LPS @ affine @ np.linalg.inv(scan.affine)
 
 
 def as_ants_image(scan: Scan) -> Any:

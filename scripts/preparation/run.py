@@ -39,9 +39,9 @@ from scripts.preparation.prepared_scan import (
     Work,
     write_failure,
 )
+from scripts.preparation.selection import Selection
 from scripts.preparation.sources import Source, find_sources
 from scripts.preparation.steps import Step, TargetSpace
-from scripts.volumes.scans import ScanError
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Preparation:
         space: the template and the grid.
         steps: name -> step, in their order.
         conditions: the covariates to carry over into the dataset's table.
-        input_dir, input_table: see `scripts.preparation.sources.find_sources`.
+        input_dir, input_table, selection: see `scripts.preparation.sources.find_sources`.
         dataset_dir: folder to write.
         columns, words, plausible: see `scripts.preparation.covariates.CovariateReader`.
         splits: fractions of the subjects; see `scripts.preparation.prepared_dataset.Splits`.
@@ -92,6 +92,7 @@ class Preparation:
         shard: Any = None,
         assemble: Any = False,
         overwrite: Any = False,
+        selection: Selection | None = None,
     ) -> None:
         self.part, self.parts = _part(shard)
         inputs = {"input_dir": input_dir, "input_table": input_table}
@@ -101,9 +102,10 @@ class Preparation:
         division = Splits(
             splits or {"train": 1.0, "validation": 0.0, "test": 0.0}, whole_number(split_seed, "split_seed")
         )
-        sources = find_sources(input_dir, input_table)
+        sources = find_sources(input_dir, input_table, selection)
         covariates = CovariateReader(conditions, columns, words, plausible, sources)
         self.scans = [_known(source, covariates) for source in sources]
+        covariates.warn()
         exclusions = Exclusions(exclude)
         exclusions.check([source.name for source in sources], [source.participant for source in sources])
         self.output.check()
@@ -114,7 +116,7 @@ class Preparation:
         self.preparer = ScanPreparer(space, steps, self.dataset_dir, yes_or_no(overwrite, "overwrite"))
         ranges, origin = yes_or_no(learn_ranges, "learn_ranges"), Path(str(input_dir or input_table))
         self.dataset = PreparedDataset(
-            self.dataset_dir, self.preparer, conditions, division, exclusions, ranges, origin
+            self.dataset_dir, self.preparer, conditions, division, exclusions, ranges, origin, covariates.used
         )
 
     def run(self) -> None:
@@ -170,6 +172,10 @@ class Preparation:
 
     def _conclude(self, tables: Tables) -> list[dict[str, Any]]:
         left_out = f", {len(tables.excluded)} of them excluded from the table" if tables.excluded else ""
+        if tables.further:
+            logger.info(
+                f"columns of the input that are no conditions are kept as they are: {', '.join(tables.further)}"
+            )
         logger.info(f"{len(tables.rows)} scans prepared in {self.dataset_dir}{left_out}; look at quality.html there")
         if tables.missing:
             count, first = len(tables.missing), tables.missing[0]
@@ -253,12 +259,7 @@ def _part(shard: Any) -> tuple[int, int]:
 
 
 def _known(source: Source, covariates: CovariateReader) -> ScanToPrepare:
-    if source.fault:
-        return ScanToPrepare(source, {}, source.fault)
-    try:
-        return ScanToPrepare(source, covariates.of(source))
-    except ScanError as error:
-        return ScanToPrepare(source, {}, (error.reason, str(error)))
+    return ScanToPrepare(source, {}, source.fault) if source.fault else ScanToPrepare(source, covariates.of(source))
 
 
 def _noted(source: Source, reason: str, message: str) -> dict[str, Any]:

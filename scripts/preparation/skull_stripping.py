@@ -21,8 +21,8 @@ from scripts.preparation.registration import Template
 from scripts.preparation.synthstrip import TARGET, brain_mask, load_strip_net
 from scripts.preparation.warping import warped_onto
 from scripts.volumes.grid import Grid
-from scripts.volumes.nifti import UNREADABLE, write_volume
-from scripts.volumes.scans import Scan
+from scripts.volumes.nifti import write_volume
+from scripts.volumes.reading import Scan, read_image
 
 
 class Stripper(ABC):
@@ -114,11 +114,8 @@ class CommandStripper(Stripper):
 
 
 def _read_mask(path: Path, grid: Grid) -> np.ndarray:
-    try:
-        found = nib.load(path)
-        inside = nib.Nifti1Image((np.asarray(found.dataobj) > 0.5).astype(np.float32), found.affine)
-    except UNREADABLE as error:
-        raise BundleError(f"{path.name} cannot be read as a mask: {error}") from error
+    found = read_image(path)
+    inside = nib.Nifti1Image((found.data > 0.5).astype(np.float32), found.affine)
     return np.asarray(resample_from_to(inside, (grid.shape, grid.affine), order=0).dataobj) > 0.5
 
 

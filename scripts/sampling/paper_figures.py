@@ -102,14 +102,14 @@ class GridRequests(SampleRequests):
         for axis, some in axes.items():
             for cell in some:
                 conditions.from_request(cell, f" in --{axis}")  # warns of values outside the training range
-        base = self.vectors[0]
+        base = self.requested[0]
         pairs = [(row, column) for row in axes["rows"] for column in axes["columns"]]
-        self.vectors = [_with(_with(base, row, conditions, "rows"), col, conditions, "columns") for row, col in pairs]
+        self.requested = [_with(_with(base, row, conditions, "rows"), col, conditions, "columns") for row, col in pairs]
         self.start()
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        """As of `SampleRequests`, with the noise of sample 0 for all."""
-        return {**super().__getitem__(position), "noise": 0}
+    def noise_of(self, index: int) -> int:
+        """That of sample 0 for all."""
+        return 0
 
 
 class GridSaver(SampleSaver):
@@ -211,7 +211,6 @@ def draw_models(models: Any, count: Any, output_dir: str) -> None:
     wanted = whole_number(count, "count", least=1)
     rows = []
     seen: dict[Path, str] = {}
-    axes: dict[str, str] = {}
     for name, path in models.items():
         if path is None or isinstance(path, (Sequence, Mapping)) and not isinstance(path, str):
             raise BundleError(f"--models: {name} must have one folder, got {path}")
@@ -219,13 +218,9 @@ def draw_models(models: Any, count: Any, output_dir: str) -> None:
         if other != str(name):
             logger.warning(f"--models: {other} and {name} are one folder, {path}: their rows show the same volumes")
         folder = VolumeFolder(path, "models")
-        axes[str(name)] = folder.axes
         if len(folder) < wanted:
             raise BundleError(f"--models: {name} has {len(folder)} volumes in {folder.folder}, --count is {wanted}")
         rows.append([strip(folder[i][0, 0].numpy()) for i in range(wanted)])
-    if len(set(axes.values())) > 1:
-        runs = ", ".join(f"those of {name} to {to}" for name, to in axes.items())
-        logger.warning(f"--models: axes run elsewhere ({runs}): heads are drawn as they are stored, mirrored or turned")
     _write(grid_figure(rows, [str(name) for name in models], [""] * wanted), make_folder(output_dir) / "models.png")
 
 

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,12 +18,16 @@ from torch.utils.data import Dataset
 
 from scripts.compute.devices import process_rank, sent
 from scripts.conditions.conditions import Conditions, flags_or_table
+from scripts.core.cells import present, shown
 from scripts.core.config import current_config
 from scripts.core.errors import BundleError
 from scripts.core.options import whole_number
 from scripts.core.verbs import refuse_other_conditions
 
 SEED_LIMIT = 2**31
+SEED = "seed"
+NEAR = 0.78  # from this similarity on, one name may be meant for another
+CODES = 1  # what tells the draw of a row's codes from that of its noise
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +43,10 @@ class SampleRequests(Dataset):
         num_samples: how many volumes share the flags' conditions; None is 1.
         seed: of the whole run; None takes a new one for every run.
         table: path of a table with one volume a row and each condition in a column of either form, instead
-            of the flags.
+            of the flags. A cell that says nothing is the default. A row's `seed` stands for that of the run: its noise
+            is that of the seed's first sample. Other columns are kept.
+
+    A condition with codes, such as sex, that is not stated is drawn from the row's seed.
 
     Raises:
         BundleError: for a bad flag or table, a table together with flags, `num_samples` with a table, or
@@ -55,20 +64,59 @@ class SampleRequests(Dataset):
         if self.fixed_seed is None and process_rank()[1] > 1:
             raise BundleError("several processes sample one run: give --seed, so that they share it")
         rows = flags_or_table(conditions.flags(), table, "num_samples", num_samples)
+        self.conditions = conditions
+        self.own_seeds: list[int | None] = [None] * len(rows)
+        self.about: list[dict[str, str]] = [{} for _ in rows]
         if table is None:
-            self.vectors = [conditions.from_request(rows[0])] * len(rows)
+            self.requested = [conditions.with_unknown_codes(rows[0])] * len(rows)
         else:
-            conditions.columns_in(list(rows[0]), table)
+            conditions.columns_in(rows[0], table)
+            further = further_columns(rows[0], conditions, table)
             if not conditions:
                 refuse_other_conditions(rows[0], current_config(), f"the column {{}} of {table}")
                 logger.warning(f"the model has no conditions: {table} only says that there are {len(rows)} samples")
-            self.vectors = [conditions.from_row(row, f"row {n} of {table}") for n, row in enumerate(rows, start=1)]
+            where = [f" in row {number} of {table}" for number in range(1, len(rows) + 1)]
+            stated = [conditions.in_table(row, said) for row, said in zip(rows, where)]
+            self.requested = [conditions.with_unknown_codes(row, said) for row, said in zip(stated, where)]
+            self.own_seeds = [_seed_of(row, said) for row, said in zip(rows, where)]
+            self.about = [{name: row[name] for name in further if present(row, name)} for row in rows]
         self.start()
 
     def start(self) -> None:
         """Begin a run over all rows: with a new seed, unless one was given."""
         self.seed = secrets.randbelow(SEED_LIMIT) if self.fixed_seed is None else self.fixed_seed
-        self.rows = list(range(len(self.vectors)))
+        self.rows = list(range(len(self.requested)))
+        self.vectors = [self._drawn(index, vector) for index, vector in enumerate(self.requested)]
+
+    def seed_of(self, index: int) -> int:
+        """The seed of a row: its own, where the table has a column `seed`, else that of the run."""
+        own = self.own_seeds[index] if index < len(self.own_seeds) else None
+        return self.seed if own is None else own
+
+    def noise_of(self, index: int) -> int:
+        """The sample of that seed whose noise a row starts from: its own; the first, where it has a seed of its own."""
+        return 0 if index < len(self.own_seeds) and self.own_seeds[index] is not None else index
+
+    def request_of(self, index: int) -> dict[str, Any]:
+        """What a sidecar says of a row besides its seed and conditions."""
+        about = self.about[index] if index < len(self.about) else {}
+        return {
+            **({"request": about} if about else {}),
+            **({"noise_of_index": 0} if self.noise_of(index) != index else {}),
+        }
+
+    def unknown_codes(self) -> list[str]:
+        """Raw names of the conditions, such as sex, that are drawn for some row, since it does not state them."""
+        unknown = torch.stack(self.requested).isnan().any(dim=0).tolist() if self.requested else []
+        return [c.raw for c, drawn in zip(self.conditions, unknown) if drawn]
+
+    def _drawn(self, index: int, vector: Tensor) -> Tensor:
+        """The vector with a code, drawn from the row's seed, in place of each NaN."""
+        if not vector.isnan().any():
+            return vector
+        generator = np.random.default_rng([self.seed_of(index), self.noise_of(index), CODES])
+        drawn = [c.normalise(generator.choice([*c.codes.values()])) if c.codes else math.nan for c in self.conditions]
+        return torch.where(vector.isnan(), torch.tensor(drawn, dtype=vector.dtype), vector)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,7 +127,44 @@ class SampleRequests(Dataset):
         `noise` is the index that the row's starting noise belongs to: its own.
         """
         index = self.rows[position]
-        return {"index": index, "noise": index, "seed": self.seed, "condition": self.vectors[index]}
+        seed, noise = self.seed_of(index), self.noise_of(index)
+        return {"index": index, "noise": noise, "seed": seed, "condition": self.vectors[index]}
+
+
+def _seed_of(row: Mapping[str, Any], where: str) -> int | None:
+    cell = present(row, "seed")
+    try:
+        return whole_number(cell, "seed") if cell else None
+    except BundleError as error:
+        raise BundleError(f"{error}{where}") from error
+
+
+def further_columns(row: Mapping[str, Any], conditions: Conditions, table: str) -> list[str]:
+    """Columns of a table of requests that are no conditions: they are kept in sidecars and in the table of samples.
+
+    Raises:
+        BundleError: for one that is nearly a condition or the seed, or that is a flag of the whole run.
+    """
+    config = current_config()
+    flags = {name for name, value in config.items() if not isinstance(value, (dict, list))} | {"sampler"}
+    known, kept = [*conditions.flags(), SEED], []
+    for column in row:
+        near = difflib.get_close_matches(column.lower(), known, 1, NEAR)
+        if column in known:
+            continue
+        if near:
+            raise BundleError(f"the table {table} has a column '{shown(column)}': did you mean '{near[0]}'? Rename it")
+        if flag := next(iter(difflib.get_close_matches(column.lower(), flags, 1, NEAR)), ""):
+            raise BundleError(
+                f"the table {table} has a column '{shown(column)}', but --{flag} is of the whole run: give it on the "
+                "command line, or rename the column"
+            )
+        kept.append(column)
+    if kept:
+        logger.info(
+            f"columns of {table} that are no conditions are kept in the sidecars: {', '.join(map(shown, kept))}"
+        )
+    return kept
 
 
 def prepare_noise(

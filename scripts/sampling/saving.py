@@ -8,7 +8,7 @@ import gzip
 import json
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ from scripts.core.errors import BundleError
 from scripts.core.files import are_whole, fingerprints, make_folder, write_json
 from scripts.core.option_types import check_disk
 from scripts.core.options import whole_number
+from scripts.core.tables import write_table
 from scripts.sampling.requests import SampleRequests
 from scripts.volumes.grid import Grid
 from scripts.volumes.nifti import DTYPES, mid_planes, write_picture, write_volume
 
 logger = logging.getLogger(__name__)
 
+TABLE = "samples.tsv"
 PACKAGES = ("torch", "monai", "numpy", "nibabel")
 TF32 = "tf32"  # in sidecars of samples from a GPU, of this version on
 ENDINGS, FILES = ("nii.gz", "png"), "files"
@@ -74,6 +76,7 @@ class SampleSaver:
         self.grid = grid
         self.conditions = conditions
         self.writer = BackgroundWriter(write_threads)
+        self.requests: SampleRequests | None = None
         self.facts = {**facts, **precision_facts(torch.device(device)), "dtype": dtype}
         self.facts["grid"] = {"shape": list(grid.shape), "affine": grid.affine.tolist()}
 
@@ -130,7 +133,7 @@ class SampleSaver:
         if not (files[0].exists() and sidecar.exists()):
             return False
         found = _read_sidecar(sidecar)
-        if not _same_sample(found, self._sidecar(seed, index, vector)):
+        if not _same_sample(found, self._sidecar(seed, index, vector), [c.name for c in self.conditions]):
             raise BundleError(
                 f"{sidecar} is of a sample made with other settings: choose another --output_dir or --seed"
             )
@@ -153,6 +156,7 @@ class SampleSaver:
             "seed": seed,
             "index": index,
             **self.facts,
+            **(self.requests.request_of(index) if self.requests else {}),
             "versions": {package: version(package) for package in PACKAGES},
         }
 
@@ -165,11 +169,24 @@ def _read_sidecar(sidecar: Path) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _same_sample(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    compared = (found.keys() | wanted.keys()) - {"versions", FILES}
+def _same_sample(found: Mapping[str, Any], wanted: Mapping[str, Any], names: Sequence[str] = ()) -> bool:
+    """Whether a sidecar is of the wanted sample: by all that decides its voxels, whichever version wrote it.
+
+    Args:
+        found, wanted: sidecars.
+        names: of the conditions, normalised.
+    """
+    found, wanted = _decisive(found, names), _decisive(wanted, names)
+    compared = found.keys() | wanted.keys()
     if not (TF32 in found and TF32 in wanted):
         compared -= {TF32}
     return all(key in found and key in wanted and found[key] == wanted[key] for key in compared)
+
+
+def _decisive(sidecar: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    stated = sidecar.get("conditions")
+    values = {name: stated.get(name) for name in names} if isinstance(stated, Mapping) else None
+    return {**{k: v for k, v in sidecar.items() if k not in ("versions", "request", FILES)}, "conditions": values}
 
 
 def _is_readable(path: Path) -> bool:
@@ -196,9 +213,12 @@ def sample_all(evaluator: Engine, requests: SampleRequests, saver: SampleSaver) 
     requests.start()
     least = len(requests) * LEAST_SHARE * np.prod(saver.grid.shape, dtype=float)
     check_disk(saver.folder, least, "num_samples", len(requests))
-    if requests.fixed_seed is None:
+    saver.requests = requests
+    if requests.fixed_seed is None and None in requests.own_seeds:
         logger.info(f"seed {requests.seed}: give --seed {requests.seed} to sample the same volumes again")
-    done = [i for i in requests.rows if saver.is_done(requests.seed, i, requests.vectors[i])]
+    for raw in requests.unknown_codes():
+        logger.info(f"--{raw} is not given: it is drawn from the seed, for each sample; its sidecar says which")
+    done = [i for i in requests.rows if saver.is_done(requests.seed_of(i), i, requests.vectors[i])]
     if done:
         logger.info(f"{len(done)} of {len(requests)} samples are in {saver.folder} already and are kept")
     rank, processes = process_rank()
@@ -210,6 +230,20 @@ def sample_all(evaluator: Engine, requests: SampleRequests, saver: SampleSaver) 
             evaluator.run()
         finally:
             saver.finish()
+    if any(requests.about):
+        _write_table(requests, saver)
+
+
+def _write_table(requests: SampleRequests, saver: SampleSaver) -> None:
+    """The table of samples that were asked for by a table with more than conditions, written by the first process."""
+    if process_rank()[0] != 0:
+        return
+    rows = []
+    for index, (vector, about) in enumerate(zip(requests.vectors, requests.about, strict=True)):
+        seed, stated = requests.seed_of(index), saver.conditions.in_both_units(vector)
+        path = Path(f"{saver.stem(seed, index)}.nii.gz").name
+        rows.append({"path": path, "seed": seed, **{c.raw: stated[c.raw] for c in saver.conditions}, **about})
+    write_table(saver.folder / TABLE, rows)
 
 
 def loader(requests: SampleRequests, batch_size: Any) -> DataLoader:

@@ -21,11 +21,11 @@ from scripts.core.correlation import pearson
 from scripts.core.paths import ROOT
 from scripts.core.programs import errors_in_one_line
 from scripts.core.tables import write_table
-from scripts.measuring.measured import grid_of
 from scripts.measuring.segmenter import Segmenter, brain_volumes, load_segmenter, summarised
 from scripts.measuring.segmenter_training import LOOKS, LoadSharesd, labelled_participants, random_contrast, targets_of
 from scripts.volumes.datasets import split
 from scripts.volumes.grid import Grid
+from scripts.volumes.placing import place_of, world_grid
 
 QUANTITIES = {
     "ventricles": "ventricular_vol_mm3",
@@ -43,7 +43,7 @@ def measured(row: dict[str, Any], index: int, segmenter: Segmenter) -> dict[str,
         index: from which its random contrast follows.
         segmenter: what measures.
     """
-    grid = grid_of(Path(row["image"]))
+    grid = world_grid(place_of(row["image"]), row["image"])
     paths: dict[Hashable, Any] = {name: row[name] for name in ("image", "labels")}
     item = LoadSharesd(grid, segmenter.spacing)(paths)
     shares = item["shares"].float()

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,20 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.transforms import MapTransform, SpatialResample
+from monai.transforms import MapTransform
 from torch import Tensor
 
 from scripts.compute.processes import rank, world_size
 from scripts.conditions.conditions import Conditions
+from scripts.core.cells import present
 from scripts.core.errors import BundleError
+from scripts.core.files import looks_there
 from scripts.core.options import probability
 from scripts.core.tables import MISSING, read_table
 from scripts.volumes.grid import Grid
-from scripts.volumes.nifti import check_header, read_volume
+from scripts.volumes.placing import check_place, read_on_grid
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +53,7 @@ def participants(folder: str, conditions: Conditions, missing: str = "error") ->
     """
     folder = str(folder)
     table = Path(folder) / TABLE
-    if not table.is_file():
+    if not looks_there(table):
         raise BundleError(f"there is no {table}: prepare a dataset first (configs/prepare.yaml), or give its folder")
     rows = read_table(table, required=("participant_id", "path"))
     path, count = Counter(row["path"] for row in rows).most_common(1)[0]
@@ -67,7 +65,7 @@ def participants(folder: str, conditions: Conditions, missing: str = "error") ->
 
 def _volume(table: Path, row: Mapping[str, str]) -> str:
     path = table.parent / row["path"]
-    if not path.is_file():
+    if not looks_there(path):
         where = f"participant {row['participant_id']} in {table}"
         raise BundleError(f"{where} has the path {row['path']}, but there is no such file")
     return str(path)
@@ -82,7 +80,7 @@ def with_conditions(
         BundleError: if a condition is missing or malformed.
     """
     try:
-        conditions.columns_in(list(rows[0]), str(table))
+        conditions.columns_in(rows[0], str(table))
     except BundleError as error:
         logger.warning(f"{error}: it is unknown for everybody")
     found = [_with_condition(row, conditions, missing, table) for row in rows]
@@ -98,8 +96,7 @@ def _with_condition(row: dict[str, str], conditions: Conditions, missing: str, t
 
 
 def _split(row: Mapping[str, str]) -> str:
-    word = row.get("split", MISSING)
-    return "" if word == MISSING else word
+    return present(row, "split")
 
 
 def _warn_outside(found: Sequence[Mapping[str, Any]], conditions: Conditions, table: Path) -> None:
@@ -122,11 +119,11 @@ def check_headers(rows: Sequence[Mapping[str, Any]], grid: Grid, resample: bool 
         grid, resample: as `LoadVolumed` takes them.
 
     Raises:
-        BundleError: for the first scan that is unreadable, or not of the grid's shape and not to be resampled.
+        BundleError: for the first scan that is unreadable, or elsewhere than the grid and not to be resampled.
     """
     own = [row["image"] for row in rows[rank() :: world_size()]]
     with ThreadPoolExecutor(READERS) as readers:  # on a network's disks, reading a header is waiting
-        list(readers.map(partial(check_header, shape=None if resample else grid.shape), own))
+        list(readers.map(partial(check_place, grid=grid, resample=resample), own))
 
 
 def split(
@@ -195,9 +192,9 @@ class LoadVolumed(MapTransform):
 
     Args:
         keys: entries that hold paths.
-        grid: where the voxels must lie.
-        resample: whether to bring volumes of other grids onto it (trilinear), as the tiny overlay does;
-            otherwise another shape is an error.
+        grid: where the voxels must lie; a permutation or flip of a volume's axes is undone.
+        resample: whether to bring volumes from elsewhere onto it (trilinear), as the tiny overlay does; otherwise they
+            are an error.
 
     Raises:
         BundleError: when called, if a file is unreadable, not finite, or not on the grid.
@@ -216,8 +213,7 @@ class LoadVolumed(MapTransform):
         return loaded
 
     def _load(self, path: str) -> Tensor:
-        array = read_on_grid(path, self.grid) if self.resample else read_volume(path, self.grid.shape)
-        volume = torch.from_numpy(array)[None]
+        volume = torch.from_numpy(read_on_grid(path, self.grid, self.resample))[None]
         low, high = volume.min().item(), volume.max().item()
         if low < LEAST or high > MOST:
             raise BundleError(
@@ -225,25 +221,6 @@ class LoadVolumed(MapTransform):
                 "(configs/prepare.yaml)"
             )
         return volume
-
-
-def read_on_grid(path: str | os.PathLike, grid: Grid, mode: str = "bilinear") -> np.ndarray:
-    """A volume (X, Y, Z) on the grid, float32: as it is stored if it lies there already, else resampled.
-
-    Args:
-        path: a NIfTI or MGH file.
-        grid: where its voxels shall lie.
-        mode: of interpolation: `bilinear` (trilinear, that is), or `nearest` for labels.
-
-    Raises:
-        BundleError: as `scripts.volumes.nifti.read_volume`.
-    """
-    volume, affine = read_volume(path), nib.load(path).affine  # type: ignore[attr-defined]
-    if volume.shape == grid.shape and np.allclose(affine, grid.affine, atol=1e-3):
-        return volume
-    image = MetaTensor(torch.from_numpy(volume)[None], affine=affine)
-    onto = SpatialResample(mode=mode, padding_mode="zeros")
-    return onto(image, dst_affine=grid.affine, spatial_size=grid.shape).as_tensor()[0].numpy()
 
 
 class RandFillMissingd(MapTransform):

@@ -76,7 +76,7 @@ class Structures:
 def reference_intracranial_mm3() -> float:
     """Intracranial volume of the reference head in mm3: the brain mask of the template in models/template/."""
     mask = nib.load(BRAIN)
-    voxel = float(np.prod(mask.header.get_zooms()[:3]))  # type: ignore[attr-defined]
+    voxel = float(np.prod(np.linalg.norm(mask.affine[:3, :3], axis=0)))  # type: ignore[attr-defined]
     return voxel * float((np.asanyarray(mask.dataobj) > 0).sum())  # type: ignore[attr-defined]
 
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
 import numpy as np
 
+from scripts.core.cells import read_number, shown
 from scripts.core.errors import BundleError
 from scripts.core.tables import read_table
 from scripts.volumes.head_size import Structures
-from scripts.volumes.nifti import UNREADABLE
+from scripts.volumes.reading import read_codes
+from scripts.volumes.scans import without_suffix
 
 LABELS = {
     "outside": 0,
@@ -64,15 +64,8 @@ def label_volumes(path: Path) -> Structures:
     Raises:
         BundleError: if it cannot be read, does not hold whole numbers, or has no ventricle or no brain.
     """
-    try:
-        image: Any = nib.load(path)
-        codes = np.asanyarray(image.dataobj)
-        voxel = float(np.prod(image.header.get_zooms()[:3]))
-    except UNREADABLE as error:
-        raise BundleError(f"cannot read the label map {path}: it is damaged, cut short or no image") from error
-    if not np.isfinite(codes).all() or (codes != np.rint(codes)).any():
-        raise BundleError(f"{path} is no label map: it holds other values than whole numbers")
-    found = counted_structures(codes, voxel)
+    codes, affine = read_codes(path)
+    found = counted_structures(codes, float(np.prod(np.linalg.norm(affine[:3, :3], axis=0))))
     for name, volume in (("ventricular_vol", found.ventricles), ("brain_vol", found.brain)):
         if not volume:
             raise BundleError(f"{path} has no label of {name}: codes of FreeSurfer or SynthSeg are expected")
@@ -123,12 +116,12 @@ def read_synthseg(path: Path) -> dict[str, Structures]:
 
 
 def _structures(row: Mapping[str, str], where: str) -> Structures:
-    try:
-        volumes = {name.lower(): float(value) for name, value in row.items() if value}
-    except ValueError as error:
-        raise BundleError(f"a volume of {where} is no number: {error}") from error
-    if not np.isfinite(list(volumes.values())).all():
-        raise BundleError(f"a volume of {where} is NaN or infinite")
+    volumes: dict[str, float] = {}
+    for name, cell in row.items():
+        number = read_number(cell)
+        if number.value is None and cell:
+            raise BundleError(f"a volume of {where} is no number: '{shown(cell)}' in the column '{name}'")
+        volumes |= {} if number.value is None else {name.lower(): number.value}
     left_out = (*FLUID_COLUMNS, INTRACRANIAL)
     brain = sum(v for name, v in volumes.items() if name not in left_out and not CORTEX_PARCEL.match(name))
     ventricles = sum(volumes[name] for name in VENTRICLE_COLUMNS)
@@ -138,7 +131,7 @@ def _structures(row: Mapping[str, str], where: str) -> Structures:
 
 def stem(path: Path) -> str:
     """The name of a file without its folder, `.nii`, `.nii.gz`, `.mgz` or `.mgh`."""
-    return re.sub(r"\.(nii\.gz|nii|mgz|mgh)$", "", path.name)
+    return without_suffix(path.name)
 
 
 def by_stem(paths: Iterable[Path], flag: str) -> dict[str, Path]:

@@ -5,25 +5,21 @@
 from __future__ import annotations
 
 import os
-import zlib
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from PIL import Image
 
 from scripts.core.errors import BundleError
 from scripts.core.files import replacing
 from scripts.volumes.grid import Grid
+from scripts.volumes.reading import read_image
 
 SPACE = "MNI152"
 
 MNI152 = 4
 INTEGER_DTYPES = ("uint8", "uint16", "int16")
 DTYPES = (*INTEGER_DTYPES, "float32")
-UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, TypeError, OverflowError, zlib.error)
 
 
 def write_volume(path: str | os.PathLike, volume: np.ndarray, grid: Grid, dtype: str = "uint8") -> None:
@@ -91,53 +87,19 @@ def _slope(top: int) -> np.float32:
 
 
 def read_volume(path: str | os.PathLike, shape: tuple[int, int, int] | None = None) -> np.ndarray:
-    """The intensities of a 3D volume as float32.
+    """The intensities of a volume (X, Y, Z) as float32, its axes as they are stored, wherever it lies.
 
     Args:
         path: a NIfTI or MGH file.
         shape: what its shape must be; None takes any.
 
     Raises:
-        BundleError: if the file is missing, unreadable, cut short, complex or coloured, not 3D, of another
-            shape, or holds NaN.
+        BundleError: as `scripts.volumes.reading.read_image`, or for another shape.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise BundleError(f"there is no volume at {path}")
-    try:
-        stored = np.asanyarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
-        volume = stored.astype(np.float32, casting="same_kind")
-    except UNREADABLE as error:
-        raise BundleError(f"cannot read the volume {path}: it is damaged, cut short or no image ({error})") from error
-    _check_shape(path, volume.shape, shape)
-    if not np.isfinite(volume).all():
-        raise BundleError(f"the volume {path} holds NaN or infinite values: prepare the scan again")
+    volume = read_image(path).data
+    if shape is not None and volume.shape != tuple(shape):
+        raise BundleError(f"the volume {path} has shape {volume.shape}, not {tuple(shape)}: prepare the scan first")
     return volume
-
-
-def check_header(path: str | os.PathLike, shape: tuple[int, int, int] | None = None) -> None:
-    """Refuse a volume by its header alone, without reading its voxels.
-
-    Args:
-        path, shape: as `read_volume`.
-
-    Raises:
-        BundleError: if the file is missing, has no header that can be read, or another shape.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise BundleError(f"there is no volume at {path}")
-    try:
-        found = nib.load(path).shape  # type: ignore[attr-defined]
-    except UNREADABLE as error:
-        raise BundleError(f"cannot read the volume {path}: it is damaged, cut short or no image ({error})") from error
-    _check_shape(path, found, shape)
-
-
-def _check_shape(path: Path, found: tuple[int, ...], shape: tuple[int, int, int] | None) -> None:
-    if len(found) != 3 or (shape is not None and found != tuple(shape)):
-        wanted = "3D" if shape is None else str(tuple(shape))
-        raise BundleError(f"the volume {path} has shape {found}, not {wanted}: prepare the scan first")
 
 
 def mid_planes(volume: np.ndarray, height: int = 256) -> np.ndarray:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,7 +22,10 @@ from scripts.core.errors import BundleError
 from scripts.core.files import make_folder, replacing, write_json
 from scripts.core.inputs import Input
 from scripts.evaluation.measures import check_entries
+from scripts.networks.weights import check_values, check_zip
 from scripts.volumes.folders import VolumeFolder
+
+logger = logging.getLogger(__name__)
 
 Extractor = Callable[[torch.Tensor], torch.Tensor]
 
@@ -138,7 +142,8 @@ class FeatureSet:
             cache = make_folder(self._cache(name))
             items = enumerate(cache / f"{digest}.npy" for digest in self.hashes)
             label, compute = f"{name} features of {self.folder.flag}", partial(self._compute, name)
-            complete(label, items, _is_there, compute, alone=alone)
+            known = partial(_is_there, self.networks.chosen[name].dimension)
+            complete(label, items, known, compute, alone=alone)
 
     def _cache(self, name: str) -> Path:
         facts = json.dumps(self.networks.chosen[name].facts(), sort_keys=True)
@@ -160,27 +165,28 @@ class FeatureSet:
         """(volumes, dimension) float64: the features by one network, which are computed if need be.
 
         Raises:
-            BundleError: as `extract`, or if a file of features is damaged.
+            BundleError: as `extract`.
         """
-        cache = self._cache(name)
+        cache, dimension = self._cache(name), self.networks.chosen[name].dimension
         files = [cache / f"{digest}.npy" for digest in self.hashes]
-        if not all(file.is_file() for file in files):
+        if not all(_is_there(dimension, (0, file)) for file in files):
             self.extract(alone=True)
-        return np.stack([_read(file, self.networks.chosen[name].dimension) for file in files])
+        return np.stack([np.load(file, allow_pickle=False) for file in files])
 
 
-def _is_there(item: tuple[int, Path]) -> bool:
-    return item[1].is_file()
-
-
-def _read(path: Path, dimension: int) -> np.ndarray:
+def _is_there(dimension: int, item: tuple[int, Path]) -> bool:
+    """Whether features are kept in a file; damaged ones are not, and are made again."""
+    path = item[1]
+    if not path.is_file():
+        return False
     try:
         features = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise BundleError(f"the features in {path} are damaged: remove the file ({error})") from error
-    if features.shape != (dimension,):
-        raise BundleError(f"the features in {path} have shape {features.shape}, not ({dimension},): remove the file")
-    return features
+        usable = features.shape == (dimension,) and features.dtype.kind == "f" and bool(np.isfinite(features).all())
+    except (OSError, ValueError, EOFError):
+        usable = False
+    if not usable:
+        logger.warning(f"the features in {path} are damaged, and are made again")
+    return usable
 
 
 def read_weights(path: str | os.PathLike, what: str, source: str) -> dict[str, torch.Tensor]:
@@ -197,6 +203,7 @@ def read_weights(path: str | os.PathLike, what: str, source: str) -> dict[str, t
     path = Path(str(path))
     if not path.is_file():
         raise BundleError(f"there are no weights of {what} at {path}: {source}")
+    check_zip(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -205,6 +212,7 @@ def read_weights(path: str | os.PathLike, what: str, source: str) -> dict[str, t
     tensors = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise BundleError(f"{path} holds no weights of {what}: {source}")
+    check_values(path, tensors)
     return tensors
 
 
