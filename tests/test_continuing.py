@@ -129,10 +129,14 @@ def test_a_sampling_keeps_what_is_there_and_makes_what_lacks(run: Run, old: Path
 @pytest.mark.skipif(version("monai") != MONAI, reason="MONAI's own metrics are another version's")
 def test_an_evaluation_measures_nothing_again(run: Run, old: Path, tmp_path: Path) -> None:
     kept = old / "evaluation" / "values", old / "evaluation" / "features"
-    before = state(*kept)
+    before, values = state(*kept), (kept[0] / "rank-0.tsv").read_text()
     folders = {f"{name}_dir": str(old / "dataset") for name in ("real", "reconstruct")}
     where = {"value_dir": str(kept[0]), "feature_dir": str(kept[1]), "output_dir": str(tmp_path / "report")}
     networks = {**weights(old), "brain_age_path": str(old / "brain_age.pt")}
     run("configs/evaluate.yaml", synthetic_dir=str(old / "samples"), **folders, **where, **networks)
-    assert len(before) == 6 and state(*kept) == before
+    now, found = state(*kept), (kept[0] / "rank-0.tsv").read_text()
+    changed = [path for path in before if now[path] != before[path]]
+    assert len(before) == len(now) == 6 and changed in ([], [kept[0] / "rank-0.tsv"])
+    added = found.removeprefix(values).splitlines()  # regions of real heads, which 2.0.0 did not measure
+    assert found.startswith(values) and all(line.startswith("structures-") for line in added)
     assert (tmp_path / "report" / "evaluation.html").is_file()
