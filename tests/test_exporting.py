@@ -107,7 +107,7 @@ def test_exports_that_do_not_fit(
     shutil.copytree(bundle / "exported", tmp_path / "exported")
     if change:
         (tmp_path / "exported" / change).unlink()
-    given = {"bundle_root": str(bundle), "export_dir": str(tmp_path / "exported"), "output_dir": str(tmp_path), **flags}
+    given = {"bundle_root": str(bundle), "export_dir": str(tmp_path / "exported"), "output_dir": str(tmp_path / "out"), **flags}
     with pytest.raises(Exception) as caught:
         run_here([BASE, TINY, EXPORTED], **given)
     assert told in str(find_bundle_error(caught.value))
@@ -126,7 +126,7 @@ def test_unknown_format(bundle: Path, run_here: RunHere, tmp_path: Path) -> None
     with pytest.raises(Exception) as caught:
         run_here([BASE, TINY, EXPORT], bundle_root=str(bundle), export_dir=str(tmp_path), formats="ts", **SMALL)
     assert "--formats must be among onnx, pt2, got 'ts'" in str(find_bundle_error(caught.value))
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("[!.]*")) == []
 
 
 def test_monais_own_command_exports_the_decoder(bundle: Path, tmp_path: Path) -> None:
