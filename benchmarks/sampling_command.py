@@ -47,7 +47,7 @@ class SamplingCommand:
             path.unlink()
         command = self._original(output, steps) if way == "original" else self._ours(way, output, steps)
         found = run(command, output)
-        volume = torch.from_numpy(read_volume(next(output.glob("*.nii.gz"))))
+        volume = torch.from_numpy(read_volume(next(output.glob("*.nii.gz")))).clamp(0.0, 1.0)  # as ours are written
         peak = round(found["peak_gib"] * GIB)
         return Measured(found["seconds"], found["cpu_seconds"], peak, peak, volume)
 
@@ -65,6 +65,7 @@ class SamplingCommand:
             "autoencoder_path": self.folder / WEIGHTS["autoencoder_def"],
             "diffusion_path": self.folder / WEIGHTS["network_def"],
             "load_old": 1,
+            "gender": 0.5,  # as the original has all its conditions; it would be drawn
             "sampler": "ddim",
             "num_inference_steps": common.pop("steps"),
             "output_dir": output,

@@ -98,18 +98,25 @@ def run_command() -> RunBundle:
 def run_here() -> RunHere:
     """`run_here(configs, **overrides)` runs the merged configs in this process and returns MONAI's workflow.
 
-    It raises what the command line would show; `scripts.core.errors.find_bundle_error` finds the line in it.
+    It raises what the command line would show; `scripts.core.errors.find_bundle_error` finds the line in it. What a
+    command's process does as it ends, a run that fails does here: it lets go of its folders.
     """
     from monai.bundle import create_workflow
+
+    from scripts.compute.ownership import release_all
 
     def run(configs: Sequence[str | Path], **overrides: Any) -> Any:
         files = [str(ROOT / config) for config in configs]
         flags = {"bundle_root": str(ROOT), "device": "cpu", **overrides}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "parsing config_file")  # MONAI: whoever writes a config may run code
-            workflow = create_workflow(config_file=files, workflow_type="inference", logging_file=False, **flags)
-        workflow.run()
-        workflow.finalize()
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "parsing config_file")  # MONAI: whoever writes a config may run code
+                workflow = create_workflow(config_file=files, workflow_type="inference", logging_file=False, **flags)
+            workflow.run()
+            workflow.finalize()
+        except BaseException:
+            release_all()
+            raise
         return workflow
 
     return run

@@ -19,7 +19,7 @@ from scripts.training.ema import ExponentialMovingAverage
 from scripts.training.optimisation import Optimisation
 from scripts.training.step import TrainingStep
 
-ENGINE: Any = SimpleNamespace(state=SimpleNamespace(device=torch.device("cpu"), epoch=1))
+ENGINE: Any = SimpleNamespace(state=SimpleNamespace(device=torch.device("cpu"), epoch=1, iteration=1))
 
 
 class Stage:

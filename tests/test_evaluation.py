@@ -435,7 +435,7 @@ def wider(path: Path) -> None:
 
 
 def moved(path: Path) -> None:
-    affine = LAS
+    affine = LAS.copy()
     affine[2, 3] = 40.0
     nib.save(nib.Nifti1Image(volume(9), affine), path)
 

@@ -200,14 +200,29 @@ def test_what_is_not_defined_or_not_measured_says_why(tmp_path: Path) -> None:
 
 def test_warnings_about_folders_are_in_the_report(tmp_path: Path) -> None:
     synthetic, real = folder_of(tmp_path / "synthetic", 1, 2), folder_of(tmp_path / "real", 3, 4)
-    for path in real.glob("*.nii.gz"):
-        nib.save(nib.Nifti1Image(volume(5), np.diag([-1, 1, 1, 1])), path)
+    flipped = np.diag([1.0, 1.0, 1.0, 1.0])
+    flipped[0, 3] = 1 - volume(3).shape[0]  # to the right from where the others end: the same place
+    for seed in (3, 4):
+        nib.save(nib.Nifti1Image(volume(seed)[::-1], flipped), real / f"volume_{seed}.nii.gz")
     (real / "participants.tsv").write_text("path\nvolume_3.nii.gz\nvolume_4.nii.gz\n")
     save(real / "more.nii.gz", volume(6))
     run_here(tmp_path / "output", synthetic_dir=str(synthetic), real_dir=str(real))
-    warnings = json.loads((tmp_path / "output" / "evaluation.json").read_text())["warnings"]
+    report = json.loads((tmp_path / "output" / "evaluation.json").read_text())
+    warnings = report["warnings"]
     assert [text for text in warnings if "has no row for 1 of the volumes" in text and "more.nii.gz" in text]
-    assert [text for text in warnings if "run to LAS" in text and "to RAS" in text]
+    (told,) = (text for text in warnings if "axes in another order or direction" in text)
+    assert "2 of 2 volumes of --real_dir" in told and "volume_3.nii.gz the first: they are turned" in told
+    turned = VolumeFolder(real, "real_dir")
+    assert all(np.array_equal(turned[i][0, 0].numpy(), volume(seed)) for i, seed in enumerate((3, 4)))
+    assert report["measures"]["real_pairs"]["real_dir"]["turned_or_resampled_volumes"] == 2
+
+
+def test_a_folder_whose_volumes_lie_elsewhere_is_refused_by_name(tmp_path: Path) -> None:
+    synthetic, real = folder_of(tmp_path / "synthetic", 1), tmp_path / "real"
+    real.mkdir()
+    nib.save(nib.Nifti1Image(volume(3), np.diag([1.0, 1.0, 1.0, 1.0])), real / "a.nii.gz")
+    with pytest.raises(BundleError, match="real/a.nii.gz lies elsewhere than .*volume_1.nii.gz: .*--resample_volumes"):
+        VolumeFolder(synthetic, "synthetic_dir").check_same_grid(VolumeFolder(real, "real_dir"))
 
 
 def test_label_maps_that_a_table_names_are_no_left_out_volumes(

@@ -107,7 +107,8 @@ def test_exports_that_do_not_fit(
     shutil.copytree(bundle / "exported", tmp_path / "exported")
     if change:
         (tmp_path / "exported" / change).unlink()
-    given = {"bundle_root": str(bundle), "export_dir": str(tmp_path / "exported"), "output_dir": str(tmp_path / "out"), **flags}
+    folders = {"export_dir": str(tmp_path / "exported"), "output_dir": str(tmp_path / "out")}
+    given = {"bundle_root": str(bundle), **folders, **flags}
     with pytest.raises(Exception) as caught:
         run_here([BASE, TINY, EXPORTED], **given)
     assert told in str(find_bundle_error(caught.value))

@@ -68,7 +68,8 @@ def test_a_table_is_sampled_on_the_command_line(
 def test_one_seed_is_one_volume_whatever_the_batch(run_here: RunHere, overlay: Path, tmp_path: Path) -> None:
     for size in (1, 2, 3):
         where = str(tmp_path / str(size))
-        run_here([BASE, overlay, TINY], seed=4, num_samples=3, batch_size=size, output_dir=where)
+        flags: dict[str, Any] = {"seed": 4, "num_samples": 3, "output_dir": where, "families::blobs::contrast": 0.7}
+        run_here([BASE, overlay, TINY], batch_size=size, **flags)
     one, two, three = (volumes(tmp_path / str(size)) for size in (1, 2, 3))
     assert len(one) == 3 and one.keys() == two.keys() == three.keys()
     assert all(np.array_equal(one[name], two[name]) and np.array_equal(one[name], three[name]) for name in one)
@@ -95,8 +96,8 @@ def test_figures_and_side_by_side(run_here: RunHere, overlay: Path, tmp_path: Pa
     dark, bright = volumes(tmp_path / "grid").values()
     assert (tmp_path / "grid" / "volumes.png").is_file() and bright.mean() > dark.mean() + 30
     models = {"blobs": str(tmp_path / "grid"), "again": str(tmp_path / "grid")}
-    run_here([BASE, "configs/side_by_side.yaml", TINY], models=models, count=2, output_dir=str(tmp_path))
-    assert (tmp_path / "models.png").is_file()
+    run_here([BASE, "configs/side_by_side.yaml", TINY], models=models, count=2, output_dir=str(tmp_path / "side"))
+    assert (tmp_path / "side" / "models.png").is_file()
 
 
 def test_figures_of_a_training(overlay: Path, tmp_path: Path) -> None:
@@ -162,7 +163,8 @@ def test_weights_of_another_family_are_refused(run_here: RunHere, bundle_copy: P
     assert told.endswith("blobs.pt is of the family blobs, not latent_diffusion: give --family blobs")
     run_here([BASE, TINY], **flags, seed=1, diffusion_path=str(tmp_path / "latent_diffusion.pt"))
     (stated_facts,) = sidecars(tmp_path / "samples")
-    assert list(stated_facts) == [  # what samples of versions before stated: another entry, and they would be refused
+    assert list(stated_facts) == [  # what samples of versions before stated, and the hashes: with any other entry,
+        # those would be refused
         *("conditions", "seed", "index", "sampler", "eta", "num_inference_steps", "guidance", "target", "schedule"),
-        *("amp", "decoder_amp", "fast", "latent_scale", "weights", "grid", "dtype", "versions"),
+        *("amp", "decoder_amp", "fast", "latent_scale", "weights", "dtype", "grid", "versions", "files"),
     ]

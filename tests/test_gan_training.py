@@ -137,8 +137,9 @@ def test_samples_are_drawn_and_evaluated_as_any_others(done: Baselines, tmp_path
     done.run_here([BASE, "configs/evaluate.yaml", TINY], synthetic_dir=folders, **where)
     rows = read_table(tmp_path / "evaluation" / "table_1.tsv")
     assert [row["model"] for row in rows][:2] == list(FAMILIES) and all(float(row["MS-SSIM"]) > 0 for row in rows[:2])
-    done.run_here([BASE, "configs/side_by_side.yaml", TINY], models=folders, count=2, output_dir=str(tmp_path))
-    assert (tmp_path / "models.png").is_file()
+    beside = tmp_path / "side"
+    done.run_here([BASE, "configs/side_by_side.yaml", TINY], models=folders, count=2, output_dir=str(beside))
+    assert (beside / "models.png").is_file()
     cells = {"rows": [{}], "columns": [{}, {}], "figure": "same"}
     done.sample("lsgan", tmp_path / "grid", "configs/figures.yaml", **cells)
     first, second = volumes(tmp_path / "grid").values()
@@ -241,7 +242,7 @@ def test_what_cannot_be_sampled(done: Baselines, trained_folder: Path, tmp_path:
         ({"family": "vaegan"}, "--family must be one of lsgan, vae_gan, got 'vaegan': did you mean vae_gan?"),
         ({"family": "latent_diffusion"}, "--family must be one of lsgan, vae_gan"),
         ({"r1": -1}, "--r1 must be at least 0"),
-        ({"balance": "x"}, "--balance must be a finite number"),
+        ({"balance": "x"}, "--balance must be from 0 to 1, got 'x'"),
         ({"shift": -1}, "--shift must be at least 0"),
         ({"discriminator_lr": 0}, "--discriminator_lr must be above 0"),
         ({"generator_channels": [16, 8, 8, 8, 8, 8, 8]}, "multiples of 64"),

@@ -171,19 +171,23 @@ def test_names_are_no_formulae_and_a_folder_given_twice_is_told(
     run_here([BASE, SIDE, TINY], models=names, count=1, output_dir=str(tmp_path / "out"))
     assert (tmp_path / "out" / "models.png").is_file()
     assert [text for text in caplog.messages if r"<b>$\frac$ and again are one folder" in text]
-    assert not [text for text in caplog.messages if "axes run elsewhere" in text]
+    assert not [text for text in caplog.messages if "axes in another order" in text]
 
 
-def test_models_whose_axes_run_elsewhere_are_told(
+def test_models_whose_axes_run_elsewhere_are_turned_and_told(
     run_here: RunHere, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name, side in (("a", 1.0), ("b", -1.0)):
+    volume = np.random.default_rng(1).random((16, 18, 20), np.float32)
+    for name, data, side in (("to the left", volume, -1.0), ("to the right", volume[::-1], 1.0)):
         (tmp_path / name).mkdir()
-        image = nib.Nifti1Image(np.zeros((8, 9, 10), np.float32), np.diag([side, 1.0, 1.0, 1.0]))
-        nib.save(image, tmp_path / name / "x.nii")
-    models = {name: str(tmp_path / name) for name in ("a", "b")}
-    run_here([BASE, SIDE, TINY], models=models, count=1, output_dir=str(tmp_path / "out"))
-    assert "axes run elsewhere (those of a to RAS, those of b to LAS)" in caplog.text
+        nib.save(nib.Nifti1Image(data, np.diag([side, 1.0, 1.0, 1.0])), tmp_path / name / "x.nii")
+        models = {"model": str(tmp_path / name)}
+        assert "axes in another order" not in caplog.text
+        run_here([BASE, SIDE, TINY], models=models, count=1, output_dir=str(tmp_path / f"{name} out"))
+    assert "1 of 1 volumes of --models have axes in another order" in caplog.text
+    assert f"{tmp_path / 'to the right' / 'x.nii'} the first: they are turned" in caplog.text
+    drawn, turned = (pixels(tmp_path / f"{name} out" / "models.png") for name in ("to the left", "to the right"))
+    assert drawn.std() > 10 and np.array_equal(drawn, turned)
 
 
 def test_size_follows_the_number_of_cells() -> None:

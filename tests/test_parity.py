@@ -140,7 +140,7 @@ def test_ddim_trajectory_and_decoding_are_the_originals(
     assert len(family.sampler.timesteps) == 50
     assert relative_difference(sampled, latent) < BOUND
     assert relative_difference(family.decode(sampled), image) < BOUND
-    monkeypatch.setattr(family, "sample_latent", lambda *_: sampled)
+    monkeypatch.setattr(family, "sample_clean", lambda *_: sampled)
     assert torch.equal(family.sample(noise, condition, []), family.decode(sampled))
 
 

@@ -97,7 +97,7 @@ def measured(tmp_path: Path, synthetic: np.ndarray, real: np.ndarray) -> Regions
         (tmp_path / flag).mkdir()
         for number, one in enumerate(people / MEANS / 2):
             head = np.zeros(grid.shape, np.float32)
-            head[0, 0, : len(one)] = one
+            head[:, 0, : len(one)] = one
             write_volume(tmp_path / flag / f"{number}.nii.gz", head, grid, "float32")
         folders.append(Of(VolumeFolder(str(tmp_path / flag), flag)))
     counted: Any = Counted

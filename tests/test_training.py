@@ -250,7 +250,7 @@ def test_scan_that_is_damaged_is_named_during_training(workers: int, work: Pipel
     path = work.dataset / "sub-1" / "anat" / "sub-1_T1w.nii.gz"
     path.write_bytes(path.read_bytes()[:5000])
     told = refused(work.train_autoencoder, run_dir=str(work.folder / "other"), num_workers=workers)
-    assert f"cannot read the volume {path}" in told and "\n" not in told
+    assert f"{path} cannot be read: it is truncated or damaged" in told and "\n" not in told
     assert list((work.folder / "other").glob("*.pt")) == []
 
 
@@ -262,7 +262,7 @@ def test_bad_scan_is_refused_before_the_first_step(work: Pipeline, grid: Grid) -
     told = refused(work.train_autoencoder, run_dir=where, resample_to_grid=False)
     assert f"the volume {path} has shape (40, 56, 40), not (32, 48, 32)" in told
     path.write_bytes(b"no volume")
-    assert f"cannot read the volume {path}" in refused(work.train_autoencoder, run_dir=where)
+    assert f"{path} cannot be read: it is neither NIfTI nor MGH" in refused(work.train_autoencoder, run_dir=where)
     assert not Path(where).exists()
 
 

@@ -38,7 +38,7 @@ def release_weights(network: nn.Module, checkpoint: Checkpoint, load_old: Any = 
         return
     forget_derived(network)
     if checkpoint.mapped and _is_the_same_file(checkpoint):
-        state, facts = read_state(checkpoint.path, "diffusion", logger.debug)
+        state, facts = read_state(checkpoint.path, "diffusion", logger.debug, check=False)  # it was when it was read
         load_network(network, Checkpoint(checkpoint.path, state, facts), load_old, take=True)
     return_free_memory()
 
