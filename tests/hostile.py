@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from scripts.compute.ownership import release_all  # noqa: E402
 from scripts.core.command_help import option_names  # noqa: E402
 from scripts.core.errors import explain  # noqa: E402
 from scripts.core.option_types import OPTIONS, OptionType  # noqa: E402
@@ -136,7 +137,6 @@ EVALUATION = {"synthetic_dir": "{0}/samples", "real_dir": "{0}/dataset", "output
 READERS: dict[str, list[tuple[str, Mapping[str, Any]]]] = {
     "samples/sample_seed-1_000000.nii.gz": [("sample", SAMPLING), ("evaluate", EVALUATION)],
     "samples/sample_seed-1_000000.json": [("sample", SAMPLING), ("evaluate", EVALUATION)],
-    "samples/sample_seed-1_000000.png": [("sample", SAMPLING)],
     "autoencoder/autoencoder.pt": [("sample", SAMPLING), ("encode_latents", ENCODING)],
     "diffusion/diffusion.pt": [("sample", SAMPLING)],
     "dataset/participants.tsv": [("encode_latents", ENCODING), ("evaluate", EVALUATION)],
@@ -217,6 +217,8 @@ def run(case: Case, folder: Path) -> Outcome:
             workflow.finalize()
     except Exception as error:
         line = explain(error)  # type: ignore[assignment]
+    finally:
+        release_all()  # as the end of a process does
     after = _state(folder)
     lost = [n for n, one in before.items() if after.get(n) != one and not str(folder / n).startswith(tuple(written))]
     return Outcome(line, tuple(lost))

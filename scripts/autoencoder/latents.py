@@ -19,7 +19,6 @@ A folder of latents holds
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
@@ -35,6 +34,7 @@ from scripts.conditions.conditions import Conditions
 from scripts.conditions.ranges import check_learned_ranges
 from scripts.core.config import current_config, is_plain
 from scripts.core.errors import BundleError
+from scripts.core.files import parse_json
 from scripts.core.tables import read_table
 from scripts.networks.weights import encoder_sha256, is_latent_scale, read_state
 from scripts.training.health import latent_noise
@@ -186,11 +186,11 @@ def read_encoding(folder: str | Path) -> dict[str, Any]:
     if not path.is_file() and not encoded.is_file():
         raise BundleError(f"there are no latents in {folder}: encode a dataset first (configs/encode_latents.yaml)")
     try:
-        encoding = json.loads(path.read_text(encoding="utf-8"))
+        encoding = parse_json(path.read_text(encoding="utf-8"))
         fresh = encoding["encoded_sha256"] == array_sha256(mapped(encoded)) and not in_making(encoded).exists()
         fresh &= all(np.isfinite(float(encoding["moments"][name])) for name in ("mean", "square"))
         fresh &= int(encoding["rows"]) >= 0
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         fresh = False
     if not fresh:
         raise BundleError(f"the encoding in {folder} is not finished: {AGAIN}")

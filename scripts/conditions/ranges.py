@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from scripts.conditions.conditions import Condition, Conditions
 from scripts.core.cells import read_number
 from scripts.core.errors import BundleError
-from scripts.core.files import make_folder, write_json
+from scripts.core.files import make_folder, parse_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ def read_ranges(path: Path) -> dict[str, float]:
         BundleError: if it is damaged.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         return {str(name): float(value) for name, value in content.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BundleError(f"{path} does not hold ranges of conditions ({error}): prepare the dataset again") from error

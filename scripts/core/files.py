@@ -159,10 +159,22 @@ def are_whole(folder: Path, files: Any) -> bool:
     )
 
 
+def parse_json(text: str) -> Any:
+    """What a JSON text of someone else says.
+
+    Raises:
+        ValueError: if it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """The map in a JSON file; an empty one where there is none, it is damaged, or it holds something else."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -16,7 +16,7 @@ from typing import Any
 
 from scripts.core.bootstrap import difference
 from scripts.core.errors import BundleError
-from scripts.core.files import replacing, write_json
+from scripts.core.files import parse_json, replacing, write_json
 from scripts.core.paths import CONFIGS
 from scripts.core.tables import write_table
 from scripts.evaluation.measures import Measure, Result, Row
@@ -191,7 +191,7 @@ def remove(paths: Sequence[Path]) -> None:
 def _computed_before(path: Path) -> list[str]:
     """The measures that an earlier evaluation computed."""
     try:
-        measures = json.loads(path.read_text(encoding="utf-8"))["measures"]
+        measures = parse_json(path.read_text(encoding="utf-8"))["measures"]
         return [str(key) for key, entry in measures.items() if entry["status"] == COMPUTED]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []  # there is none, or it is no evaluation's

@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from scripts.conditions.conditions import Condition, Conditions
 from scripts.core.errors import BundleError
-from scripts.core.files import looks_there
+from scripts.core.files import looks_there, parse_json
 from scripts.core.tables import read_table
 from scripts.volumes.folders import TABLE, VolumeFolder
 from scripts.volumes.labels import QUANTITIES, stem
@@ -54,7 +53,7 @@ def stated_conditions(path: Path, row: Mapping[str, str] | None) -> Mapping[str,
     if not sidecar.is_file():
         return row
     try:
-        stated = dict(json.loads(sidecar.read_text(encoding="utf-8"))["conditions"])
+        stated = dict(parse_json(sidecar.read_text(encoding="utf-8"))["conditions"])
     except (ValueError, KeyError, TypeError) as error:
         if row is not None:
             return row

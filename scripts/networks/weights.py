@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
-from scripts.core.files import file_hash, replacing
+from scripts.core.files import file_hash, parse_json, replacing
 from scripts.core.options import range_in_words, yes_or_no
 
 logger = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ def _read_safetensors(path: Path, check: bool) -> tuple[dict[str, Any], dict[str
     try:
         with safe_open(path, framework="pt") as file:
             stated = file.metadata() or {}
-            facts = json.loads(stated.get(FACTS, "{}"))
+            facts = parse_json(stated.get(FACTS, "{}"))
             content = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise BundleError(f"{path} is damaged or no safetensors file ({error}): copy or download it again") from error

@@ -13,7 +13,6 @@ voxels, in its order, so that it lies over it in every viewer.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import numpy as np
 from scipy import ndimage
 
 from scripts.core.errors import BundleError
-from scripts.core.files import replacing
+from scripts.core.files import parse_json, replacing
 from scripts.core.programs import errors_in_one_line
 from scripts.volumes.headers import ScanError
 from scripts.volumes.reading import read_codes, read_header, read_image
@@ -69,7 +68,7 @@ def read_transform(sidecar: str | os.PathLike) -> np.ndarray:
         BundleError: if the file is unreadable or holds no such matrix.
     """
     try:
-        matrix = np.asarray(json.loads(Path(sidecar).read_text(encoding="utf-8"))[KEY], np.float64)
+        matrix = np.asarray(parse_json(Path(sidecar).read_text(encoding="utf-8"))[KEY], np.float64)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{sidecar} is no sidecar of a prepared scan: it has no readable '{KEY}'") from error
     if matrix.shape != (4, 4) or abs(abs(np.linalg.det(matrix[:3, :3])) - 1.0) > 1e-3:

@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts.core.errors import BundleError
+from scripts.core.files import parse_json
 from scripts.core.options import is_absent
 from scripts.core.tables import read_text
 
@@ -92,8 +92,8 @@ def _labels(given: Any, prefix: str) -> set[str] | None:
 
 def _read_filters(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(read_text(path))
+    except ValueError as error:
         raise BundleError(f"--bids_filter_file: {path} is no JSON ({error})") from error
     stated = content.get(KEY, {}) if isinstance(content, Mapping) else None
     if not isinstance(stated, Mapping):

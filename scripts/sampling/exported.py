@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
-from scripts.core.files import file_hash
+from scripts.core.files import file_hash, parse_json
 from scripts.networks.weights import Checkpoint, check_conditions, check_family
 from scripts.sampling.exporting import RECORD, needed_package
 
@@ -35,7 +34,7 @@ def read_exported(folder: str, network: str, family: str | None = None) -> Check
         if not file.is_file():
             raise BundleError(f"there is no {file}: export the networks with configs/export.yaml, or give --export_dir")
     try:
-        facts = json.loads(record.read_text(encoding="utf-8"))["facts"]
+        facts = parse_json(record.read_text(encoding="utf-8"))["facts"]
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{record} is damaged: export the networks again") from error
     if family is not None:

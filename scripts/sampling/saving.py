@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from scripts.compute.devices import precision_facts, process_rank
 from scripts.compute.writer import BackgroundWriter, HostCopy
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
-from scripts.core.files import are_whole, fingerprints, make_folder, write_json
+from scripts.core.files import are_whole, fingerprints, make_folder, parse_json, write_json
 from scripts.core.option_types import check_disk
 from scripts.core.options import whole_number
 from scripts.core.tables import write_table
@@ -163,8 +162,8 @@ class SampleSaver:
 
 def _read_sidecar(sidecar: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = parse_json(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise BundleError(f"{sidecar} is damaged ({error}): remove it, and its sample is made again") from error
     return found if isinstance(found, Mapping) else {}
 

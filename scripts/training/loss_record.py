@@ -15,7 +15,7 @@ from ignite.engine import Engine, Events
 
 from scripts.compute.processes import is_main
 from scripts.core.errors import BundleError
-from scripts.core.files import make_folder, replacing
+from scripts.core.files import make_folder, parse_json, replacing
 from scripts.training.engine import losses_of
 from scripts.training.optimisation import LearningRate
 from scripts.training.validation import PREFIX
@@ -93,4 +93,4 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             for line in file:
                 if not line.endswith("\n"):
                     return
-                yield json.loads(line)
+                yield parse_json(line)

@@ -9,6 +9,7 @@ measures both in one run.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 64
-"""Places that one product with a banded matrix computes: more of them waste products, fewer are slower."""
+"""Places that one product with a banded matrix computes: with more of them, more factors are 0."""
 
 
 class SeparableWindow:
@@ -42,7 +43,7 @@ class SeparableWindow:
 def filter_along(volume: Tensor, weights: Sequence[float], axis: int) -> Tensor:
     """Correlate a contiguous (X, Y, Z) volume with w weights along one axis, which gets w - 1 shorter.
 
-    It is a product with a banded matrix, which on a CPU is ten times as fast as a convolution with one channel.
+    It is a product with a banded matrix, since convolutions with one channel are slow on a CPU.
     """
     shape, reach = [*volume.shape], len(weights) - 1
     shape[axis] -= reach
@@ -143,8 +144,9 @@ class _Windowed:
             scale = F.avg_pool3d(scale, 2)
         return found
 
+    @abstractmethod
     def compare(self, first: Sequence[LocalMoments], second: Sequence[LocalMoments]) -> float:
-        raise NotImplementedError
+        """The index of two volumes that `describe` has described."""
 
     def _compute_metric(self, y_pred: Tensor, y: Tensor) -> Tensor:
         if y_pred.shape != y.shape or y.dim() != 5 or y.shape[1] != 1:
@@ -163,7 +165,7 @@ class SSIM(_Windowed, SSIMMetric):
     """
 
     def compare(self, first: Sequence[LocalMoments], second: Sequence[LocalMoments]) -> float:
-        """The index of two volumes that `describe` has described."""
+        """The mean index of two volumes that `describe` has described."""
         return _similarity(first[0], second[0], self._window(), self._constants(), luminance=True)
 
 
