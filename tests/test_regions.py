@@ -123,3 +123,11 @@ def test_heads_of_one_population_are_at_the_floor(tmp_path: Path) -> None:
     )
     assert abs(halves.value - floor.value) < 3 * (floor.standard_deviation or 0)
     assert all(line["p_corrected"] > 0.05 for line in found.table)
+
+
+def test_a_volume_without_a_brain_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    synthetic = population(6, 9)
+    synthetic[2] = 0.0
+    found = measured(tmp_path, synthetic, population(6, 10)).compute()
+    assert (found.facts["synthetic_volumes"], found.facts["real_volumes"]) == (5, 6)
+    assert "1 volumes show no brain" in caplog.text and "2.nii.gz" in caplog.text

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -90,13 +91,7 @@ class FeatureDistance(Measure):
         generator = np.random.default_rng(self.seed)
         rounds = tqdm(range(self.resamplings), f"resampling {name}", disable=None)
         pairs = [self._resampled(synthetic, real, generator) for _ in rounds]
-        halves, floor = (_over_choices(values) for values in np.array(pairs).T)
-        to_floor = Difference(floor.value, halves.value - floor.value, None)
-        return [
-            row(all_of_both, kind="all"),
-            row(halves, kind="halves", difference=to_floor),
-            row(floor, kind="floor"),
-        ]
+        return [row(all_of_both, kind="all"), *halves_and_floor(row, np.array(pairs))]
 
     @property
     def _half(self) -> int:
@@ -105,9 +100,7 @@ class FeatureDistance(Measure):
     def _resampled(
         self, synthetic: np.ndarray, real: np.ndarray, generator: np.random.Generator
     ) -> tuple[float, float]:
-        chosen = synthetic[generator.permutation(len(synthetic))[: self._half]]
-        order = generator.permutation(len(real))
-        first, second = real[order[: self._half]], real[order[self._half : 2 * self._half]]
+        chosen, first, second = random_halves(synthetic, real, self._half, generator)
         return self.distance(chosen, first), self.distance(first, second)
 
     def _warn(self, name: str, synthetic: int, real: int, dimension: int) -> None:
@@ -137,6 +130,27 @@ class FeatureDistance(Measure):
     @property
     def _fewest(self) -> int:
         return min(len(self.synthetic.folder), len(self.real.folder))
+
+
+def random_halves(
+    synthetic: np.ndarray, real: np.ndarray, half: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A random choice of `half` synthetic volumes, of as many real ones, and of as many other real ones."""
+    chosen = synthetic[generator.permutation(len(synthetic))[:half]]
+    order = generator.permutation(len(real))
+    return chosen, real[order[:half]], real[order[half : 2 * half]]
+
+
+def halves_and_floor(row: Callable[..., Row], values: np.ndarray) -> list[Row]:
+    """The rows of a distance over random choices.
+
+    Args:
+        row: makes a row of an estimate.
+        values: (choices, 2), between synthetic and real volumes, and between real and other real ones.
+    """
+    halves, floor = (_over_choices(one) for one in values.T)
+    to_floor = Difference(floor.value, halves.value - floor.value, None)
+    return [row(halves, kind="halves", difference=to_floor), row(floor, kind="floor")]
 
 
 def _over_choices(values: np.ndarray) -> Estimate:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,22 +14,24 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from scripts.compute.kept import Values
-from scripts.core.bootstrap import Difference, Estimate, bootstrapped
+from scripts.core.bootstrap import Estimate, bootstrapped
 from scripts.core.inputs import Input
 from scripts.core.options import whole_number
 from scripts.evaluation.measures import Measure, Result, Row
 from scripts.evaluation.metrics.effects import SMALL, cohens_d, corrected_p, wasserstein
+from scripts.evaluation.metrics.feature_distance import halves_and_floor, random_halves
 from scripts.evaluation.metrics.features import FeatureSet
 from scripts.evaluation.names import written
 from scripts.evaluation.segmentations import OWN
 from scripts.measuring.measured import MeasuredVolumes
-from scripts.measuring.segmenter import INTRACRANIAL, Segmenter
+from scripts.measuring.segmenter import BRAIN, INTRACRANIAL, Segmenter
 
 logger = logging.getLogger(__name__)
 
 REGIONS = INTRACRANIAL
 """What the bundle's segmenter measures inside the skull."""
 LEVEL = 0.05
+LEAST_BRAIN_MM3 = 1.0
 MOST = 1000
 """Volumes a side of an assignment, whose time grows with their cube."""
 
@@ -127,18 +130,13 @@ class Regions(Measure):
             logger.warning("regions: a floor needs four volumes of each set")
             return []
         spread = real.std(axis=0, ddof=1)
-        scaled = [found / np.where(spread > 0, spread, 1.0) for found in (synthetic, real)]
+        synthetic, real = (found / np.where(spread > 0, spread, 1.0) for found in (synthetic, real))
         generator, found = np.random.default_rng(self.seed), []
         for _ in tqdm(range(self.resamplings), "resampling regions", disable=None):
-            chosen = scaled[0][generator.permutation(len(synthetic))[:half]]
-            order = generator.permutation(len(real))
-            first, second = scaled[1][order[:half]], scaled[1][order[half : 2 * half]]
-            found.append([_measured(chosen, first), _measured(first, second)])
-        return [
-            row
-            for metric, values in zip(("similar_regions", "region_distance"), np.moveaxis(np.array(found), 2, 0))
-            for row in _halves_and_floor(metric, values)
-        ]
+            chosen, first, second = random_halves(synthetic, real, half, generator)
+            found.append([_differences(chosen, first), _differences(first, second)])
+        by_metric = zip(("similar_regions", "region_distance"), np.moveaxis(np.array(found), 2, 0))
+        return [row for metric, values in by_metric for row in halves_and_floor(partial(Row, metric), values)]
 
 
 class OwnSegmenterChosen(Input):
@@ -161,18 +159,17 @@ class OwnSegmenterChosen(Input):
 
 def _matrix(measured: MeasuredVolumes) -> np.ndarray:
     measured.complete(alone=True)
-    known = [measured.known(index) for index in range(len(measured.folder))]
-    return np.array([[volumes[region] for region in REGIONS] for volumes in known if volumes is not None])
+    known = [measured.known(index) or {} for index in range(len(measured.folder))]
+    volumes = np.array([[one[region] for region in REGIONS] for one in known])
+    brains = volumes[:, [REGIONS.index(name) for name in BRAIN]].sum(axis=1) >= LEAST_BRAIN_MM3
+    if not brains.all():
+        first = measured.folder.paths[int(np.argmin(brains))]
+        logger.warning(f"regions: {(~brains).sum()} volumes show no brain and are left out, {first} the first")
+    return volumes[brains]
 
 
-def _measured(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+def _differences(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     return float((np.abs(cohens_d(first, second)) < SMALL).mean()), wasserstein(first, second)
-
-
-def _halves_and_floor(metric: str, values: np.ndarray) -> list[Row]:
-    halves, floor = (Estimate(float(v.mean()), len(v), float(v.std(ddof=1))) for v in values.T)
-    to_floor = Difference(floor.value, halves.value - floor.value, None)
-    return [Row(metric, halves, kind="halves", difference=to_floor), Row(metric, floor, kind="floor")]
 
 
 def forest(
