@@ -75,8 +75,8 @@ UNLIKE = (".tsv", ".jsonl", "events", ".html", "evaluation.json")
 
 def _command(name: str, old: Path) -> list[str]:
     verb, flags = KILLED[name]
-    words = ["-m", "scripts", *verb.split(), "--with", "tiny", str(old / "small.yaml"), "--device", "cpu"]
-    return [sys.executable, *words, *flags.format(old).split()]
+    small = [] if name == "segment" else ["--with", "tiny", str(old / "small.yaml")]  # its network has one size
+    return [sys.executable, "-m", "scripts", *verb.split(), *small, "--device", "cpu", *flags.format(old).split()]
 
 
 def _results(folder: Path) -> dict[str, bytes]:
