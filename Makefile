@@ -51,16 +51,20 @@ lint: $(INSTALLED) ## Check style and types
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 
-lock: ## Write both lock files anew from pyproject.toml (needs uv)
+lock: ## Write the lock files anew from pyproject.toml (needs uv)
 	sed '/^[^#]/d' requirements.lock > requirements.new
-	echo torch==2.13.0 | $(COMPILE) --extra download --extra export --extra test --extra dev --constraint - > resolved.txt
+	echo torch==2.13.0 | $(COMPILE) --extra download --extra export --extra page --extra test --extra dev --constraint - > resolved.txt
 	grep -vE '^(cuda|nvidia|triton)' resolved.txt >> requirements.new
 	$(COMPILE) --extra tracking --constraint resolved.txt | grep -vxFf resolved.txt > tracking.txt
 	sed '/^[^#]/d' requirements-tracking.lock > tracking.new
 	cat tracking.txt >> tracking.new
-	@rm resolved.txt tracking.txt
+	$(COMPILE) --extra docs --constraint resolved.txt | grep -vxFf resolved.txt > docs.txt
+	sed '/^[^#]/d' requirements-docs.lock > docs.new
+	cat docs.txt >> docs.new
+	@rm resolved.txt tracking.txt docs.txt
 	mv requirements.new requirements.lock
 	mv tracking.new requirements-tracking.lock
+	mv docs.new requirements-docs.lock
 
 clean: ## Remove the environments and the caches; data, models and output stay
 	rm -rf $(VENV) $(SAMSEG) .pytest_cache .ruff_cache .mypy_cache

@@ -134,8 +134,9 @@ def test_metadata_names_the_locked_versions() -> None:
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 def test_lock_lies_within_the_declared_ranges(python: str) -> None:
-    lock = {**locked(python, "requirements-tracking.lock"), **locked(python)}
-    extras = ("download", "export", "tracking", "test", "dev")
+    further = (locked(python, f"requirements-{extra}.lock") for extra in ("tracking", "docs"))
+    lock = {name: version for found in (*further, locked(python)) for name, version in found.items()}
+    extras = ("download", "export", "page", "tracking", "docs", "test", "dev")
     for name, entry in {**declared(), **{k: v for extra in extras for k, v in declared(extra).items()}}.items():
         if entry.marker is None or entry.marker.evaluate({"python_version": python}):
             assert entry.specifier.contains(lock[name]), f"{entry} does not admit the locked {lock[name]}"
@@ -196,7 +197,9 @@ def test_imports_of_scripts_are_declared() -> None:
     for file in tracked("scripts/*.py"):
         for module in third_party_imports(file):
             names = {canonicalize_name(name) for name in distributions.get(module, [])}
-            assert names & declared().keys(), f"{file.name} imports {module}, which pyproject.toml does not declare"
+            assert names & {*declared(), *declared("page")}, (
+                f"{file.name} imports {module}, which pyproject.toml does not declare"
+            )
 
 
 def third_party_imports(file: Path) -> set[str]:

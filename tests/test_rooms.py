@@ -38,6 +38,7 @@ ORDER = [
     "preparation",
     "sampling",
     "evaluation",
+    "serving",
     "tools",
 ]
 """A room imports from itself and from those before it."""

@@ -79,6 +79,7 @@ TRADES = {
     "segment": Trade(("*_dseg.nii.gz",), ("volumes.tsv", "figures"), True),
     "evaluate": Trade(("evaluation.json",), ("evaluation.tsv", "evaluation.html", "table_1.tsv"), True),
     "side_by_side": Trade(("models.png",)),
+    "serve": Trade((f"{DERIVATIVES}/*/request.json",)),
     "export": Trade(("export.json",), ("diffusion.onnx", "decoder.onnx")),
 }
 """Command -> what it leaves behind. Those of samples and of figures are alike: either may go on with the other's."""

@@ -46,7 +46,7 @@ def results(
         yield from ((number, task(item)) for number, item in enumerate(items))
         return
     context = multiprocessing.get_context("spawn")  # a fork would share the threads of the libraries loaded here
-    pool = ProcessPool(min(num_workers, len(items)) or 1, initializer=_begin, context=context)
+    pool = ProcessPool(min(num_workers, len(items)) or 1, initializer=begin_worker, context=context)
     try:
         with _one_thread():
             futures: dict[Future[R], int] = {pool.schedule(task, (item,)): number for number, item in enumerate(items)}
@@ -55,7 +55,7 @@ def results(
                 try:
                     yield number, future.result()
                 except ProcessExpired as error:
-                    yield number, died(items[number], _how(error.exitcode))
+                    yield number, died(items[number], how_it_ended(error.exitcode))
     except BrokenProcessPool as error:
         raise BundleError("no process of --num_workers could start: is there too little memory for so many?") from error
     finally:
@@ -63,7 +63,8 @@ def results(
         pool.join()
 
 
-def _how(code: int | None) -> str:
+def how_it_ended(code: int | None) -> str:
+    """The exit code of a process that died, in words."""
     if code is not None and code < 0:
         memory = " (is there too little memory for so many processes?)" if -code == signal.SIGKILL else ""
         return f"signal {signal.Signals(-code).name}{memory}"
@@ -82,8 +83,8 @@ def _one_thread() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _begin() -> None:
-    """In each process, first: a terminal's Ctrl-C reaches all, and the process that started them decides."""
+def begin_worker() -> None:
+    """In each process of a pool, first: a terminal's Ctrl-C reaches all, and the process that started them decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

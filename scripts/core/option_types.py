@@ -383,6 +383,13 @@ OPTIONS: Mapping[str, OptionType] = {
     "count": _whole(1),
     "export_dir": PATH,
     "formats": OptionType("names", count=(1, 10)),
+    # the page
+    "host": TEXT,
+    "port": _whole(0, 65535),
+    "open": YES_NO,
+    "token": OptionType("text", optional=True),
+    "runs_dir": PATH,
+    "offered": OptionType("map"),
 }
 
 

@@ -8,6 +8,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from scripts.core.paths import PACKAGE
+
+TEMPLATES = PACKAGE / "core" / "templates"
+
 
 def render(template: str, **content: Any) -> str:
     """A page, in which all text that is put into the template is escaped.

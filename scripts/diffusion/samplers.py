@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from monai.networks.schedulers import DDIMScheduler, RFlowScheduler, Scheduler
 from torch import Tensor
-from tqdm import tqdm
 
+from scripts.compute.bars import StepBar
 from scripts.compute.devices import sent
 from scripts.core.errors import BundleError
 from scripts.core.options import checked_steps, yes_or_no
@@ -67,7 +67,7 @@ class Sampler(ABC):
         Returns:
             The clean latents, (B, C, x, y, z).
         """
-        with tqdm(total=len(self.timesteps), desc="denoising", unit="step", leave=False, disable=None) as bar:
+        with StepBar(len(self.timesteps), "denoising") as bar:
 
             def counted(latent: Tensor, timestep: int) -> Tensor:
                 output = denoise(latent, timestep)
