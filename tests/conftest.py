@@ -182,6 +182,18 @@ def trained_folder(shared_dir: Path, run_here: RunHere) -> Path:
     return computed_once(shared_dir / "trained", lambda folder: train_pipeline(folder, run_here))
 
 
+@pytest.fixture(scope="session")
+def made_collection(shared_dir: Path, run_here: RunHere, bundle_copy: Path) -> Path:
+    """A collection of five rows in two shards, with labels. Tests must not change it."""
+    from collecting import draw, make
+
+    def compute(folder: Path) -> None:
+        draw(run_here, folder / "set")
+        make(run_here, bundle_copy, folder / "set", labels=1)
+
+    return computed_once(shared_dir / "collection", compute) / "set"
+
+
 @pytest.fixture
 def output_dir(tmp_path: Path) -> Path:
     """A folder for one test's output, not yet made."""

@@ -39,6 +39,7 @@ ORDER = [
     "sampling",
     "evaluation",
     "serving",
+    "collection",
     "tools",
 ]
 """A room imports from itself and from those before it."""

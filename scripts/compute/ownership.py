@@ -80,6 +80,8 @@ TRADES = {
     "evaluate": Trade(("evaluation.json",), ("evaluation.tsv", "evaluation.html", "table_1.tsv"), True),
     "side_by_side": Trade(("models.png",)),
     "serve": Trade((f"{DERIVATIVES}/*/request.json",)),
+    "collection": Trade(("rows.json",), ("rows.tsv", "facts.json", "shards", "work", "claims")),
+    "collection_export": Trade(("datasheet.md",), ("bids", "webdataset", "parquet", "huggingface")),
     "export": Trade(("export.json",), ("diffusion.onnx", "decoder.onnx")),
 }
 """Command -> what it leaves behind. Those of samples and of figures are alike: either may go on with the other's."""
@@ -101,6 +103,7 @@ class OutputFolder:
             none. None of them may lie in the folder, nor the folder in one of them but in its `derivatives`.
         same: those of `reads` that have to be what they were in an earlier run, since files of two would mix.
         part: which part of how many this process works on, where several commands share the folder.
+        shared: whether any number of processes may work there, which see to it themselves that they do not meet.
 
     Raises:
         BundleError: if the path is empty.
@@ -114,7 +117,9 @@ class OutputFolder:
         reads: Mapping[str, Any] | None = None,
         same: Sequence[str] = (),
         part: tuple[int, int] | None = None,
+        shared: bool = False,
     ) -> None:
+        self.shared = shared
         self.name, self.flag, self.command, self.same = str(path), flag, command, tuple(same)
         if not self.name.strip():
             raise BundleError(f"--{flag} is empty: give a folder")
@@ -157,20 +162,24 @@ class OutputFolder:
         is_new = not self.path.exists()
         make_folder(self.path)
         working_in.append(self.path)
+        if self.shared:
+            if not known:
+                self._mark()
+            return self.path
         self._lock(is_new)
         if self.part == (1, 1) or (self.part is None and arrives()):
             clear_leftovers(self.path)
-        settings = _settings()
         if TRADES[self.command].tells:
-            _tell_what_changed(known.get("settings", {}), settings)
-        reads = {option: [str(path.resolve()) for path in paths] for option, paths in self.reads.items()}
-        write_json(
-            self.path / MARK,
-            {"command": self.command, "folder": str(self.path.resolve()), "reads": reads, "settings": settings},
-        )
+            _tell_what_changed(known.get("settings", {}), _settings())
+        self._mark()
         if self.part is None:
             arrive(f"claimed {self.name}")
         return self.path
+
+    def _mark(self) -> None:
+        reads = {option: [str(path.resolve()) for path in paths] for option, paths in self.reads.items()}
+        content = {"command": self.command, "folder": str(self.path.resolve()), "reads": reads, "settings": _settings()}
+        write_json(self.path / MARK, content)
 
     def release(self) -> None:
         """Let others in; where nothing was made, the mark goes as well, and the folder if it was new."""

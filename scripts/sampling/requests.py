@@ -76,11 +76,27 @@ class SampleRequests(Dataset):
                 refuse_other_conditions(rows[0], current_config(), f"the column {{}} of {table}")
                 logger.warning(f"the model has no conditions: {table} only says that there are {len(rows)} samples")
             where = [f" in row {number} of {table}" for number in range(1, len(rows) + 1)]
-            stated = [conditions.in_table(row, said) for row, said in zip(rows, where)]
-            self.requested = [conditions.with_unknown_codes(row, said) for row, said in zip(stated, where)]
-            self.own_seeds = [_seed_of(row, said) for row, said in zip(rows, where)]
-            self.about = [{name: row[name] for name in further if present(row, name)} for row in rows]
+            self.ask_for(rows, where, further)
         self.start()
+
+    def ask_for(
+        self, rows: Sequence[Mapping[str, Any]], where: Sequence[str], further: Sequence[str] = (), warn: bool = True
+    ) -> None:
+        """Request one sample a row of a table, instead of what was requested before.
+
+        Args:
+            rows: from column to text.
+            where: words on each for messages.
+            further: columns that are kept for the sidecars.
+            warn: whether to warn of values outside the training range.
+
+        Raises:
+            BundleError: for a value or a seed that is none.
+        """
+        stated = [self.conditions.in_table(row, said) for row, said in zip(rows, where)]
+        self.requested = [self.conditions.with_unknown_codes(row, said, warn) for row, said in zip(stated, where)]
+        self.own_seeds = [_seed_of(row, said) for row, said in zip(rows, where)]
+        self.about = [{name: row[name] for name in further if present(row, name)} for row in rows]
 
     def start(self) -> None:
         """Begin a run over all rows: with a new seed, unless one was given."""
