@@ -154,7 +154,7 @@ def tensors() -> State:
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
 def test_missing_file_names_both_ways_out(suffix: str, tmp_path: Path) -> None:
     told = message(read_checkpoint, tmp_path / f"model{suffix}", "diffusion")
-    assert "model" + suffix in told and "download_large_files" in told and "demo.yaml" in told
+    assert "model" + suffix in told and "-m scripts weights" in told and "demo.yaml" in told
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

@@ -166,5 +166,6 @@ def test_weights_of_another_family_are_refused(run_here: RunHere, bundle_copy: P
     assert list(stated_facts) == [  # what samples of versions before stated, and the hashes: with any other entry,
         # those would be refused
         *("conditions", "seed", "index", "sampler", "eta", "num_inference_steps", "guidance", "target", "schedule"),
-        *("amp", "decoder_amp", "fast", "latent_scale", "weights", "dtype", "grid", "versions", "files"),
+        *("amp", "decoder_amp", "fast", "latent_scale", "weights", "dtype", "grid", "versions"),
+        *("schema_version", "synthetic", "bundle", "files"),
     ]

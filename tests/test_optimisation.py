@@ -183,7 +183,7 @@ def test_precision_by_name() -> None:
         *[torch.bfloat16] * 3,
         torch.float16,
     ]
-    with pytest.raises(BundleError, match="--amp must be 0, 1, bf16 or fp16, got 'half'"):
+    with pytest.raises(BundleError, match="--amp must be 0, 1, auto, bf16 or fp16, got 'half'"):
         half_precision("half")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,8 @@ def test_a_dataset_is_written_and_the_table_is_right(
         assert brain == pytest.approx(float(row["brain_vol_mm3"]), rel=1e-4)
         assert brain == pytest.approx(float(row["requested_brain_vol_mm3"]), rel=0.02)
         assert row["sex"] == "male" and float(row["least_jacobian"]) > 0
+    sheets = (dataset / f"space-MNI152_{kind}.json" for kind in ("T1w", "dseg"))
+    assert all(json.loads(path.read_text())["SpatialReference"] == "MNI152" for path in sheets)
     before = contents(dataset)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (1, 0):

@@ -167,7 +167,7 @@ def test_picture_shows_planes_as_radiologists_look_at_them(plane: int, step: tup
     towards_ras = marked(grid, tuple(centre[:3] + 5.0 * np.array(step)))
     towards_lpi = marked(grid, tuple(centre[:3] - 5.0 * np.array(step)))
     x, y, z = grid.shape
-    widths = [round(60 * width / height) for width, height in ((y, z), (x, z), (x, y))]
+    widths = [round(60 * width / max(y, z)) for width in (y, x, x)]
     for volume, corner in ((towards_ras, "top left"), (towards_lpi, "bottom right")):
         panel = np.split(mid_planes(volume, height=60), np.cumsum(widths)[:2], axis=1)[plane]
         rows, columns = np.nonzero(panel > 128)

@@ -17,6 +17,7 @@ from scripts.core.options import yes_or_no
 
 logger = logging.getLogger(__name__)
 
+DEVICES = "auto, cpu, cuda, cuda:N or mps"
 WASTEFUL = ((9, 8), (9, 15))
 """Versions of cuDNN, the last one excluded, whose 3D convolutions in bfloat16 take many times the memory."""
 
@@ -30,7 +31,7 @@ def compute_device(device: str | torch.device, tf32: Any = True) -> torch.device
     """The device to use, checked; a GPU is set up: cuDNN measures which algorithm is the fastest for each size.
 
     Args:
-        device: `auto` (CUDA where there is one, else the CPU), or a name such as `cpu`, `cuda`, `cuda:1`.
+        device: `auto` (CUDA where there is one, else the CPU), or a name such as `cpu`, `cuda`, `cuda:1`, `mps`.
             Under torchrun `auto` and `cuda` mean the process's own GPU.
         tf32: whether a GPU's float32 convolutions may take TF32, 10 bits of the 23, as is PyTorch's default; matrix
             products take all of them either way.
@@ -41,15 +42,18 @@ def compute_device(device: str | torch.device, tf32: Any = True) -> torch.device
     if str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if process_rank()[0] == 0:
-            logger.info(f"computing on {device}")
+            more = " (--device mps tries this Mac's GPU)" if torch.backends.mps.is_available() else ""
+            logger.info(f"computing on {device}{more}")
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise BundleError(f"--device must be auto, cpu, cuda or cuda:N, got '{device}'") from error
+        raise BundleError(f"--device must be {DEVICES}, got '{device}'") from error
     if wanted.type == "cuda":
         return _set_up(_cuda(wanted), yes_or_no(tf32, "tf32"))
-    if wanted.type != "cpu":
-        raise BundleError(f"--device must be auto, cpu, cuda or cuda:N, got '{device}'")
+    if wanted.type == "mps" and not torch.backends.mps.is_available():
+        raise BundleError(f"--device {device}: there is no GPU of Apple's that PyTorch can use; use --device cpu")
+    if wanted.type not in ("cpu", "mps"):
+        raise BundleError(f"--device must be {DEVICES}, got '{device}'")
     return wanted
 
 
@@ -102,7 +106,7 @@ def volume_layout(device: torch.device | str) -> torch.memory_format:
     On a CPU with the channels last. On a GPU in PyTorch's plain order: its group normalisation brings every map into
     that order, so that with channels last each norm of a network costs two transpositions.
     """
-    return torch.contiguous_format if torch.device(device).type == "cuda" else torch.channels_last_3d
+    return torch.channels_last_3d if torch.device(device).type == "cpu" else torch.contiguous_format
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

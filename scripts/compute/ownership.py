@@ -61,6 +61,8 @@ class Trade:
 DATASET = ("participants.tsv", "participants.json", "dataset_description.json", "figures")
 SAMPLES = "sample_seed-"
 """How the names of samples begin."""
+SEEDED = "sub-seed"
+"""How those of a BIDS derivative begin."""
 SIX_DIGITS = "sub-" + "[0-9]" * 6
 TRADES = {
     "prepare": Trade(
@@ -74,7 +76,7 @@ TRADES = {
         True,
     ),
     "train": Trade(("checkpoint_iteration=*.pt", "losses.jsonl"), ("validation.tsv", "best.pt", "figures")),
-    "sample": Trade((f"{SAMPLES}*_*.json",)),
+    "sample": Trade((f"{SAMPLES}*_*.json", f"{SEEDED}*/anat/{SEEDED}*_T1w.json"), DATASET[:3]),
     "figures": Trade((f"{SAMPLES}*_*.json",)),
     "segment": Trade(("*_dseg.nii.gz",), ("volumes.tsv", "figures"), True),
     "evaluate": Trade(("evaluation.json",), ("evaluation.tsv", "evaluation.html", "table_1.tsv"), True),
@@ -320,7 +322,8 @@ def only_results(folder: Path, found: Sequence[Path]) -> list[Path]:
     kept = [path for path in found if foreign.isdisjoint(path.parents)]
     if owner_of(folder) not in ALIKE:
         return kept
-    return [path for path in kept if path.parent == folder and path.name.startswith(SAMPLES)]
+    derivative = [path for path in kept if path.name.startswith(SEEDED) and path.parent.name == "anat"]
+    return derivative or [path for path in kept if path.parent == folder and path.name.startswith(SAMPLES)]
 
 
 def clear_leftovers(folder: Path) -> None:

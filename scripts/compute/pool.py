@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from pebble import ProcessExpired, ProcessPool
 
 from scripts.core.errors import BundleError
 
+KILLED = 9  # SIGKILL, which Windows has not
+TRIES = 3
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -30,8 +33,9 @@ def results(
 ) -> Iterator[tuple[int, R]]:
     """What a task makes of each item, as it is finished, with the item's position.
 
-    Each process works on one item at a time, in one thread, and ends when this one does. Where one dies, its item
-    fails alone and another process takes its place.
+    Each process works on one item at a time, in one thread, and ends when this one does. Where one dies, another takes
+    its place and its item is tried once more; where that dies too, the item fails alone. Where no process starts, that
+    is tried again as well.
 
     Args:
         task: must not raise; with processes, it, its items and results are pickled.
@@ -45,19 +49,48 @@ def results(
     if num_workers == 0:
         yield from ((number, task(item)) for number, item in enumerate(items))
         return
+    waiting, deaths = dict(enumerate(items)), Counter[int]()
+    for attempt in range(1, TRIES + 1):
+        try:
+            for number, result, code in _outcomes(task, waiting, num_workers):
+                deaths[number] += result is None
+                if result is not None or deaths[number] > 1:
+                    item = waiting.pop(number)
+                    yield number, died(item, _how(code)) if result is None else result[0]
+        except BrokenProcessPool as error:
+            if attempt == TRIES:
+                raise BundleError(
+                    "no process of --num_workers could start: is there too little memory for so many?"
+                ) from error
+        if not waiting:
+            return
+
+
+def _outcomes(
+    task: Callable[[T], R], waiting: Mapping[int, T], num_workers: int
+) -> Iterator[tuple[int, tuple[R] | None, int | None]]:
+    """Of each item its number and result, or None and its process's exit code: then it is tried again, at the end."""
     context = multiprocessing.get_context("spawn")  # a fork would share the threads of the libraries loaded here
+<<<<<<< HEAD
     pool = ProcessPool(min(num_workers, len(items)) or 1, initializer=begin_worker, context=context)
+=======
+    pool = ProcessPool(min(num_workers, len(waiting)) or 1, initializer=_begin, context=context)
+>>>>>>> 3e51ad8 (Samples and phantoms say that they are synthetic and by which version and model; precision by device; one package to install)
     try:
         with _one_thread():
-            futures: dict[Future[R], int] = {pool.schedule(task, (item,)): number for number, item in enumerate(items)}
+            futures: dict[Future[R], int] = {pool.schedule(task, (item,)): n for n, item in waiting.items()}
             for future in as_completed(futures):
                 number = futures.pop(future)
                 try:
-                    yield number, future.result()
+                    yield number, (future.result(),), None
                 except ProcessExpired as error:
+<<<<<<< HEAD
                     yield number, died(items[number], how_it_ended(error.exitcode))
     except BrokenProcessPool as error:
         raise BundleError("no process of --num_workers could start: is there too little memory for so many?") from error
+=======
+                    yield number, None, error.exitcode
+>>>>>>> 3e51ad8 (Samples and phantoms say that they are synthetic and by which version and model; precision by device; one package to install)
     finally:
         pool.stop()
         pool.join()
@@ -66,7 +99,7 @@ def results(
 def how_it_ended(code: int | None) -> str:
     """The exit code of a process that died, in words."""
     if code is not None and code < 0:
-        memory = " (is there too little memory for so many processes?)" if -code == signal.SIGKILL else ""
+        memory = " (is there too little memory for so many processes?)" if -code == KILLED else ""
         return f"signal {signal.Signals(-code).name}{memory}"
     return f"exit code {code}"
 

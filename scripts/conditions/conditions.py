@@ -23,6 +23,7 @@ from scripts.core.tables import read_table
 logger = logging.getLogger(__name__)
 
 RANGE = "is a range"
+FARTHEST = (-2.0, 3.0)  # normalised: nobody extrapolates by two ranges, but years and millilitres are easily mixed up
 NOT_NUMBERS = ("nan",)  # given as a flag, a slip and no missing value
 
 
@@ -62,6 +63,12 @@ class Condition:
         number = f"{raw / 1000:.4g} mL" if self.unit == "mm3" else f"{raw:.4g} {self.unit}".strip()
         return number if word is None else word
 
+    def described(self) -> dict[str, Any]:
+        """Its column in raw units, as the JSON file beside a BIDS table describes it."""
+        levels = {"Levels": {word: f"{code:g} for the network" for word, code in self.codes.items()}}
+        unit = {"Units": self.unit} if self.unit else {}
+        return {"Description": f"condition '{self.name}'", **unit, **(levels if self.codes else {})}
+
     def in_words(self) -> str:
         """The training range for messages, such as `44 to 82 years`."""
         return range_in_words(self.minimum, self.maximum, self.unit)
@@ -80,6 +87,11 @@ class Condition:
         if not abs(normalised) <= torch.finfo(torch.float32).max:
             expected = f"one of {', '.join(self.codes)}" if raw and self.codes else "a finite number"
             raise BundleError(f"--{flag}{where} must be {expected}, got '{shown(value)}'")
+        if not raw and self.name != self.raw and not FARTHEST[0] <= normalised <= FARTHEST[1]:
+            raise BundleError(
+                f"--{flag}{where} is {shown(value)}, but it is 0 to 1 over the training range, {self.in_words()}: "
+                f"did you mean {self.raw}?"
+            )
         return normalised
 
     def _code(self, value: Any) -> float | None:

@@ -39,6 +39,7 @@ ENTRY = re.compile(r"(--[\w:]+(?:,\s+(?:--[\w:]+|\.\.\.))*(?: \S+(?=\s{2,}))?)\s
 POINTER = re.compile(r"see (\w+)\.yaml")
 MONAI_COMMAND = re.compile(r"-m monai\.bundle run(.*?) --config_file (?:\"(\[.*?\])\"|([^\s\[]\S*))")
 STATED_DEFAULT = re.compile(r" \(default:? [^();,]*\)")
+RENAMED_TOOLS = {"released_weights": "weights"}
 SENTENCE = re.compile(r"(.*?)(?:\.(?=\s)|[.:]?$)", re.DOTALL)
 MAPS = {"sampler": "samplers", "family": "families"}
 """Option -> the map of the configuration that it names an entry of."""
@@ -283,7 +284,8 @@ def default_in_words(config: Mapping[str, Any], name: str) -> str | None:
     if not isinstance(value, str):
         return None
     if found := re.fullmatch(r"\$@(\w+) \+ '/([^']*)'", value):
-        return found[2] if found[1] == "bundle_root" else f"{found[2]} in --{found[1]}"
+        within = {"bundle_root": found[2], "shipped": f"models/{found[2]} of the bundle"}
+        return within.get(found[1], f"{found[2]} in --{found[1]}")
     if found := re.fullmatch(r"@(\w+)", value):
         return f"as --{found[1]}"
     if re.match("[@$%]", value):
@@ -343,7 +345,13 @@ def _columns(width: int | None) -> int:
 
 def tools() -> dict[str, str]:
     """Name -> first line, of the programs in this package that are no configuration: `python -m scripts NAME`."""
-    return {module.rpartition(".")[2]: said for module, said in programs().items()}
+    return {tool_name(module): said for module, said in programs().items()}
+
+
+def tool_name(module: str) -> str:
+    """How a program is called on the command line."""
+    last = module.rpartition(".")[2]
+    return RENAMED_TOOLS.get(last, last)
 
 
 def programs() -> dict[str, str]:

@@ -20,11 +20,12 @@ from scripts.core.command_help import (
     list_verbs,
     option_names,
     programs,
+    tool_name,
     tools,
 )
 from scripts.core.errors import BundleError
 from scripts.core.flags import FLAG, near_matches, read_flags, refuse_flags, with_args_file
-from scripts.core.paths import CONFIGS, ROOT
+from scripts.core.paths import CONFIGS, INSTALLED, ROOT, as_called
 from scripts.core.verbs import BASE, SAMPLE, additions, merge, verbs
 
 COMPLETION = """\
@@ -58,7 +59,7 @@ class Request:
     def arguments(self) -> list[str]:
         """Those of `python -m monai.bundle run`."""
         files = [_from_here(path) for path in self.files]
-        elsewhere = Path.cwd() != ROOT and "bundle_root" not in read_flags(self.flags)
+        elsewhere = not INSTALLED and Path.cwd() != ROOT and "bundle_root" not in read_flags(self.flags)
         return [
             "--config_file",
             f"[{','.join(map(repr, files))}]",
@@ -83,7 +84,7 @@ def _run(given: list[str]) -> int:
     if not words or (asks_help and len(words) == 1 and _verbs_of(words[0])):
         if given and not asks_help:
             raise UsageError(f"a verb comes before {given[0]}: `python -m scripts` lists them")
-        print(list_verbs(), end="")
+        print(as_called(list_verbs()), end="")
     elif words[0] in tools():
         _run_tool(words[0], given[1:])
     elif words[0] == "completion":
@@ -92,7 +93,7 @@ def _run(given: list[str]) -> int:
         verb, rest = _split_verb(words, given)
         request = read_request(verb, [word for word in rest if word not in ("--help", "-h")])
         if asks_help:
-            print(describe_verb(verb, request.files), end="")
+            print(as_called(describe_verb(verb, request.files)), end="")
             return 0
         _check(request)
         _start(request)
@@ -210,7 +211,8 @@ def _needs_value(name: str, config: Mapping[str, Any]) -> bool:
 def _start(request: Request) -> None:
     """Hand a command over to MONAI, or print it."""
     if request.printed:
-        print("python -m monai.bundle run", *map(_quoted, request.arguments()))
+        path = [f"PYTHONPATH={_quoted(str(ROOT))}"] * INSTALLED
+        print(*path, "python -m monai.bundle run", *map(_quoted, request.arguments()))
         return
     import fire
     from monai.bundle import run
@@ -234,7 +236,7 @@ def _from_here(path: Path) -> str:
 def _run_tool(name: str, arguments: list[str]) -> None:
     """`python -m scripts.MODULE` of that name, within this process."""
     sys.argv = [name, *arguments]
-    module = next(module for module in programs() if module.rpartition(".")[2] == name)
+    module = next(module for module in programs() if tool_name(module) == name)
     runpy.run_module(f"scripts.{module}", run_name="__main__", alter_sys=True)
 
 

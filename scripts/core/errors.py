@@ -11,8 +11,13 @@ from pathlib import Path
 from types import TracebackType
 
 from scripts.core.cells import printable
+from scripts.core.paths import COMMAND, as_called
 
 FROM_A_WORKER = re.compile(r"in DataLoader worker process[\s\S]*^(?:\w+\.)*(?:Bundle|Scan)Error: (.*)", re.MULTILINE)
+OF_MPS = re.compile(
+    r"operator '?([\w:.]+)'? is not currently implemented for the MPS device|(MPS framework doesn't support \w+)"
+    r"|(\w+ ?\w*D is not supported on MPS)"
+)
 LOST_PEER = re.compile(r"Connection (closed|reset) by peer|ncclRemoteError|NCCL communicator was aborted")
 NO_MEMORY = re.compile(
     r"\w+ out of memory[^.]*\.( Tried to allocate [\d.]+ \w+)?|can't allocate memory|Unable to allocate.*"
@@ -33,14 +38,14 @@ OF_FILES = (
 )
 working_in: list[Path] = []
 """The folders that this process fills: an error of the system need not say where it was."""
-MONAI_COMMAND, OWN_COMMAND = "monai/bundle/__main__.py", "scripts/__main__.py"
+MONAI_COMMAND, OWN_COMMANDS = "monai/bundle/__main__.py", ("scripts/__main__.py", "brain_ldm/__main__.py")
 
 
 class BundleError(Exception):
     """Something that the user can put right: says what is wrong, where, and what to do, in one line."""
 
     def __str__(self) -> str:
-        return printable(re.sub(r"\s*\n\s*", " ", super().__str__().strip()))
+        return printable(re.sub(r"\s*\n\s*", " ", as_called(super().__str__().strip())))
 
 
 def find_bundle_error(error: BaseException | None) -> BundleError | None:
@@ -99,6 +104,19 @@ def _out_of_memory(error: BaseException | None) -> str | None:
     return None
 
 
+def _not_on_mps(error: BaseException | None) -> str | None:
+    """What Apple's GPU cannot compute."""
+    while error is not None:
+        if found := OF_MPS.search(str(error)):
+            what = next(filter(None, found.groups()))
+            return (
+                f"--device mps: this Mac's GPU cannot compute this ({what}): use --device cpu, or set "
+                "PYTORCH_ENABLE_MPS_FALLBACK=1, with which the CPU does what the GPU cannot"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _system_error(error: BaseException | None) -> str | None:
     """What the operating system had against a file or folder, such as a full disk, and where."""
     while error is not None:
@@ -110,13 +128,16 @@ def _system_error(error: BaseException | None) -> str | None:
     return None
 
 
+REASONS = (_out_of_memory, _not_on_mps, _system_error, _failed_component, _missing_id)
+
+
 def explain(error: BaseException) -> str | None:
     """One line on an error that a user can act on; None for one that needs its traceback."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted: what was finished is kept, and the same command goes on from there"
     if found := find_bundle_error(error):
         return str(found)
-    known = _out_of_memory(error) or _system_error(error) or _failed_component(error) or _missing_id(error)
+    known = next(filter(None, (find(error) for find in REASONS)), None)
     if known is None and LOST_PEER.search(str(error.__cause__ or error)):
         return "another process of this command has stopped: its own error says why"
     return known
@@ -136,8 +157,8 @@ def is_monai_command() -> bool:
 
 
 def is_bundle_command() -> bool:
-    """Whether this process is `python -m monai.bundle` or `python -m scripts`, and not a program that imports them."""
-    return is_monai_command() or _program().endswith(OWN_COMMAND)
+    """Whether this process is `python -m monai.bundle`, `python -m scripts` or `brain-ldm`."""
+    return is_monai_command() or _program().endswith(OWN_COMMANDS) or Path(_program()).stem == COMMAND
 
 
 def _program() -> str:

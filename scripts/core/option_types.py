@@ -155,7 +155,7 @@ PERHAPS_TEXT, ANYTHING = OptionType("text", optional=True), OptionType("anything
 PERHAPS_ANYTHING = OptionType("anything", optional=True)
 RATE, POSITIVE = _number(above=0.0, most=1000.0), _number(above=0.0)
 NOT_NEGATIVE, ANY_NUMBER = _number(0.0), _number()
-PRECISION = OptionType("yes_no", words=("bf16", "fp16"))
+PRECISION = OptionType("yes_no", words=("auto", "bf16", "fp16"))
 MANY = 10**7
 """More volumes than any disk of today holds: numbers of them are compared with the disk as well."""
 
@@ -192,6 +192,7 @@ OPTIONS: Mapping[str, OptionType] = {
     "write_threads": _whole(0, 1024),
     "guidance": _number(0.0, optional=True),
     "output_dtype": TEXT,
+    "layout": _choice("flat", "bids"),
     "latent_scale": POSITIVE,
     # sizes of networks and volumes
     "latent_channels": _whole(1, 4096),

@@ -12,6 +12,7 @@ from scripts.core.errors import BundleError
 MOST = 2**63 - 1
 YES = {"true", "yes", "on", "1", "1.0"}
 NO = {"false", "no", "off", "0", "0.0", "none", "null"}
+AUTO = "auto"
 ABSENT = {"none", "null", ""}
 
 

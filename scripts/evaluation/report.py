@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import platform
@@ -14,10 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from scripts.compute.provenance import bundle_version
 from scripts.core.bootstrap import difference
 from scripts.core.errors import BundleError
 from scripts.core.files import parse_json, replacing, write_json
-from scripts.core.paths import CONFIGS
 from scripts.core.tables import write_table
 from scripts.evaluation.measures import Measure, Result, Row
 from scripts.evaluation.names import row_name, written
@@ -228,16 +227,12 @@ def about(report: Report) -> dict[str, Any]:
         "flags": {name: _plain(value) for name, value in report.flags.items()},
         "warnings": report.warnings,
         "seconds": {key: round(entry.seconds, 1) for key, entry, _ in report.computed()},
-        "versions": {"bundle": _bundle_version(), "python": platform.python_version(), **_packages()},
+        "versions": {"bundle": bundle_version(), "python": platform.python_version(), **_packages()},
     }
 
 
 def _packages() -> dict[str, str]:
     return {package: version(package) for package in PACKAGES}
-
-
-def _bundle_version() -> str:
-    return str(json.loads((CONFIGS / "metadata.json").read_text(encoding="utf-8"))["version"])
 
 
 def _plain(value: Any) -> Any:

@@ -23,16 +23,16 @@ from monai.transforms import DivisiblePad, ScaleIntensityRangePercentiles
 from torch import Tensor, nn
 
 from scripts.compute.devices import volume_layout
-from scripts.compute.precision import autocast
+from scripts.compute.precision import autocast, half_precision
 from scripts.core.errors import BundleError
-from scripts.core.paths import MODELS
+from scripts.core.paths import SHIPPED_MODELS
 from scripts.networks.weights import load_network, read_checkpoint
 from scripts.volumes.grid import Grid
 from scripts.volumes.head_size import normalised_brain
 from scripts.volumes.labels import LABELS
 
 NETWORK = "segmenter"
-SHIPPED = MODELS / "segmenter" / "segmenter.safetensors"
+SHIPPED = SHIPPED_MODELS / "segmenter" / "segmenter.safetensors"
 INTRACRANIAL = tuple(name for name, label in LABELS.items() if label > LABELS["scalp_and_skull"])
 CLASSES = ("outside", *INTRACRANIAL)
 """What the network tells apart, in the order of its channels: the phantoms' labels, all outside of the skull in one."""
@@ -137,7 +137,7 @@ class Segmenter:
         amp: Any = False,
         sha256: str = "",
     ) -> None:
-        self.device, self.amp = torch.device(device), amp
+        self.device, self.amp = torch.device(device), False if half_precision(amp) is None else amp
         self.network: nn.Module = network.to(self.device, memory_format=volume_layout(self.device)).eval()  # type: ignore[call-overload]
         self.spacing, self.sha256 = float(facts["spacing"]), sha256
 

@@ -17,7 +17,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy._core.multiarray import scalar as numpy_scalar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -37,10 +39,16 @@ PREFIX = "module."  # which torch.nn.parallel.DistributedDataParallel puts befor
 LATENT_SCALES = (1e-6, 1e6)
 LARGEST = 1e8  # a weight beyond is damage: those of trained networks stay below 1e4
 CHECKSUM = "weights_sha256"  # of the tensors, in the metadata of safetensors files, whose format has none
+NUMPY_SCALARS: list[Any] = [
+    *((numpy_scalar, f"{module}.multiarray.scalar") for module in ("numpy._core", "numpy.core")),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"),
+]
+"""What a checkpoint may hold beside tensors: numbers as NumPy has them, such as a loss or a step."""
 ALIGNMENT = 64  # bytes, of PyTorch's own memory: products of matrices may round otherwise where it is less
 LARGE = 2**20  # bytes of a weight above which a convolution brings it into an order of its own before it computes
 WAYS_OUT = (
-    "download the released weights with `python -m monai.bundle download_large_files --bundle_path .`, "
+    "download the released weights with `python -m scripts weights`, "
     "or use the small model that ships with the bundle, `python -m scripts sample --with demo` "
     "(--config_file \"['configs/inference.json','configs/demo.yaml']\"); "
     "networks of other sizes, such as tiny.yaml's, need weights of a training of their own"
@@ -254,7 +262,8 @@ def _read_torch(path: Path, check: bool) -> tuple[dict[str, Any], dict[str, Any]
     if check:
         check_zip(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if "global" in str(error).lower():
             raise BundleError(

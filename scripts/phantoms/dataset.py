@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from scripts.compute.devices import process_rank
+from scripts.compute.provenance import dataset_description, header_text, synthetic_facts
 from scripts.conditions.conditions import Conditions, flags_or_table
 from scripts.core.errors import BundleError
-from scripts.core.files import are_whole, fingerprints, make_folder, read_json, replacing, write_json
+from scripts.core.files import are_whole, fingerprints, make_folder, read_json, replacing, write_json, write_text
 from scripts.core.options import whole_number
 from scripts.core.tables import read_table, write_table
 from scripts.phantoms.making import Phantom, Phantoms
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 TABLE = "participants.tsv"
+OF_ALL = {"T1w": {"SpatialReference": SPACE, "SkullStripped": False}, "dseg": {"SpatialReference": SPACE}}
+"""What BIDS asks to know of all volumes and label maps, in files that hold for all."""
 
 
 class PhantomRequests:
@@ -95,7 +98,11 @@ class PhantomFolder:
                 break
             rows = found
             write_table(self.folder / TABLE, rows)
-        write_json(self.folder / "dataset_description.json", _description())
+        described = dataset_description("Digital head phantoms with known volumes", "deformed real heads")
+        write_json(self.folder / "dataset_description.json", described)
+        for ending, facts in OF_ALL.items():
+            write_json(self.folder / f"space-{SPACE}_{ending}.json", facts)
+        write_text(self.folder / ".bidsignore", "figures\n")
         logger.info(f"{len(rows)} of {total} phantoms are in {self.folder}")
 
     def _row(self, number: int) -> dict[str, Any] | None:
@@ -134,7 +141,7 @@ class PhantomFolder:
         """Volume, labels and picture; the sidecar comes last, so that what has one is complete."""
         path, grid = self.folder / _path(number, "T1w.nii.gz"), self.phantoms.grid
         make_folder(path.parent)
-        write_volume(path, phantom.image[0].numpy(), grid)
+        write_volume(path, phantom.image[0].numpy(), grid, description=header_text("phantom"))
         write_labels(self.folder / _path(number, "dseg.nii.gz"), phantom.labels[0].numpy(), grid)
         figures = make_folder(self.folder / "figures")
         write_picture(figures / f"{_name(number)}.png", picture(phantom.image[0].numpy(), phantom.labels[0].numpy()))
@@ -147,7 +154,7 @@ class PhantomFolder:
             **phantom.facts,
         }
         known = {"made_by": self._made_by(number), "row": row, "files": fingerprints(self._paths(number))}
-        write_json(self.folder / _path(number, "T1w.json"), known)
+        write_json(self.folder / _path(number, "T1w.json"), {**known, **synthetic_facts()})
 
     def _in_words(self, covariates: Covariates) -> dict[str, Any]:
         words = {c.raw: {code: word for word, code in c.codes.items()} for c in self.conditions}
@@ -178,13 +185,3 @@ def _name(number: int) -> str:
 
 def _path(number: int, ending: str) -> Path:
     return Path(_name(number), "anat", f"{_name(number)}_space-{SPACE}_{ending}")
-
-
-def _description() -> Mapping[str, Any]:
-    makers: Sequence[Mapping[str, str]] = [{"Name": "scripts.phantoms", "Description": "deformed real heads"}]
-    return {
-        "Name": "Digital head phantoms with known volumes",
-        "BIDSVersion": "1.9.0",
-        "DatasetType": "derivative",
-        "GeneratedBy": makers,
-    }

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scripts.compute.provenance import BIDS, bundle_version
 from scripts.conditions.conditions import Conditions
 from scripts.conditions.ranges import FILE as RANGES
 from scripts.conditions.ranges import learned_ranges
@@ -19,7 +19,6 @@ from scripts.core.cells import present
 from scripts.core.errors import BundleError
 from scripts.core.files import read_json, write_json, write_text
 from scripts.core.options import number
-from scripts.core.paths import CONFIGS
 from scripts.core.tables import MISSING, write_table
 from scripts.preparation.exclusions import Exclusions
 from scripts.preparation.prepared_scan import PreparedFiles, ScanPreparer
@@ -32,7 +31,6 @@ logger = logging.getLogger(__name__)
 FAILURES = "failures.tsv"
 OWN_COLUMNS = ("participant_id", "session_id", "session", "ses", "path", "split", "labels", "measured_volumes")
 """Of the input, which this dataset's table states in its own way."""
-METADATA = CONFIGS / "metadata.json"
 IGNORED = ("conditions.json", "failures.tsv", "figures", "logs", "*.html", "*_xfm.txt")
 
 
@@ -262,7 +260,7 @@ class PreparedDataset:
             "split": {"Description": "decided by a hash of the participant", "Levels": dict.fromkeys(SPLITS, "")},
         }
         for condition in self.conditions:
-            described[condition.raw] = _described(condition.name, condition.unit, condition.codes)
+            described[condition.raw] = condition.described()
         for step in self.preparer.steps.values():
             for column, words in getattr(step, "columns", {}).items():
                 described[column] = {"Description": words}
@@ -270,11 +268,11 @@ class PreparedDataset:
         return {name: words for name, words in described.items() if name in there}
 
     def _description(self) -> dict[str, Any]:
-        version = json.loads(METADATA.read_text(encoding="utf-8"))["version"]
-        maker = {"Name": "configs/prepare.yaml", "Version": version, "Description": " > ".join(self.preparer.steps)}
+        steps = " > ".join(self.preparer.steps)
+        maker = {"Name": "configs/prepare.yaml", "Version": bundle_version(), "Description": steps}
         return {
             "Name": "T1-weighted heads on the bundle grid",
-            "BIDSVersion": "1.9.0",
+            "BIDSVersion": BIDS,
             "DatasetType": "derivative",
             "GeneratedBy": [maker],
             "SourceDatasets": [{"URL": self.origin.resolve().as_uri()}],
@@ -296,11 +294,6 @@ def _failure(scan: ScanToPrepare) -> dict[str, Any]:
     reason, message = scan.fault or ("", "")
     source = scan.source
     return {"participant_id": source.participant, "path": str(source.path), "reason": reason, "message": message}
-
-
-def _described(name: str, unit: str, codes: Mapping[str, float]) -> dict[str, Any]:
-    levels = {"Levels": {word: f"{code:g} for the network" for word, code in codes.items()}} if codes else {}
-    return {"Description": f"condition '{name}'", **({"Units": unit} if unit else {}), **levels}
 
 
 def by_reason(reasons: Sequence[str]) -> str:

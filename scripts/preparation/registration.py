@@ -24,6 +24,10 @@ from scripts.volumes.reading import MGH, has_suffix, read_header
 from scripts.volumes.scans import Scan, ScanError, load_scan
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+NO_ANTS = (
+    "scans are registered by the package antspyx: pip install antspyx (the extra `preparation`); it has no wheel for "
+    "Python 3.14 and newer, so prepare with an older one"
+)
 COARSE_MM = 6.0
 POLISH_MM = 4.0
 FINE_MM = 2.0
@@ -424,7 +428,7 @@ def _ants() -> ModuleType:
     try:
         import ants
     except ImportError as error:
-        raise BundleError("scans are registered by the package antspyx: pip install antspyx") from error
+        raise BundleError(NO_ANTS) from error
     return ants
 
 

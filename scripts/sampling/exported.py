@@ -61,6 +61,8 @@ class OnnxNetwork(nn.Module):
         check_conditions(checkpoint, conditions)
         runtime = needed_package("onnxruntime")
         self.device = torch.device(device)
+        if self.device.type not in PROVIDERS:
+            raise BundleError(f"--device {device}: exported networks run on {' or '.join(PROVIDERS)}")
         provider = PROVIDERS[self.device.type]
         if provider not in runtime.get_available_providers():
             raise BundleError(
@@ -69,9 +71,12 @@ class OnnxNetwork(nn.Module):
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            self.session = runtime.InferenceSession(checkpoint.path, options, providers=[provider])
+            of_device = {} if self.device.type == "cpu" else {"device_id": str(self.device.index or 0)}
+            self.session = runtime.InferenceSession(checkpoint.path, options, providers=[(provider, of_device)])
         except Exception as error:  # onnxruntime's errors have no common class of their own
             raise BundleError(f"onnxruntime cannot read {checkpoint.path}: {error}") from error
+        if provider not in self.session.get_providers():  # it falls back to the CPU in silence
+            raise BundleError(f"--device {device}: onnxruntime cannot use this GPU: use --device cpu")
         self.inputs = {entry.name: entry.shape for entry in self.session.get_inputs()}
 
     def forward(self, **inputs: Tensor) -> Tensor:

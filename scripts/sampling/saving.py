@@ -19,16 +19,26 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from scripts.compute.devices import precision_facts, process_rank
+from scripts.compute.ownership import SAMPLES
+from scripts.compute.provenance import (
+    SHORT,
+    bundle_version,
+    dataset_description,
+    header_text,
+    model_in_words,
+    synthetic_facts,
+)
 from scripts.compute.writer import BackgroundWriter, HostCopy
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
-from scripts.core.files import are_whole, fingerprints, make_folder, parse_json, write_json
+from scripts.core.files import are_whole, fingerprints, make_folder, parse_json, read_json, write_json, write_text
 from scripts.core.option_types import check_disk
 from scripts.core.options import whole_number
 from scripts.core.tables import write_table
 from scripts.sampling.requests import SampleRequests
 from scripts.volumes.grid import Grid
-from scripts.volumes.nifti import DTYPES, mid_planes, write_picture, write_volume
+from scripts.volumes.nifti import DTYPES, SPACE, write_picture, write_volume
+from scripts.volumes.pictures import captioned_planes
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +46,20 @@ TABLE = "samples.tsv"
 PACKAGES = ("torch", "monai", "numpy", "nibabel")
 TF32 = "tf32"  # in sidecars of samples from a GPU, of this version on
 ENDINGS, FILES = ("nii.gz", "png"), "files"
+PARTICIPANTS, IGNORED = "participants.tsv", "*_T1w.png\n"
+SUBJECT = "sub-seed{seed}n{index:06d}"
+LAYOUTS = {"flat": SAMPLES + "{seed}_{index:06d}", "bids": f"{SUBJECT}/anat/{SUBJECT}_space-{SPACE}_T1w"}
+"""How a sample's files are called, without their endings: beside each other, or as a BIDS derivative."""
+NAME, OWN = "Synthetic T1-weighted heads", ("participant_id", "path", "seed")
+README = """\
+Synthetic T1-weighted heads: the volumes show no person and are not for clinical use.
+
+Each has a sidecar with its conditions, seed, model and the version of the bundle that sampled it.
+"""
+INCIDENTAL = ("versions", "request", FILES, *synthetic_facts(), "SpatialReference", "SkullStripped")
+"""What a sidecar says beside what decides the voxels."""
+DARK, LARGEST_BRAIN_ML = 0.05, 2150.0
+"""The template's brain takes 1.9 L; the smallest of the example heads, with its skull, 2.6 L brighter than that."""
 LEAST_SHARE = 0.01
 """Of the bytes of a volume, what is left of it compressed, at the least."""
 
@@ -54,9 +78,10 @@ class SampleSaver:
         dtype: of the voxels on disk; see `scripts.volumes.nifti.write_volume`.
         write_threads: how many volumes are written at the same time; 0 writes before the next batch is sampled.
         device: where they are sampled.
+        layout: one of `LAYOUTS`.
 
     Raises:
-        BundleError: if the folder is not writable, the dtype not known, or the number of threads not whole.
+        BundleError: if the folder is not writable, dtype or layout not known, or the number of threads not whole.
     """
 
     def __init__(
@@ -68,10 +93,13 @@ class SampleSaver:
         dtype: str = "uint8",
         write_threads: Any = 0,
         device: torch.device | str = "cpu",
+        layout: str = "flat",
     ) -> None:
         if dtype not in DTYPES:
             raise BundleError(f"--output_dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
-        self.folder = make_folder(output_dir)
+        if layout not in LAYOUTS:
+            raise BundleError(f"--layout must be {' or '.join(LAYOUTS)}, got '{layout}'")
+        self.layout, self.folder = layout, make_folder(output_dir)
         self.grid = grid
         self.conditions = conditions
         self.writer = BackgroundWriter(write_threads)
@@ -115,10 +143,14 @@ class SampleSaver:
     def save(self, volume: Any, seed: int, index: int, vector: torch.Tensor) -> None:
         """Write one volume of the grid's shape with its sidecar and picture."""
         stem = self.stem(seed, index)
-        write_volume(f"{stem}.nii.gz", volume, self.grid, self.facts["dtype"])
-        write_picture(f"{stem}.png", mid_planes(volume))
+        if self.layout != "flat":
+            make_folder(Path(stem).parent)
+        description = header_text(model_in_words(self.facts))
+        write_volume(f"{stem}.nii.gz", volume, self.grid, self.facts["dtype"], description)
+        write_picture(f"{stem}.png", captioned_planes(volume, self._caption(vector)))
         files = fingerprints(Path(f"{stem}.{ending}") for ending in ENDINGS)
-        write_json(f"{stem}.json", {**self._sidecar(seed, index, vector), FILES: files})
+        of_bids = {} if self.layout == "flat" else bids_facts(volume, self.grid)
+        write_json(f"{stem}.json", {**self._sidecar(seed, index, vector), **of_bids, FILES: files})
         logger.info(f"wrote {stem}.nii.gz, its .json and its .png")
 
     def is_done(self, seed: int, index: int, vector: torch.Tensor) -> bool:
@@ -137,7 +169,7 @@ class SampleSaver:
                 f"{sidecar} is of a sample made with other settings: choose another --output_dir or --seed"
             )
         whole = (
-            are_whole(self.folder, found[FILES])
+            are_whole(sidecar.parent, found[FILES])
             if FILES in found
             else all(_is_readable(path) for path in files if path.exists())
         )
@@ -147,7 +179,13 @@ class SampleSaver:
 
     def stem(self, seed: int, index: int) -> str:
         """Path of a sample's files without their endings."""
-        return str(self.folder / f"sample_seed-{seed}_{index:06d}")
+        return str(self.folder / LAYOUTS[self.layout].format(seed=seed, index=index))
+
+    def _caption(self, vector: torch.Tensor) -> list[str]:
+        said = zip(self.conditions, vector.tolist(), strict=True)
+        stated = [f"{c.raw if c.codes else c.name} {c.describe(c.denormalise(value))}" for c, value in said]
+        model = f"synthetic, {SHORT} {bundle_version()}, {model_in_words(self.facts)}"
+        return [", ".join(stated), model] if stated else [model]
 
     def _sidecar(self, seed: int, index: int, vector: torch.Tensor) -> dict[str, Any]:
         return {
@@ -157,7 +195,14 @@ class SampleSaver:
             **self.facts,
             **(self.requests.request_of(index) if self.requests else {}),
             "versions": {package: version(package) for package in PACKAGES},
+            **synthetic_facts(),
         }
+
+
+def bids_facts(volume: np.ndarray, grid: Grid) -> dict[str, Any]:
+    """What BIDS asks of the sidecar of a volume in a template's space; a skull is told by how much is not dark."""
+    bright = np.count_nonzero(volume > DARK) * abs(np.linalg.det(grid.affine[:3, :3])) / 1000.0
+    return {"SpatialReference": SPACE, "SkullStripped": bool(bright < LARGEST_BRAIN_ML)}
 
 
 def _read_sidecar(sidecar: Path) -> Mapping[str, Any]:
@@ -185,7 +230,7 @@ def _same_sample(found: Mapping[str, Any], wanted: Mapping[str, Any], names: Seq
 def _decisive(sidecar: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     stated = sidecar.get("conditions")
     values = {name: stated.get(name) for name in names} if isinstance(stated, Mapping) else None
-    return {**{k: v for k, v in sidecar.items() if k not in ("versions", "request", FILES)}, "conditions": values}
+    return {**{k: v for k, v in sidecar.items() if k not in INCIDENTAL}, "conditions": values}
 
 
 def _is_readable(path: Path) -> bool:
@@ -231,6 +276,30 @@ def sample_all(evaluator: Engine, requests: SampleRequests, saver: SampleSaver) 
             saver.finish()
     if any(requests.about):
         _write_table(requests, saver)
+    if saver.layout == "bids":
+        write_derivative(saver)
+
+
+def write_derivative(saver: SampleSaver) -> None:
+    """What makes a folder of samples a BIDS derivative: its description, and `participants.tsv` of all that are there.
+
+    Each of several processes does so when it has sampled its share; the last of them finds all.
+    """
+    rows = []
+    for sidecar in sorted(saver.folder.glob("sub-*/anat/*_T1w.json")):
+        stated, volume = read_json(sidecar), sidecar.with_suffix(".nii.gz").relative_to(saver.folder)
+        asked = {f"requested_{name}" if name in OWN else name: v for name, v in stated.get("request", {}).items()}
+        named = {"participant_id": volume.parts[0], "path": volume.as_posix(), "seed": stated.get("seed")}
+        conditions = stated.get("conditions", {})
+        rows.append({**named, **{c.raw: conditions.get(c.raw) for c in saver.conditions}, **asked})
+    write_text(saver.folder / ".bidsignore", IGNORED)
+    if not (saver.folder / "README").exists():
+        write_text(saver.folder / "README", README)
+    write_json(saver.folder / "dataset_description.json", dataset_description(NAME, model_in_words(saver.facts)))
+    about = {"path": "the volume, from the folder of the dataset", "seed": "of the sample's noise"}
+    described = {name: {"Description": words} for name, words in about.items()}
+    write_json(saver.folder / "participants.json", {**described, **{c.raw: c.described() for c in saver.conditions}})
+    write_table(saver.folder / PARTICIPANTS, rows)
 
 
 def _write_table(requests: SampleRequests, saver: SampleSaver) -> None:
@@ -240,7 +309,7 @@ def _write_table(requests: SampleRequests, saver: SampleSaver) -> None:
     rows = []
     for index, (vector, about) in enumerate(zip(requests.vectors, requests.about, strict=True)):
         seed, stated = requests.seed_of(index), saver.conditions.in_both_units(vector)
-        path = Path(f"{saver.stem(seed, index)}.nii.gz").name
+        path = Path(f"{saver.stem(seed, index)}.nii.gz").relative_to(saver.folder).as_posix()
         rows.append({"path": path, "seed": seed, **{c.raw: stated[c.raw] for c in saver.conditions}, **about})
     write_table(saver.folder / TABLE, rows)
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from scripts.core.errors import BundleError, find_bundle_error
 from scripts.core.files import file_hash, make_folder, write_json
-from scripts.core.paths import CONFIGS, ROOT
+from scripts.core.paths import CONFIGS, HERE, ROOT
 from scripts.core.tables import read_table, write_table
 from scripts.core.wheels import Package
 
@@ -98,13 +98,13 @@ def _check(example: Example, folder: Path) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m scripts example_data", description=__doc__.split("\n")[0])
-    parser.add_argument("--input_dir", type=Path, default=ROOT / "data" / "example", help="where raw scans go")
-    parser.add_argument("--dataset_dir", type=Path, default=ROOT / "dataset", help="where prepared scans go")
+    parser.add_argument("--input_dir", type=Path, default=HERE / "data" / "example", help="where raw scans go")
+    parser.add_argument("--dataset_dir", type=Path, default=HERE / "dataset", help="where prepared scans go")
     flags = parser.parse_args()
     fetch(flags.input_dir)
     run(
         config_file=[str(CONFIGS / name) for name in ("inference.json", "prepare.yaml")],
-        bundle_root=str(ROOT),
+        bundle_root=str(HERE),
         input_dir=str(flags.input_dir),
         dataset_dir=str(flags.dataset_dir),
     )

@@ -28,7 +28,7 @@ from skimage.filters import threshold_otsu
 from tqdm import tqdm
 
 from scripts.core.files import make_folder, replacing
-from scripts.core.paths import MODELS, ROOT
+from scripts.core.paths import HERE, MODELS
 from scripts.core.programs import errors_in_one_line
 from scripts.core.tables import read_table
 from scripts.preparation.warping import warped_onto
@@ -152,8 +152,8 @@ def write_labels(path: Path, labels: np.ndarray, scan: Scan, like: Path) -> None
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m scripts phantom_labels", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset_dir", type=Path, default=ROOT / "dataset", help="the prepared example heads")
-    parser.add_argument("--atlas_dir", type=Path, default=ROOT / "data" / "atlas", help="where the atlas is kept")
+    parser.add_argument("--dataset_dir", type=Path, default=HERE / "dataset", help="the prepared example heads")
+    parser.add_argument("--atlas_dir", type=Path, default=HERE / "data" / "atlas", help="where the atlas is kept")
     parser.add_argument("--labels_dir", type=Path, default=MODELS / "heads", help="where the maps go")
     flags = parser.parse_args()
     atlas = fetch_atlas(flags.atlas_dir)

@@ -25,7 +25,7 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from scripts.core.paths import ROOT
+from scripts.core.paths import HERE
 from scripts.core.programs import errors_in_one_line
 from scripts.core.tables import read_table, write_table
 from scripts.core.wheels import Package
@@ -164,9 +164,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scripts registration_volumetry", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--dataset_dir", type=Path, default=ROOT / "dataset")
-    parser.add_argument("--atlas_dir", type=Path, default=ROOT / "data" / "atlas")
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "volumes.tsv")
+    parser.add_argument("--dataset_dir", type=Path, default=HERE / "dataset")
+    parser.add_argument("--atlas_dir", type=Path, default=HERE / "data" / "atlas")
+    parser.add_argument("--output", type=Path, default=HERE / "output" / "volumes.tsv")
     flags = parser.parse_args()
     flags.output.parent.mkdir(parents=True, exist_ok=True)
     write_table(flags.output, measure_dataset(flags.dataset_dir, flags.atlas_dir))

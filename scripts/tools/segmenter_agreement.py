@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from scripts.core.correlation import pearson
-from scripts.core.paths import ROOT
+from scripts.core.paths import HERE
 from scripts.core.programs import errors_in_one_line
 from scripts.core.tables import write_table
 from scripts.measuring.segmenter import Segmenter, brain_volumes, load_segmenter, summarised
@@ -82,10 +82,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scripts segmenter_agreement", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--dataset_dir", type=Path, default=ROOT / "data" / "phantoms")
+    parser.add_argument("--dataset_dir", type=Path, default=HERE / "data" / "phantoms")
     parser.add_argument("--segmenter_path", default=None, help="weights (default those that ship)")
     parser.add_argument("--validation_fraction", default=0.15, help="as in the training")
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "segmenter_agreement.tsv")
+    parser.add_argument("--output", type=Path, default=HERE / "output" / "segmenter_agreement.tsv")
     flags = parser.parse_args()
     rows = split(labelled_participants(flags.dataset_dir), "validation", flags.validation_fraction)
     segmenter = load_segmenter(flags.segmenter_path)

@@ -26,7 +26,8 @@ from scripts.training.checkpointing import Checkpoints, SaveCheckpoints, ends_ep
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+"""Windows has no SIGUSR1."""
 BLOCKS = ("AEKLResBlock", "AEKLDownsample", "DiffusionUNetResnetBlock", "SpatialTransformer", "UpsampleBlock")
 FILES_TO_NAME = 8
 

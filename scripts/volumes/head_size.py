@@ -11,9 +11,9 @@ import nibabel as nib
 import numpy as np
 
 from scripts.core.errors import BundleError
-from scripts.core.paths import MODELS
+from scripts.core.paths import SHIPPED_MODELS
 
-TEMPLATE = MODELS / "template"
+TEMPLATE = SHIPPED_MODELS / "template"
 BRAIN = TEMPLATE / "tpl-MNI152NLin2009cAsym_res-01_desc-brain_mask.nii.gz"
 
 

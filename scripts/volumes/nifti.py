@@ -22,7 +22,9 @@ INTEGER_DTYPES = ("uint8", "uint16", "int16")
 DTYPES = (*INTEGER_DTYPES, "float32")
 
 
-def write_volume(path: str | os.PathLike, volume: np.ndarray, grid: Grid, dtype: str = "uint8") -> None:
+def write_volume(
+    path: str | os.PathLike, volume: np.ndarray, grid: Grid, dtype: str = "uint8", description: str = ""
+) -> None:
     """Write intensities 0..1 as NIfTI, its sform and qform the grid's affine with the MNI152 code.
 
     Args:
@@ -31,6 +33,7 @@ def write_volume(path: str | os.PathLike, volume: np.ndarray, grid: Grid, dtype:
             back), so that volumes stay comparable. What lies outside of 0..1 is clipped, in float32 as well.
         grid: where the voxels lie.
         dtype: one of `DTYPES`.
+        description: for the header's field `descrip`, which holds 79 bytes.
 
     Raises:
         BundleError: for another dtype or shape, NaN, or a file that cannot be written.
@@ -46,6 +49,7 @@ def write_volume(path: str | os.PathLike, volume: np.ndarray, grid: Grid, dtype:
         if dtype in INTEGER_DTYPES
         else _image(volume.clip(0.0, 1.0).astype(dtype), grid)
     )
+    image.header["descrip"] = description
     with replacing(path) as temporary:
         nib.save(image, temporary)
 
@@ -103,7 +107,7 @@ def read_volume(path: str | os.PathLike, shape: tuple[int, int, int] | None = No
 
 
 def mid_planes(volume: np.ndarray, height: int = 256) -> np.ndarray:
-    """The sagittal, coronal and axial planes through the middle of a volume, side by side.
+    """The sagittal, coronal and axial planes through the middle of a volume, side by side, on one scale.
 
     Args:
         volume: on the bundle grid (x right to left, y back to front, z bottom to top), 0..1.
@@ -111,16 +115,28 @@ def mid_planes(volume: np.ndarray, height: int = 256) -> np.ndarray:
 
     Returns:
         (height, width) uint8. Coronal and axial planes are as radiologists look at them: the subject's
-        right is on the left of the picture.
+        right is on the left of the picture. The planes of fewer voxels are black above and below.
     """
+    return np.concatenate(plane_tiles(volume, height), axis=1)
+
+
+def plane_tiles(volume: np.ndarray, height: int) -> list[np.ndarray]:
+    """The three planes of `mid_planes`, each (height, its width) uint8."""
     x, y, z = (n // 2 for n in volume.shape)
     planes = [volume[x, ::-1, ::-1].T, volume[:, y, ::-1].T, volume[:, ::-1, z].T]
-    return np.concatenate([_resized(plane, height) for plane in planes], axis=1)
+    scale = height / max(len(plane) for plane in planes)
+    return [_centred(_resized(plane, scale), height) for plane in planes]
 
 
-def _resized(plane: np.ndarray, height: int) -> np.ndarray:
+def _resized(plane: np.ndarray, scale: float) -> np.ndarray:
     image = Image.fromarray(np.rint(np.clip(plane, 0.0, 1.0) * 255.0).astype(np.uint8))
-    return np.asarray(image.resize((round(height * plane.shape[1] / plane.shape[0]), height), Image.Resampling.BICUBIC))
+    rows, columns = (max(1, round(n * scale)) for n in plane.shape)
+    return np.asarray(image.resize((columns, rows), Image.Resampling.BICUBIC))
+
+
+def _centred(tile: np.ndarray, height: int) -> np.ndarray:
+    above = (height - len(tile)) // 2
+    return np.pad(tile, ((above, height - len(tile) - above), (0, 0)))
 
 
 def write_picture(path: str | os.PathLike, pixels: np.ndarray) -> None:

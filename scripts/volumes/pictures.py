@@ -12,8 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 
-from scripts.volumes.nifti import mid_planes, write_picture
+from scripts.volumes.nifti import mid_planes, plane_tiles, write_picture
 
 FOLDER = "figures"
 DPI = 100
@@ -21,6 +22,7 @@ LARGEST_DIFFERENCE = 0.2
 _PLANE_HEIGHT = 192  # pixels of a row's planes before they are drawn
 _ROW_INCHES = 1.6
 _LABEL_WIDTH = 0.5  # of that of the planes
+_CAPTION_PIXELS = 12
 
 
 def figure_path(run_dir: str | os.PathLike, name: str, iteration: int) -> Path:
@@ -33,6 +35,43 @@ def figures_of(run_dir: str | os.PathLike, iteration: int) -> dict[str, Path]:
     end = figure_path(run_dir, "", iteration).name
     found = sorted((Path(run_dir) / FOLDER).glob(f"[!.]*{end}"))  # not what a killed process has left half written
     return {path.name.removesuffix(end): path for path in found}
+
+
+def captioned_planes(volume: np.ndarray, lines: Sequence[str], height: int = 256) -> np.ndarray:
+    """The middle planes of a volume with R and L at its sides, and lines of text below them.
+
+    Args:
+        volume: as for `scripts.volumes.nifti.mid_planes`.
+        lines: of the caption.
+        height: of the planes in pixels.
+
+    Returns:
+        (height and that of the text, width) uint8.
+    """
+    tiles = plane_tiles(volume, height)
+    font = ImageFont.load_default(_CAPTION_PIXELS)
+    width = sum(tile.shape[1] for tile in tiles)
+    wrapped = [part for line in lines for part in _wrapped(line, width - 2 * _CAPTION_PIXELS, font)]
+    text = np.zeros((round((len(wrapped) + 0.5) * 1.35 * _CAPTION_PIXELS), width), np.uint8)
+    picture = Image.fromarray(np.concatenate([np.concatenate(tiles, axis=1), text]))
+    draw = ImageDraw.Draw(picture)
+    edge = tiles[0].shape[1]
+    for tile in tiles[1:]:
+        for side, anchor, x in (("R", "lm", edge + 4), ("L", "rm", edge + tile.shape[1] - 4)):
+            draw.text((x, height // 2), side, fill=255, font=font, anchor=anchor)
+        edge += tile.shape[1]
+    for number, line in enumerate(wrapped):
+        draw.text((_CAPTION_PIXELS, height + round(number * 1.35 * _CAPTION_PIXELS)), line, fill=255, font=font)
+    return np.asarray(picture)
+
+
+def _wrapped(text: str, width: float, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
+    """A text in lines of at most so many pixels, broken between words."""
+    lines = [""]
+    for word in text.encode("ascii", "replace").decode("ascii").split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if font.getlength(longer) <= width or not lines[-1] else [*lines, word]
+    return lines
 
 
 def reconstruction_picture(

@@ -29,12 +29,11 @@ from torch.nn import functional as F
 
 from scripts.compute.precision import half_precision
 from scripts.core.errors import BundleError
-from scripts.core.options import yes_or_no
+from scripts.core.options import AUTO, yes_or_no
 from scripts.networks.cpu.convolution import TILE, doubled, doubled_weights, winograd, winograd_weights
 from scripts.networks.cpu.streaming import FEW, stream
 from scripts.networks.weights import is_aligned
 
-AUTO = "auto"
 STREAMING = ("0", "1", "2")
 
 
