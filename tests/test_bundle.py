@@ -134,14 +134,9 @@ def test_metadata_names_the_locked_versions() -> None:
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])
 def test_lock_lies_within_the_declared_ranges(python: str) -> None:
-<<<<<<< HEAD
     further = (locked(python, f"requirements-{extra}.lock") for extra in ("tracking", "docs"))
     lock = {name: version for found in (*further, locked(python)) for name, version in found.items()}
-    extras = ("download", "export", "page", "tracking", "docs", "test", "dev")
-=======
-    lock = {**locked(python, "requirements-tracking.lock"), **locked(python)}
-    extras = ("preparation", "download", "export", "tracking", "test", "dev")
->>>>>>> 3e51ad8 (Samples and phantoms say that they are synthetic and by which version and model; precision by device; one package to install)
+    extras = ("preparation", "download", "export", "page", "tracking", "docs", "test", "dev")
     for name, entry in {**declared(), **{k: v for extra in extras for k, v in declared(extra).items()}}.items():
         if entry.marker is None or entry.marker.evaluate({"python_version": python}):
             assert entry.specifier.contains(lock[name]), f"{entry} does not admit the locked {lock[name]}"
@@ -202,14 +197,8 @@ def test_imports_of_scripts_are_declared() -> None:
     for file in tracked("scripts/*.py"):
         for module in third_party_imports(file):
             names = {canonicalize_name(name) for name in distributions.get(module, [])}
-<<<<<<< HEAD
-            assert names & {*declared(), *declared("page")}, (
-                f"{file.name} imports {module}, which pyproject.toml does not declare"
-            )
-=======
-            known = declared().keys() | declared("preparation").keys()
+            known = {*declared(), *declared("page"), *declared("preparation")}
             assert names & known, f"{file.name} imports {module}, which pyproject.toml does not declare"
->>>>>>> 3e51ad8 (Samples and phantoms say that they are synthetic and by which version and model; precision by device; one package to install)
 
 
 def third_party_imports(file: Path) -> set[str]:

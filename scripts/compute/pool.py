@@ -56,7 +56,7 @@ def results(
                 deaths[number] += result is None
                 if result is not None or deaths[number] > 1:
                     item = waiting.pop(number)
-                    yield number, died(item, _how(code)) if result is None else result[0]
+                    yield number, died(item, how_it_ended(code)) if result is None else result[0]
         except BrokenProcessPool as error:
             if attempt == TRIES:
                 raise BundleError(
@@ -64,6 +64,7 @@ def results(
                 ) from error
         if not waiting:
             return
+    yield from ((number, died(item, "as it started")) for number, item in waiting.items())
 
 
 def _outcomes(
@@ -71,11 +72,7 @@ def _outcomes(
 ) -> Iterator[tuple[int, tuple[R] | None, int | None]]:
     """Of each item its number and result, or None and its process's exit code: then it is tried again, at the end."""
     context = multiprocessing.get_context("spawn")  # a fork would share the threads of the libraries loaded here
-<<<<<<< HEAD
-    pool = ProcessPool(min(num_workers, len(items)) or 1, initializer=begin_worker, context=context)
-=======
-    pool = ProcessPool(min(num_workers, len(waiting)) or 1, initializer=_begin, context=context)
->>>>>>> 3e51ad8 (Samples and phantoms say that they are synthetic and by which version and model; precision by device; one package to install)
+    pool = ProcessPool(min(num_workers, len(waiting)) or 1, initializer=begin_worker, context=context)
     try:
         with _one_thread():
             futures: dict[Future[R], int] = {pool.schedule(task, (item,)): n for n, item in waiting.items()}
@@ -84,13 +81,7 @@ def _outcomes(
                 try:
                     yield number, (future.result(),), None
                 except ProcessExpired as error:
-<<<<<<< HEAD
-                    yield number, died(items[number], how_it_ended(error.exitcode))
-    except BrokenProcessPool as error:
-        raise BundleError("no process of --num_workers could start: is there too little memory for so many?") from error
-=======
                     yield number, None, error.exitcode
->>>>>>> 3e51ad8 (Samples and phantoms say that they are synthetic and by which version and model; precision by device; one package to install)
     finally:
         pool.stop()
         pool.join()

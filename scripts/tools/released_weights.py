@@ -100,13 +100,12 @@ class Download:
             if self._is_whole():
                 os.replace(self.part, self.target)
                 return
-            if ended and self._size() == before:
+            idle = 0 if self._size() > before else idle + 1
+            if idle and (ended or (idle == TRIES and from_before and not fault)):
                 self.part.unlink(missing_ok=True)
                 if not from_before:
                     raise BundleError(OTHER)
-                from_before, ended = False, False
-                continue
-            idle = 0 if self._size() > before else idle + 1
+                from_before, ended, idle = False, False, 0
             time.sleep(PAUSE_S * min(idle, 3))
         raise BundleError(fault or "it broke off")
 
