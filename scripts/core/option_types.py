@@ -398,6 +398,8 @@ OPTIONS: Mapping[str, OptionType] = {
     # figures and export
     "figure": TEXT,
     "rows": ANYTHING,
+    "num_heads": _whole(1, MANY),
+    "levels": OptionType("numbers", -10.0, 10.0, count=(1, 100)),
     "figures": OptionType("map"),
     "models": OptionType("map", optional=True),
     "count": _whole(1),

@@ -22,6 +22,7 @@ NAMES = {
     "cohens_d": "Cohen's d",
     "similar_regions": "share of regions with |d| < 0.2",
     "region_distance": "Wasserstein distance of regions",
+    "tissue_age": "age by tissue",
     "brain_vol": "brain volume",
     "ventricular_vol": "ventricular volume",
 }

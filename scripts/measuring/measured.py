@@ -19,7 +19,8 @@ from scripts.core.errors import BundleError
 from scripts.core.files import make_folder
 from scripts.core.tables import write_table
 from scripts.measuring.outlines import outlined
-from scripts.measuring.segmenter import COLUMNS, INTRACRANIAL, Segmenter, summarised
+from scripts.measuring.segmenter import COLUMNS, INTRACRANIAL, Segmenter, summarised, thinned
+from scripts.measuring.tissue import TISSUE, VERSION, tissue_numbers
 from scripts.volumes.folders import VolumeFolder
 from scripts.volumes.labels import stem
 from scripts.volumes.nifti import write_labels, write_picture
@@ -34,10 +35,13 @@ class MeasuredVolumes:
         folder: the files.
         segmenter: makes the segmenter, when it is first needed.
         values: where the numbers are kept.
+        tissue: whether contrasts of tissues are measured too, on the same label maps.
     """
 
-    def __init__(self, folder: VolumeFolder, segmenter: Callable[[], Segmenter], values: Values) -> None:
-        self.folder, self._make, self.values = folder, segmenter, values
+    def __init__(
+        self, folder: VolumeFolder, segmenter: Callable[[], Segmenter], values: Values, tissue: bool = False
+    ) -> None:
+        self.folder, self._make, self.values, self._with_tissue = folder, segmenter, values, tissue
 
     @cached_property
     def segmenter(self) -> Segmenter:
@@ -46,13 +50,26 @@ class MeasuredVolumes:
 
     @cached_property
     def what(self) -> str:
-        """What the numbers are of."""
-        return identity("structures", self.segmenter, weights=self.segmenter.sha256, amp=str(self.segmenter.amp))
+        """What the volumes are of."""
+        return self._identity("structures")
+
+    def _identity(self, name: str, **facts: int) -> str:
+        return identity(name, self.segmenter, weights=self.segmenter.sha256, amp=str(self.segmenter.amp), **facts)
 
     def known(self, index: int) -> dict[str, float] | None:
         """Volume in mm3 of each class in file number `index`; None if it was not measured yet."""
         numbers = self.values.get(self.what, self.folder.hashes[index])
         return None if numbers is None else dict(zip(INTRACRANIAL, numbers))
+
+    @cached_property
+    def what_tissue(self) -> str:
+        """What the contrasts are of."""
+        return self._identity("tissue", tissue=VERSION)
+
+    def tissue(self, index: int) -> dict[str, float] | None:
+        """`tissue_numbers` of file number `index`; None if they were not measured yet."""
+        numbers = self.values.get(self.what_tissue, self.folder.hashes[index])
+        return None if numbers is None else dict(zip(TISSUE, numbers))
 
     def measure(self, index: int, label_map: Path | None = None) -> None:
         """Segment file number `index` and keep its volumes; if a path is given, write label map and picture.
@@ -69,6 +86,10 @@ class MeasuredVolumes:
             write_labels(label_map, labels, grid)
         volumes = self.segmenter.volumes(shares, grid)
         self.values.add(self.what, [self.folder.hashes[index]], [volumes[name] for name in INTRACRANIAL])
+        if self._with_tissue:
+            step = self.segmenter.spacing
+            found = tissue_numbers(thinned(volume, grid, step)[0].numpy(), shares.numpy(), step)
+            self.values.add(self.what_tissue, [self.folder.hashes[index]], [found[name] for name in TISSUE])
 
     def complete(self, label_map: Callable[[int], Path] | None = None, alone: bool = False) -> None:
         """Measure what is not known, and write label maps that are not there; under torchrun, each process its share.
@@ -79,7 +100,8 @@ class MeasuredVolumes:
         """
 
         def is_done(index: int) -> bool:
-            return self.known(index) is not None and (label_map is None or label_map(index).is_file())
+            measured = self.known(index) is not None and (not self._with_tissue or self.tissue(index) is not None)
+            return measured and (label_map is None or label_map(index).is_file())
 
         def measure(missing: list[int]) -> None:
             for index in tqdm(missing, "segmenting", unit="volume", disable=None):

@@ -118,7 +118,7 @@ class SampleRequests(Dataset):
         about = self.about[index] if index < len(self.about) else {}
         return {
             **({"request": about} if about else {}),
-            **({"noise_of_index": 0} if self.noise_of(index) != index else {}),
+            **({"noise_of_index": self.noise_of(index)} if self.noise_of(index) != index else {}),
         }
 
     def unknown_codes(self) -> list[str]:

@@ -178,8 +178,7 @@ class BrainAge(Measure):
         return found
 
     def _aged(self, folder: VolumeFolder) -> tuple[VolumeFolder, list[float]]:
-        condition, rows = age_condition(self.conditions), table_rows(folder)
-        ages = {path: _age(path, rows.get(path), condition) for path in folder.paths}
+        ages, rows = ages_in(folder, self.conditions), table_rows(folder)
         trained = self._trained_on(ages, rows) if folder is self.real else set()
         kept = {path: age for path, age in ages.items() if age is not None and path not in trained}
         unknown = sum(age is None for age in ages.values())
@@ -232,6 +231,16 @@ class BrainAge(Measure):
             "trained_on": len(file.checkpoint.facts["trained_on"]),
         }
         return {"brain_age_path": str(file.path), **file.facts(), **trained, "seed": self.seed, **folders}
+
+
+def ages_in(folder: VolumeFolder, conditions: Conditions) -> dict[Path, float | None]:
+    """Each volume of a folder and its age in years, as its sidecar or its table states it; None where none does.
+
+    Raises:
+        BundleError: if there is no condition `age`, or an age is no number.
+    """
+    condition, rows = age_condition(conditions), table_rows(folder)
+    return {path: _age(path, rows.get(path), condition) for path in folder.paths}
 
 
 def _age(path: Path, row: Mapping[str, str] | None, condition: Condition) -> float | None:
