@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scripts.core.ridge import fit_ridge, predicted_from_others
+from scripts.measuring.ridge import fit_ridge, predicted_from_others
 
 GENERATOR = np.random.default_rng(0)
 FEATURES = GENERATOR.standard_normal((40, 6)) * [1, 10, 0.1, 1, 1, 1] + 3

@@ -22,7 +22,6 @@ from scripts.core.errors import BundleError
 from scripts.core.files import parse_json
 from scripts.core.inputs import Input
 from scripts.core.options import whole_number
-from scripts.core.ridge import fit_ridge
 from scripts.evaluation.measures import Measure, Result, Row
 from scripts.evaluation.metrics.features import FeatureSet
 from scripts.evaluation.metrics.regions import OwnSegmenterChosen
@@ -31,6 +30,7 @@ from scripts.evaluation.names import written
 from scripts.evaluation.segmentations import MEASURED, OWN
 from scripts.measuring.brain_age import AGE
 from scripts.measuring.measured import MeasuredVolumes
+from scripts.measuring.ridge import fit_ridge
 from scripts.measuring.segmenter import Segmenter
 from scripts.volumes.folders import VolumeFolder
 from scripts.volumes.labels import stem

@@ -19,7 +19,6 @@ from scripts.core.correlation import correlations
 from scripts.core.errors import BundleError
 from scripts.core.inputs import Input
 from scripts.core.options import whole_number
-from scripts.core.ridge import Ridge, fit_ridge, predicted_from_others
 from scripts.evaluation.measures import Measure, Result, Row
 from scripts.evaluation.metrics.features import FeatureSet
 from scripts.evaluation.metrics.predicted_age import ages_in, scatter
@@ -28,6 +27,7 @@ from scripts.evaluation.segmentations import FEWEST, OWN
 from scripts.evaluation.stated_conditions import table_rows
 from scripts.measuring.brain_age import AGE
 from scripts.measuring.measured import MeasuredVolumes
+from scripts.measuring.ridge import Ridge, fit_ridge, predicted_from_others
 from scripts.measuring.segmenter import Segmenter
 from scripts.measuring.tissue import ageing_features
 from scripts.volumes.folders import VolumeFolder
