@@ -8,7 +8,7 @@ SAMSEG_PYTHON ?= $(PYTHON)
 
 COMPILE := uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-header pyproject.toml
 
-.PHONY: help sample example-data perceptual-weights samseg tracking test test-slow lint lock clean
+.PHONY: help sample example-data perceptual-weights samseg tracking test test-slow lint docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -50,6 +50,10 @@ lint: $(INSTALLED) ## Check style and types
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
+
+docs: $(INSTALLED) ## Build the documents as a site to browse, into site/
+	$(RUN) -m pip install --quiet --requirement requirements-docs.lock
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
 
 lock: ## Write the lock files anew from pyproject.toml (needs uv)
 	sed '/^[^#]/d' requirements.lock > requirements.new

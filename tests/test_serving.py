@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import hashlib
+import html
 import json
 import shutil
 import socket
@@ -29,12 +30,15 @@ from starlette.testclient import TestClient  # noqa: E402
 from scripts.core.command_line import read_request  # noqa: E402
 from scripts.core.errors import BundleError, find_bundle_error  # noqa: E402
 from scripts.core.flags import read_flags  # noqa: E402
+from scripts.core.tables import read_table  # noqa: E402
 from scripts.core.verbs import BASE, SAMPLE, merge  # noqa: E402
+from scripts.preparation.quality_page import write_page  # noqa: E402
 from scripts.serving.application import STATIC, Site, make_application  # noqa: E402
 from scripts.serving.gallery import Gallery, OpenedFolder  # noqa: E402
 from scripts.serving.guard import LOOPBACK_NAMES, MOST_BYTES, check_token  # noqa: E402
 from scripts.serving.jobs import MOST_WAITING  # noqa: E402
 from scripts.serving.offered import OfferedModel, find_models  # noqa: E402
+from scripts.serving.reports import find_reports  # noqa: E402
 from scripts.serving.server import listening_socket  # noqa: E402
 from scripts.serving.worker import StoppedError  # noqa: E402
 
@@ -395,6 +399,50 @@ def test_many_jobs_at_once(served: tuple[int, Site]) -> None:
         time.sleep(0.01)
     assert not site.jobs.unfinished() and {job["state"] for job in site.jobs.about()} == {"stopped"}
     assert send(port, get("/api/jobs")).startswith(b"HTTP/1.1 200")
+
+
+# Reports.
+
+
+def test_reports_show_their_volumes_and_nothing_else(model: OfferedModel, secret: Path, tmp_path: Path) -> None:
+    dataset, volume = tmp_path / "dataset", tmp_path / "dataset" / "sub-1" / "sub-1_space-MNI152_T1w.nii.gz"
+    (dataset / "figures").mkdir(parents=True)
+    volume.parent.mkdir()
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.eye(4)), volume)  # type: ignore[no-untyped-call]
+    (dataset / "participants.tsv").write_text(f"participant_id\tpath\nsub-1\t{volume.relative_to(dataset)}\n")
+    (dataset / "figures" / "sub-1.jpg").write_bytes(b"picture")
+    (dataset / "figures" / "link.jpg").symlink_to(secret / "secret.txt")
+    write_page(dataset, read_table(dataset / "participants.tsv"))
+    listed = html.escape(json.dumps([str(volume), str(secret / "secret.txt")]), quote=True)
+    (tmp_path / "evaluation.html").write_text(f'<html><head></head><body><img data-volumes="{listed}"></body></html>')
+    opened = OpenedFolder(dataset, "volumes_dir")
+    site = Site([model], Gallery(tmp_path / "page"), opened, Held(), find_reports(opened, tmp_path))
+    with TestClient(make_application(site, LOOPBACK_NAMES), base_url=LOCAL) as client:
+        about = client.get("/api/about").json()
+        assert [one["address"] for one in about["reports"]] == ["/reports/quality/", "/reports/evaluation/"]
+        assert "report.js" in client.get("/reports/quality/").text
+        assert client.get("/reports/quality/figures/sub-1.jpg").content == b"picture"
+        same = ("/reports/quality/volume/sub-1", "/reports/evaluation/volume/0", "/opened/0/volume.nii.gz")
+        assert {client.get(address).content for address in same} == {volume.read_bytes()}
+        for address in (
+            "/reports/quality/volume/sub-2",
+            "/reports/quality/volume/..%2f..%2fsecret.txt",
+            "/reports/quality/figures/link.jpg",
+            "/reports/quality/figures/%2e%2e/participants.tsv",
+            "/reports/quality/participants.tsv",
+            "/reports/evaluation/volume/1",
+            "/reports/evaluation/volume/-1",
+            "/reports/nothing/",
+        ):
+            assert client.get(address).status_code == 404, address
+
+
+def test_labels_of_a_sample_that_was_stopped_are_not_waited_for(model: OfferedModel, tmp_path: Path) -> None:
+    site = make_site(model, tmp_path, Held())
+    with TestClient(make_application(site, LOOPBACK_NAMES), base_url=LOCAL) as client:
+        first, second = (job["number"] for job in ask(client, labels=True).json())
+        assert client.post(f"/api/jobs/{first}/stop").status_code == 202
+        assert [finished(client, number)["state"] for number in (first, second)] == ["stopped", "stopped"]
 
 
 # The token, and where it listens.

@@ -411,6 +411,7 @@ OPTIONS: Mapping[str, OptionType] = {
     "open": YES_NO,
     "token": OptionType("text", optional=True),
     "runs_dir": PATH,
+    "evaluation_dir": PATH,
     "offered": OptionType("map"),
 }
 

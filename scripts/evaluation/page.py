@@ -115,13 +115,16 @@ def number(value: float | None) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _volumes(report: Report) -> dict[str, str] | None:
+def _volumes(report: Report) -> dict[str, Any] | None:
     folders = {model or "synthetic": features.folder for model, features in report.samples.sets.items()}
     asked = {label: folder for label, folder in folders.items() if folder.requested}
     real = report.folder(REAL_FLAG)
     if real is not None:
         asked[REAL] = real
-    return _picture(volumes_picture(asked), VOLUMES) if asked else None
+    if not asked:
+        return None
+    data, paths = volumes_picture(asked)
+    return {**_picture(data, VOLUMES), "volumes": [str(path.absolute()) for path in paths]}
 
 
 def _section(entry: Measured, result: Result, report: Report) -> dict[str, Any]:

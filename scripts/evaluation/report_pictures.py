@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,20 +28,21 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def volumes_picture(folders: Mapping[str, VolumeFolder]) -> bytes:
-    """The middle planes of a few volumes of each folder, evenly spread over it.
+def volumes_picture(folders: Mapping[str, VolumeFolder]) -> tuple[bytes, list[Path]]:
+    """The middle planes of a few volumes of each folder, evenly spread over it, a row each, and the rows' files.
 
     Args:
         folders: label -> volumes, 0..1; what lies outside is cut.
     """
-    labels, planes = [], []
+    labels, planes, paths = [], [], []
     for label, folder in folders.items():
         for index in np.linspace(0, len(folder) - 1, min(SHOWN, len(folder))).round().astype(int):
+            paths.append(folder.paths[index])
             labels.append(f"{label}\n{folder.paths[index].name}")
             planes.append(strip(folder[int(index)][0, 0].numpy()))
     buffer = io.BytesIO()
     Image.fromarray(sample_picture(labels, planes)).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return buffer.getvalue(), paths
 
 
 def histogram(name: str, sets: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:

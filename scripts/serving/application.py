@@ -6,18 +6,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Mount, Route
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from scripts.core.cells import shown
@@ -28,14 +29,22 @@ from scripts.core.pages import TEMPLATES
 from scripts.core.verbs import SAMPLE
 from scripts.measuring.segmenter import CODES
 from scripts.serving.gallery import Gallery, OpenedFolder
-from scripts.serving.guard import Guard
+from scripts.serving.guard import SAFE, Guard
 from scripts.serving.jobs import BusyError, Job, Jobs
 from scripts.serving.offered import OfferedModel
+from scripts.serving.reports import ServedReport
 from scripts.serving.worker import Runner
 
 STATIC = Path(__file__).parent / "static"
 STYLE = TEMPLATES / "style.css"
 NO_CACHE = {"Cache-Control": "no-cache"}
+OF_REPORTS = {
+    **NO_CACHE,
+    "Content-Security-Policy": SAFE["Content-Security-Policy"].replace(
+        "script-src 'self'", "script-src 'self' 'unsafe-inline'"
+    ),
+}
+"""Reports hold their scripts, since they are to open from a folder as well."""
 ASKED = {"model", "conditions", "seed", "sampler", "num_inference_steps", "labels"}
 MOST_SEED = 2**31 - 1
 MOST_STEPS = 1000
@@ -49,6 +58,7 @@ class Site:
         gallery: where samples go.
         opened: volumes that were there before.
         runner: runs the commands.
+        reports: of other commands.
         given: values of options, conditions among them, that the page begins with.
     """
 
@@ -58,10 +68,12 @@ class Site:
         gallery: Gallery,
         opened: OpenedFolder,
         runner: Runner,
+        reports: Iterable[ServedReport] = (),
         given: Mapping[str, Any] | None = None,
     ) -> None:
         self.models = {model.name: model for model in models}
         self.gallery, self.opened, self.given = gallery, opened, dict(given or {})
+        self.reports = {report.name: report for report in reports}
         self.jobs = Jobs(runner)
         self.abouts = [model.about(self.given) for model in models]
 
@@ -77,7 +89,7 @@ class Site:
             "folder": None if self.opened.folder is None else str(self.opened.folder),
             "volumes": self.opened.names(),
             "files": [path.name for path in self.opened.paths],
-            "reports": [],
+            "reports": [{"title": one.title, "address": f"/reports/{one.name}/"} for one in self.reports.values()],
         }
 
     def ask(self, asked: Mapping[str, Any]) -> list[Job]:
@@ -163,6 +175,7 @@ def make_application(site: Site, hosts: tuple[str, ...] = (), token: str | None 
             Route("/gallery/{entry}/{file}", _of_gallery(site)),
             Route("/opened/{number:int}/{file}", _opened(site)),
             Mount("/static", StaticFiles(directory=STATIC)),
+            *(route for report in site.reports.values() for route in _report(report)),
         ],
         middleware=[Middleware(Guard, hosts=hosts, token=token)],
         exception_handlers={BundleError: _refused, BusyError: _refused},
@@ -242,6 +255,26 @@ def _opened(site: Site) -> Answer:
         return FileResponse(path, media_type="application/octet-stream", headers=NO_CACHE)
 
     return respond
+
+
+def _report(report: ServedReport) -> list[BaseRoute]:
+    """The addresses of a report: its page, its pictures, and the volumes behind them."""
+
+    async def page(request: Request) -> Response:
+        return HTMLResponse(await run_in_threadpool(report.content), headers=OF_REPORTS)
+
+    async def volume(request: Request) -> Response:
+        path = await run_in_threadpool(report.volume, request.path_params["key"])
+        headers = {**NO_CACHE, "X-File": quote(path.name)}
+        return FileResponse(path, media_type="application/octet-stream", headers=headers)
+
+    own = f"/reports/{report.name}"
+    figures = StaticFiles(directory=report.figures, check_dir=False)
+    return [
+        Route(f"{own}/", page),
+        Route(f"{own}/volume/{{key}}", volume),
+        Mount(f"{own}/{report.figures.name}", figures),
+    ]
 
 
 async def _body(request: Request) -> Mapping[str, Any]:

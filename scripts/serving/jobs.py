@@ -9,7 +9,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from scripts.core.errors import BundleError
@@ -34,6 +34,9 @@ class Job:
         words: the command line behind `python -m scripts`.
         state: `waiting`, `running`, `done`, `failed` or `stopped`.
         error: the line that it ended in, if it failed.
+        began, first, stepped: seconds of a clock at its beginning, its first step and its latest.
+        seconds: that it took.
+        steps: done, and of how many.
     """
 
     kind: str
@@ -46,7 +49,7 @@ class Job:
     seconds: float = 0.0
     steps: tuple[int, int] = (0, 0)
     stepped: float = 0.0
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    first: float = 0.0
 
     def about(self, rest: float | None = None) -> dict[str, Any]:
         """What the page shows of it.
@@ -60,17 +63,15 @@ class Job:
         seconds = time.monotonic() - self.began if running else self.seconds
         left = None
         if running and 0 < done <= total and rest is not None:
-            steps_left = (self.stepped - self._first) / max(1, done - 1) * (total - done)
+            steps_left = (self.stepped - self.first) / max(1, done - 1) * (total - done)
             left = max(0.0, steps_left + rest - (time.monotonic() - self.stepped))
         return {**about, "step": done, "steps": total, "seconds": round(seconds, 1), "left": left and round(left, 1)}
-
-    _first: float = 0.0
 
     def note(self, steps: tuple[int, int]) -> None:
         """Take over how far it is."""
         if steps != self.steps:
             self.stepped = time.monotonic()
-            self._first = self.stepped if steps[0] <= 1 else self._first
+            self.first = self.stepped if steps[0] <= 1 else self.first
             self.steps = steps
 
 
@@ -131,9 +132,12 @@ class Jobs:
         return [job.about(self._after.get(job.kind)) for job in jobs]
 
     def _end(self, job: Job, state: str, error: str = "") -> None:
+        """Where it has not made its entry, what waits for that entry ends with it."""
         job.state, job.error = state, error
         self.ended.append(job)
-        job.ended.set()
+        for other in [one for one in self.waiting if one.entry == job.entry] if state != "done" else []:
+            self.waiting.remove(other)
+            self._end(other, "stopped")
 
     async def work(self) -> None:
         """Run what is submitted, for ever."""

@@ -34,6 +34,7 @@ class PageServer:
         token: what has to be known to open it; required where other machines can reach it.
         volumes_dir: a folder of volumes to look at, beside what is sampled; None takes `dataset_dir`, where it is.
         dataset_dir: a prepared dataset.
+        evaluation_dir: of an evaluation, whose report is shown where it is.
         models: name -> words of `sample` that choose a model.
         runs_dir: the folder of the trainings.
         uses: what of the configuration its commands use; for the check of flags.
@@ -51,6 +52,7 @@ class PageServer:
         token: str | None = None,
         volumes_dir: str | None = None,
         dataset_dir: str = "dataset",
+        evaluation_dir: str = "evaluation",
         models: Mapping[str, Sequence[str]] | None = None,
         runs_dir: str = "runs",
         uses: str = "",
@@ -64,6 +66,7 @@ class PageServer:
         self.open_browser = yes_or_no(open_browser, "open")
         self.folder, self.runs, self.entries = Path(output_dir), Path(runs_dir), dict(models or {})
         self.volumes = _volumes(volumes_dir, dataset_dir)
+        self.evaluation = Path(str(evaluation_dir))
         self.config = {name: value for name, value in current_config().items()}
 
     def serve(self) -> None:
@@ -78,6 +81,7 @@ class PageServer:
         from scripts.serving.gallery import Gallery, OpenedFolder
         from scripts.serving.guard import LOOPBACK_NAMES
         from scripts.serving.offered import find_models
+        from scripts.serving.reports import find_reports
         from scripts.serving.worker import WorkerProcess
 
         models = find_models(self.config, self.entries, self.runs, self.folder / "models")
@@ -85,7 +89,8 @@ class PageServer:
             raise BundleError("there are no weights to sample with: see docs/page.md, or give --with demo")
         opened = OpenedFolder(self.volumes, "volumes_dir")
         with closing(listening_socket(self.host, self.port)) as listening:
-            site = Site(models, Gallery(self.folder), opened, WorkerProcess(), self._given())
+            reports = find_reports(opened, self.evaluation)
+            site = Site(models, Gallery(self.folder), opened, WorkerProcess(), reports, self._given())
             application = make_application(site, () if self.token else LOOPBACK_NAMES, self.token)
             settings = uvicorn.Config(
                 application,

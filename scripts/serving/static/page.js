@@ -235,7 +235,6 @@ function what(name) {
 async function show(panel, name) {
   const found = name && what(name);
   sides[panel].entry = found ? name : null;
-  sides[1].box.hidden = !sides[1].entry;
   layout();
   remember();
   await sides[panel].show(found ?? null);
@@ -250,8 +249,16 @@ function layout() {
   at("viewers").classList.toggle("several", several);
   at("difference").disabled = at("swap").disabled = at("alone").disabled = !several;
   if (!several) press("difference", false);
-  changes.box.hidden = !(several && isPressed("difference"));
+  place(sides[1], Boolean(sides[1].entry));
+  place(changes, several && isPressed("difference"));
+  const seen = [...sides, changes].filter(side => !isAway(side));
+  for (const side of [...sides, changes]) side.nv.broadcastTo([]);
+  link(seen);
 }
+
+// A panel that is not shown keeps its size, out of sight: a canvas without any cannot be drawn on.
+const isAway = side => side.box.classList.contains("away");
+const place = (side, seen) => side.box.classList.toggle("away", !seen);
 
 const isPressed = id => at(id).getAttribute("aria-pressed") === "true";
 const press = (id, yes) => at(id).setAttribute("aria-pressed", String(yes));
@@ -279,7 +286,7 @@ function legendOf(structure) {
 
 async function drawDifference() {
   const [first, second] = sides.map(side => side.nv.volumes[0]);
-  if (changes.box.hidden || !first || !second) return;
+  if (isAway(changes) || !first || !second) return;
   const volume = difference(first, second);
   const scale = `blue to red: ${-GREATEST_DIFFERENCE} to ${GREATEST_DIFFERENCE}`;
   const titled = volume ? `right minus left, ${scale}` : "the two lie on different grids";
@@ -367,9 +374,10 @@ async function start() {
   about = await (await fetch("/api/about")).json();
   for (const one of about.structures) one.colour = COLOURS[one.name] ?? [0, 0, 0];
   at("viewers").append(...[...sides, changes].map(side => side.box));
+  place(sides[1], false);
+  place(changes, false);
   for (const side of [...sides, changes]) await side.start();
-  link([...sides, changes]);
-  sides[1].box.hidden = changes.box.hidden = true;
+  layout();
   at("model").replaceChildren(...about.models.map(one => element("option", {value: one.name, textContent: one.name})));
   choose();
   if (about.seed !== null) at("seed").value = about.seed;

@@ -26,8 +26,9 @@ const STEPS = {
   ArrowLeft: [-1, 0, 0], ArrowRight: [1, 0, 0], ArrowDown: [0, 0, -1], ArrowUp: [0, 0, 1],
   PageDown: [0, -1, 0], PageUp: [0, 1, 0],
 };
-const DIFFERENCE = {R: [30, 90, 255, 240, 170], G: [80, 160, 255, 150, 20], B: [170, 220, 255, 90, 30],
-                    A: [255, 255, 255, 255, 255], I: [0, 70, 128, 185, 255]};
+// From blue by nothing to red: equal voxels are black in the planes, and let the others through in the rendering.
+const DIFFERENCE = {R: [130, 40, 0, 0, 220, 255], G: [190, 110, 0, 0, 90, 190], B: [255, 220, 0, 0, 40, 120],
+                    A: [255, 180, 0, 0, 180, 255], I: [0, 70, 125, 130, 185, 255]};
 export const GREATEST_DIFFERENCE = 0.4;
 
 export function element(kind, properties = {}, ...children) {
@@ -88,8 +89,8 @@ export class Viewer {
       if (load !== this.loads) return false;
       while (this.nv.volumes.length) this.nv.removeVolumeByIndex(0);
       if (!volume) { this.nv.drawScene(); this.at.textContent = ""; return true; }
-      if (what.range) [volume.cal_min, volume.cal_max] = what.range;
       if (what.colormap) volume.colormap = what.colormap;
+      if (what.range) [volume.cal_min, volume.cal_max] = what.range;  // after the colours, which choose one of their own
       this.nv.addVolume(volume);
       this.nv.updateGLVolume();
     } catch (error) {
@@ -124,6 +125,7 @@ export class Viewer {
   }
 }
 
+// The crosshair of each goes where that of another is put.
 export function link(viewers) {
   for (const one of viewers)
     one.nv.broadcastTo(viewers.filter(other => other !== one).map(other => other.nv), {"2d": true, "3d": true, crosshair: true});
