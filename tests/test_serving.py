@@ -311,6 +311,7 @@ PATHS = [
     "/opened/-1/x",
     "/opened/99999999999999999999999999/x",
     "/opened/0x0/x",
+    "/opened/" + "9" * 5000 + "/x",
     "http://127.0.0.1@evil.example/etc/passwd",
     "/api/samples",
     "/%ff%fe",
@@ -388,6 +389,7 @@ def test_many_jobs_at_once(served: tuple[int, Site]) -> None:
     accepted = statuses.count(b"202")
     assert MOST_WAITING <= accepted <= MOST_WAITING + 1 and statuses.count(b"503") == 200 - accepted
     assert len(site.jobs.unfinished()) == accepted
+    assert len(list(site.gallery.folder.glob("*/request.json"))) == accepted, "nothing is written for the others"
     # Whoever asked may go away in the middle of it.
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(post("/api/samples", GOOD)[:-5])

@@ -104,11 +104,12 @@ class Site:
         model = self.models.get(str(asked.get("model")))
         if model is None:
             raise BundleError(f"there is no model '{shown(asked.get('model'))}'")
-        request = _checked(model, asked)
+        request, labels = _checked(model, asked), asked.get("labels") is True
+        self.jobs.check_room(1 + labels)  # before anything is written for it
         words = [SAMPLE, *model.words, *(word for n, v in request.items() for word in (f"--{n}", str(v)))]
         entry, complete = self.gallery.add({"model": model.name, **request}, words)
         jobs = [self.jobs.submit(Job(SAMPLE, entry, complete))]
-        return [*jobs, self.label(entry, check=False)] if asked.get("labels") is True else jobs
+        return [*jobs, self.label(entry, check=False)] if labels else jobs
 
     def label(self, entry: str, check: bool = True) -> Job:
         """Put the segmentation of an entry into the queue.

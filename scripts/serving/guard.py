@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from scripts.core.errors import BundleError
 
 MOST_BYTES = 64 * 1024
+LONGEST_ADDRESS = 2048
 COOKIE = "token"
 LEAST_TOKEN = 16
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -117,8 +118,10 @@ class Guard:
         navigates = scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"
         if headers.get("sec-fetch-site", "none") not in OWN_SITE and not navigates:
             return _refuse(403, "pages of other sites get no answer")
+        if len(scope.get("raw_path", b"")) + len(scope.get("query_string", b"")) > LONGEST_ADDRESS:
+            return _refuse(414, "that is too long")
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self.most_bytes:
+        if not (length.isascii() and length.isdigit()) or int(length) > self.most_bytes:
             return _refuse(413, "that is too large")
         return None
 

@@ -101,12 +101,20 @@ class Jobs:
         same = [other for other in self.unfinished() if (other.kind, other.entry) == (job.kind, job.entry)]
         if same:
             return same[0]
-        if len(self.waiting) >= self.most_waiting:
-            raise BusyError(f"{len(self.waiting)} jobs wait already, and no more are taken: stop some, or wait")
+        self.check_room(1)
         job.number = next(self._numbers)
         self.waiting.append(job)
         self._wake.set()
         return job
+
+    def check_room(self, count: int) -> None:
+        """Whether so many more may wait.
+
+        Raises:
+            BusyError: if not.
+        """
+        if len(self.waiting) + count > self.most_waiting:
+            raise BusyError(f"{len(self.waiting)} jobs wait already, and no more are taken: stop some, or wait")
 
     def unfinished(self) -> list[Job]:
         """What runs, and what waits."""
