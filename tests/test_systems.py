@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import logging
 import os
 from functools import partial
@@ -18,14 +19,18 @@ import torch
 from conftest import ROOT, SMALLEST, TINY, RunHere
 from processes import run_python
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
-from scripts.compute import precision
+from scripts.compute import counting, precision
 from scripts.compute.devices import compute_device, volume_layout
 from scripts.compute.pool import results
 from scripts.compute.precision import autocast, choose_precision, half_precision
+from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError, explain
+from scripts.core.quiet import log_above_bars
 from scripts.networks.weights import read_checkpoint
 from scripts.sampling import exported
+from scripts.volumes import datasets
 
 POSIX_ONLY = {"fcntl", "grp", "posix", "pwd", "resource", "termios"}
 OF_OS = {"fork", "getloadavg", "getuid", "mkfifo", "nice", "sched_getaffinity", "setsid", "statvfs"}
@@ -201,3 +206,53 @@ def test_an_item_is_tried_once_more(tmp_path: Path) -> None:
     (tmp_path / "good").write_text("")
     items = [tmp_path / "good", tmp_path / "bad"]
     assert sorted(results(die_first, items, 1, lambda item, how: how)) == [(0, "made"), (1, "made")]
+
+
+# What a person sees.
+
+
+def test_without_a_terminal_there_is_an_estimate_then_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter(range(0, 1000, 5))
+    monkeypatch.setattr(counting.time, "monotonic", lambda: float(next(clock)))
+    with caplog.at_level(logging.INFO):
+        assert list(counting.counted(range(20), "comparing", "pair")) == list(range(20))
+    assert caplog.messages == [
+        "comparing: 2 of 20 pairs, about 0:01:30 left",
+        "comparing: 14 of 20 pairs, about 0:00:30 left",
+    ]
+
+
+def test_lines_are_written_above_bars() -> None:
+    screen, log = io.StringIO(), logging.getLogger()
+    handler = logging.StreamHandler(screen)
+    log.addHandler(handler)
+    try:
+        log_above_bars()
+        with tqdm(total=2, file=screen) as bar:
+            bar.update()
+            logging.getLogger("scripts.x").warning("a line of its own")
+    finally:
+        log.removeHandler(handler)
+    assert "\ra line of its own\n" in screen.getvalue()
+
+
+def test_a_fine_tuning_is_not_told_to_widen_a_range(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, conditions: Conditions
+) -> None:
+    rows = [{"condition": torch.full((len(conditions),), 1.5)}]
+    for pretrained, told in (("x.pt", "a fine-tuning keeps the ranges"), (None, "widen the range in `conditions`")):
+        monkeypatch.setattr(datasets, "current_config", lambda value=pretrained: {"pretrained": value})
+        caplog.clear()
+        datasets._warn_outside(rows, conditions, Path("participants.tsv"))
+        assert told in caplog.text
+
+
+@pytest.mark.parametrize(("flag", "value", "raw"), [("age", 50, "age_years"), ("brain_vol", 1.4e6, "brain_vol_mm3")])
+def test_a_raw_value_under_a_normalised_name_is_refused(
+    flag: str, value: float, raw: str, conditions: Conditions
+) -> None:
+    with pytest.raises(BundleError, match=f"--{flag} is .* 0 to 1 .* did you mean {raw}"):
+        conditions.from_request({flag: value})
+    assert conditions.from_request({flag: 1.9}, warn=False).max() == pytest.approx(1.9)

@@ -17,7 +17,6 @@ import torch
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from scripts.autoencoder.latent_writer import VOLUME, LatentWriter
 from scripts.autoencoder.latents import (
@@ -30,6 +29,7 @@ from scripts.autoencoder.latents import (
     read_encoding,
     warn_of_noise,
 )
+from scripts.compute.counting import counted
 from scripts.compute.devices import process_rank
 from scripts.compute.precision import autocast
 from scripts.core.errors import BundleError
@@ -146,7 +146,9 @@ class LatentEncoder:
         on_gpu = self.device.type == "cuda"
         loader = DataLoader(volumes, batch_size=None, num_workers=self.num_workers, pin_memory=on_gpu)
         new = 0
-        for row, sha256, volume in tqdm(loader, "encoding", unit="latent", disable=None if rows.start == 0 else True):
+        for row, sha256, volume in counted(
+            loader, "encoding", unit="latent", disable=None if rows.start == 0 else True
+        ):
             if volume is not None:
                 writer.write(row, self._posterior(volume, self._scan(scans, row)[0]["image"]), sha256)
                 new += 1
@@ -242,7 +244,7 @@ def moments(posteriors: np.ndarray) -> dict[str, float]:
     The noise is the mean variance of a posterior, which is a part of the mean square.
     """
     sums = np.zeros(3)
-    for row in tqdm(posteriors, "moments", unit="latent", disable=None):
+    for row in counted(posteriors, "moments", unit="latent"):
         mean, std = torch.from_numpy(np.array(row)).double()
         noise = std.square().sum().item()
         sums += [mean.sum().item(), mean.square().sum().item() + noise, noise]

@@ -22,6 +22,7 @@ from scripts.core.flags import HELP, is_read, near_matches, read_flags, refuse_f
 from scripts.core.option_types import OPTIONS, SECTIONS, as_typed, check_option, check_sizes, type_of
 from scripts.core.options import is_absent
 from scripts.core.paths import CONFIGS
+from scripts.core.quiet import log_above_bars
 from scripts.core.verbs import (
     SAMPLE,
     SEPARATOR,
@@ -129,6 +130,7 @@ def check_flags(conditions: Any = None) -> None:
             condition that the configuration does not have, and for `conditions` that are no map; for a
             value that is none of what its option may be.
     """
+    log_above_bars()
     if is_monai_command():
         _check_command()
     config = current_config()

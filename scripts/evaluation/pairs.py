@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from scripts.compute.counting import counted
 from scripts.compute.kept import Values, complete, identity
 from scripts.core.bootstrap import summarise
 from scripts.core.errors import BundleError
@@ -114,7 +114,7 @@ class PairSimilarity(Measure):
 
         def measure(missing: list[list[int]]) -> None:
             self._described = {}
-            for a, b in tqdm(missing, label, unit="pair", disable=None):
+            for a, b in counted(missing, label, unit="pair"):
                 self._compare(a, b)
             self._described = {}
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from scripts.compute.counting import counted
 from scripts.compute.kept import Values, complete, identity
 from scripts.core.bootstrap import summarise
 from scripts.core.options import whole_number
@@ -85,7 +85,7 @@ class PerVolume(Measure):
         label = f"{self.metric} of {self.folder.flag}"
 
         def measure(missing: list[int]) -> None:
-            for index in tqdm(missing, label, unit="volume", disable=None):
+            for index in counted(missing, label, unit="volume"):
                 self.values.add(self._identity, [self.folder.hashes[index]], [self.value(self.folder[index])])
 
         indices = range(len(self.folder))

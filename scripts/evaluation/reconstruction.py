@@ -15,8 +15,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from monai.networks.nets import AutoencoderKL
-from tqdm import tqdm
 
+from scripts.compute.counting import counted
 from scripts.compute.kept import Values, complete, identity
 from scripts.core.bootstrap import summarise
 from scripts.core.errors import BundleError
@@ -110,7 +110,7 @@ class Reconstruction(Measure):
         return self._known(index).keys() >= self.metrics.keys()
 
     def _measure(self, missing: Sequence[int]) -> None:
-        for index in tqdm(missing, "reconstructing", unit="volume", disable=None):
+        for index in counted(missing, "reconstructing", unit="volume"):
             original, copy = self._reconstruct(index)
             for name, metric in self.metrics.items():
                 digest = self.folder.hashes[index]

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from tqdm import tqdm
-
+from scripts.compute.counting import counted
 from scripts.compute.devices import process_rank
 from scripts.compute.kept import Values, complete, identity
 from scripts.conditions.plausible import Plausible, why_impossible
@@ -104,7 +103,7 @@ class MeasuredVolumes:
             return measured and (label_map is None or label_map(index).is_file())
 
         def measure(missing: list[int]) -> None:
-            for index in tqdm(missing, "segmenting", unit="volume", disable=None):
+            for index in counted(missing, "segmenting", unit="volume"):
                 self.measure(index, None if label_map is None else label_map(index))
 
         label = f"segmented volumes of {self.folder.flag}"

@@ -15,8 +15,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from scripts.compute.counting import counted
 from scripts.compute.devices import process_rank
 from scripts.core.errors import BundleError
 from scripts.core.files import replacing
@@ -109,7 +109,7 @@ class Samseg(SegmentationTool):
     def segment(self, volumes: Sequence[Path], output_dir: Path) -> None:
         """See `SegmentationTool`; one volume after the other."""
         program = self.program()
-        for volume in tqdm(volumes, "samseg", unit="volume", disable=None):
+        for volume in counted(volumes, "samseg", unit="volume"):
             with tempfile.TemporaryDirectory(dir=output_dir, prefix=".samseg-") as folder:
                 options = ["--input", str(volume), "--output", folder, "--threads", _threads()]
                 found = Path(folder) / "seg.mgz"

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from scripts.compute.counting import counted
 from scripts.compute.devices import process_rank
 from scripts.compute.provenance import dataset_description, header_text, synthetic_facts
 from scripts.conditions.conditions import Conditions, flags_or_table
@@ -84,7 +84,7 @@ class PhantomFolder:
         """
         rank, processes = process_rank()
         numbers = range(len(self.requests.fixed))
-        for number in tqdm(numbers[rank::processes], desc="phantoms", unit="phantom", disable=None):
+        for number in counted(numbers[rank::processes], "phantoms", unit="phantom"):
             if self._row(number) is None:
                 self._write(number, self.phantoms.make(self.requests.seed, number, self.requests.fixed[number]))
         self._write_table(len(numbers))

@@ -20,9 +20,10 @@ from torch import Tensor
 from scripts.compute.processes import rank, world_size
 from scripts.conditions.conditions import Conditions
 from scripts.core.cells import present
+from scripts.core.config import current_config
 from scripts.core.errors import BundleError
 from scripts.core.files import looks_there
-from scripts.core.options import probability
+from scripts.core.options import is_absent, probability
 from scripts.core.tables import MISSING, read_table
 from scripts.volumes.grid import Grid
 from scripts.volumes.placing import check_place, read_on_grid
@@ -30,6 +31,10 @@ from scripts.volumes.placing import check_place, read_on_grid
 logger = logging.getLogger(__name__)
 
 TABLE = "participants.tsv"
+OF_WEIGHTS = (
+    "a fine-tuning keeps the ranges of its weights, and learns these values beyond them; take the rows out, or train "
+    "without --pretrained, with a wider range in `conditions`, where they matter"
+)
 LEAST, MOST = -0.5, 1.5  # of intensities that are meant to be 0 to 1
 SPLITS = ("train", "validation", "test")
 READERS = 16
@@ -99,13 +104,21 @@ def _split(row: Mapping[str, str]) -> str:
     return present(row, "split")
 
 
+def _is_finetuning() -> bool:
+    try:
+        return not is_absent(current_config().get("pretrained"))
+    except RuntimeError:  # called from Python
+        return False
+
+
 def _warn_outside(found: Sequence[Mapping[str, Any]], conditions: Conditions, table: Path) -> None:
     vectors = torch.stack([row["condition"] for row in found])
+    advice = OF_WEIGHTS if _is_finetuning() else "to train on them, widen the range in `conditions`"
     for condition, outside in zip(conditions, ((vectors < 0.0) | (vectors > 1.0)).sum(dim=0).tolist(), strict=True):
         if outside:
             logger.warning(
                 f"{outside} of {len(found)} rows of {table} lie outside the range of {condition.raw}, "
-                f"{condition.in_words()}, which becomes 0 to 1: to train on them, widen the range in `conditions`"
+                f"{condition.in_words()}, which becomes 0 to 1: {advice}"
             )
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.spatial.distance import cdist
-from tqdm import tqdm
 
+from scripts.compute.counting import counted
 from scripts.compute.kept import Values, complete, identity
 from scripts.core.errors import BundleError
 from scripts.evaluation.metrics.alignment import WINDOW, Aligned, Alignment, Motion, moved
@@ -119,7 +119,7 @@ class CopySearch:
         return Aligned(ssim, Motion((a, b, c), (x, y, z), bool(mirrored)))
 
     def _compare(self, folder: VolumeFolder, missing: Sequence[tuple[int, int]]) -> None:
-        for i, j in tqdm(missing, f"aligning {folder.flag}", unit="pair", disable=None):
+        for i, j in counted(missing, f"aligning {folder.flag}", unit="pair"):
             volumes = self.alignment.reduced(folder, i), self.alignment.reduced(self.training, j)
             found = self.alignment.compare(*volumes, self.alignment.sides(folder))
             files = folder.hashes[i], self.training.hashes[j]

@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from scripts.compute.counting import counted
 from scripts.core.bootstrap import Difference, Estimate
 from scripts.core.errors import BundleError
 from scripts.core.options import whole_number
@@ -89,7 +89,7 @@ class FeatureDistance(Measure):
         if self._half < 2:
             return [row(all_of_both, kind="all")]
         generator = np.random.default_rng(self.seed)
-        rounds = tqdm(range(self.resamplings), f"resampling {name}", disable=None)
+        rounds = counted(range(self.resamplings), f"resampling {name}")
         pairs = [self._resampled(synthetic, real, generator) for _ in rounds]
         return [row(all_of_both, kind="all"), *halves_and_floor(row, np.array(pairs))]
 

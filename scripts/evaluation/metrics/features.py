@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from scripts.compute.counting import counted
 from scripts.compute.kept import complete
 from scripts.core.errors import BundleError
 from scripts.core.files import make_folder, replacing, write_json
@@ -154,7 +154,7 @@ class FeatureSet:
         network = self.networks.chosen[name]
         write_json(missing[0][1].parent / "network.json", network.facts())
         extractor = network.load(self.device)
-        for index, file in tqdm(missing, f"{name} features of {self.folder.flag}", unit="volume", disable=None):
+        for index, file in counted(missing, f"{name} features of {self.folder.flag}", unit="volume"):
             features = extractor(self.folder[index].to(self.device)).double().cpu().numpy()
             if features.shape != (network.dimension,) or not np.isfinite(features).all():
                 raise BundleError(f"{name} gives no finite features of {self.folder.paths[index]}")

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
+from scripts.compute.counting import counted
 from scripts.compute.kept import Values
 from scripts.core.bootstrap import Estimate, bootstrapped
 from scripts.core.inputs import Input
@@ -132,7 +132,7 @@ class Regions(Measure):
         spread = real.std(axis=0, ddof=1)
         synthetic, real = (found / np.where(spread > 0, spread, 1.0) for found in (synthetic, real))
         generator, found = np.random.default_rng(self.seed), []
-        for _ in tqdm(range(self.resamplings), "resampling regions", disable=None):
+        for _ in counted(range(self.resamplings), "resampling regions"):
             chosen, first, second = random_halves(synthetic, real, half, generator)
             found.append([_differences(chosen, first), _differences(first, second)])
         by_metric = zip(("similar_regions", "region_distance"), np.moveaxis(np.array(found), 2, 0))
