@@ -25,7 +25,7 @@ from scripts.core.options import whole_number
 from scripts.evaluation.measures import Measure, Result, Row
 from scripts.evaluation.metrics.features import FeatureSet
 from scripts.evaluation.metrics.regions import OwnSegmenterChosen
-from scripts.evaluation.metrics.tissue_age import LEAST_PEOPLE, AgedVolumes, features_of
+from scripts.evaluation.metrics.tissue_age import features_of, people_with_ages
 from scripts.evaluation.names import written
 from scripts.evaluation.segmentations import MEASURED, OWN
 from scripts.measuring.brain_age import AGE
@@ -161,7 +161,7 @@ class Obedience(Measure):
         seed: Any = 0,
     ) -> None:
         self.samples = MovedSamples(synthetic.folder, conditions)
-        self.people = AgedVolumes(training if training.requested else real, conditions, LEAST_PEOPLE)
+        self.people = people_with_ages(training, real, conditions)
         self.inputs = [synthetic.folder, self.samples, OwnSegmenterChosen(segment_with)]
         self.conditions, self.seed = conditions, whole_number(seed, "seed")
         self._segmenter, self.values = segmenter, values

@@ -77,6 +77,12 @@ class AgedVolumes(Input):
         return f"--{self.flag} has {len(self.ages)} volumes with known ages, and tissue age needs {self.least}, unlike"
 
 
+def people_with_ages(training: VolumeFolder, real: VolumeFolder, conditions: Conditions) -> AgedVolumes:
+    """Whom to learn ages from: the real volumes, which are measured anyway; where too few have one, the training's."""
+    both = [AgedVolumes(folder, conditions, LEAST_PEOPLE) for folder in (real, training)]
+    return next((one for one in both if one.requested), both[0])
+
+
 class Aged(NamedTuple):
     """Volumes that show a brain: paths, features (N, d) and ages in years (N,)."""
 
@@ -98,7 +104,7 @@ class TissueAge(Measure):
 
     Args:
         synthetic: samples with their sidecars or their table.
-        training, real: of people; learnt from is the first where it is given.
+        training, real: of people; see `people_with_ages`.
         segmenter, values: see `MeasuredVolumes`.
         conditions: one of them is `age`.
         segment_with: what was chosen to segment; it measures where that is `own`.
@@ -127,7 +133,7 @@ class TissueAge(Measure):
         segment_with: Any = OWN,
         seed: Any = 0,
     ) -> None:
-        self.people = AgedVolumes(training if training.requested else real, conditions, LEAST_PEOPLE)
+        self.people = people_with_ages(training, real, conditions)
         self.samples = AgedVolumes(synthetic.folder, conditions, 1)
         self.inputs = [self.samples, self.people, OwnSegmenterChosen(segment_with)]
         self._segmenter, self.values = segmenter, values
@@ -158,15 +164,12 @@ class TissueAge(Measure):
             measured.complete()
 
     def compute(self) -> Result:
-        """Fit on people, tell samples.
-
-        Raises:
-            BundleError: if too few people have a brain to measure.
-        """
+        """Fit on people, tell samples."""
         shown = {kind: self._shown(measured, ages) for kind, (measured, ages) in self.sets.items()}
         people, samples = shown[PEOPLE], shown[SYNTHETIC]
         if len(people.ages) < LEAST_PEOPLE:
-            raise BundleError(f"--{self.people.flag}: only {len(people.ages)} volumes with an age show a brain")
+            logger.warning(f"tissue age: {len(people.ages)} volumes of --{self.people.flag} are too few to learn from")
+            return Result([], {"people_volumes": len(people.ages)})
         line = fit_ridge(people.features, people.ages)
         groups = participants_of(self.people.folder, people.paths)
         told = {PEOPLE: predicted_from_others(people.features, people.ages, self.seed, groups)}
