@@ -100,6 +100,21 @@ def test_figures_and_side_by_side(run_here: RunHere, overlay: Path, tmp_path: Pa
     assert (tmp_path / "side" / "models.png").is_file()
 
 
+@pytest.mark.slow
+def test_obedience_from_samples_to_the_report(run_here: RunHere, overlay: Path, tmp_path: Path) -> None:
+    moved, report = str(tmp_path / "obedience"), tmp_path / "evaluation"
+    run_here([BASE, "configs/obedience.yaml", overlay, TINY], num_heads=2, levels=[0.0, 1.0], output_dir=moved)
+    first, *_, back = (one for one in sidecars(tmp_path / "obedience") if one.get("noise_of_index", one["index"]) == 0)
+    assert first["conditions"] == back["conditions"] and len(volumes(tmp_path / "obedience")) == 2 * (1 + 1 + 6 + 1)
+    flags: dict[str, Any] = {"synthetic_dir": moved, "num_pairs": 1, "pair_metrics": {}, "output_dir": str(report)}
+    run_here([BASE, "configs/evaluate.yaml", overlay, TINY], **flags)
+    rows = [
+        row for row in json.loads((report / "evaluation.json").read_text())["rows"] if row["measure"] == "obedience"
+    ]
+    assert {row["value"] for row in rows if row["metric"] == "return"} == {0.0}
+    assert (report / "obedience.png").is_file()
+
+
 def test_figures_of_a_training(overlay: Path, tmp_path: Path) -> None:
     config = configuration([TINY, str(overlay)])
     blobs = config.get_parsed_content("chosen_family")
