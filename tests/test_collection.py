@@ -19,10 +19,10 @@ from conftest import BASE, TINY, RunHere
 
 from scripts.collection.claims import Claims
 from scripts.collection.folder import Collection
-from scripts.collection.labelling import Labeller
 from scripts.collection.shards import read_manifest
 from scripts.core.errors import BundleError, find_bundle_error
 from scripts.core.tables import read_table
+from scripts.measuring.labelling import Labeller
 from scripts.sampling.saving import SampleSaver
 
 

@@ -24,6 +24,7 @@ from scripts.core.errors import find_bundle_error
 from scripts.core.tables import read_table
 from scripts.diffusion.targets import TARGETS
 from scripts.sampling import saving
+from scripts.volumes.folders import find_volumes
 
 CARD = {"gender": 1.0, "age": 0.7, "ventricular_vol": 0.7, "brain_vol": 0.5}
 CONFIGS = [BASE, TINY]
@@ -502,3 +503,34 @@ def test_processes_share_the_samples_of_one_run(
 def test_processes_need_a_common_seed(sample: Sample, output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "give --seed" in refused(sample, output_dir, num_samples=3)
+
+
+# Label maps.
+
+
+def test_labels_lie_beside_the_samples(sample: Sample, output_dir: Path, run_here: RunHere, tmp_path: Path) -> None:
+    sample(seed=5)
+    bare = voxels(output_dir)
+    sample(seed=5, labels=1)  # makes the label map that lacks
+    stem, endings = "sample_seed-5_000000", (".json", ".nii.gz", ".png", "_dseg.nii.gz")
+    assert names(output_dir) == [*(f"{stem}{ending}" for ending in endings), saving.TABLE]
+    assert np.array_equal(voxels(output_dir)[f"{stem}.nii.gz"], bare[f"{stem}.nii.gz"])
+    segmented = tmp_path / "segmented"
+    flags = {"volumes_dir": str(output_dir), "output_dir": str(segmented), **SMALLEST}
+    run_here([BASE, "configs/segment.yaml", TINY], **flags)
+    assert sorted(path.name for path in segmented.glob("*.nii.gz")) == [f"{stem}_dseg.nii.gz"]  # no sample, the map
+    assert np.array_equal(voxels(segmented)[f"{stem}_dseg.nii.gz"], voxels(output_dir)[f"{stem}_dseg.nii.gz"])
+    (stated,), (row,) = sidecars(output_dir), read_table(segmented / "volumes.tsv")
+    measured = stated["measured"]
+    assert {name: float(row[name]) for name in measured} == pytest.approx(measured, abs=0.2)
+    (table,) = read_table(output_dir / saving.TABLE)
+    assert float(table["measured_brain_mm3"]) == measured["brain_mm3"] and table["sex"] in ("female", "male")
+
+
+def test_labels_in_a_bids_derivative(sample: Sample, output_dir: Path) -> None:
+    sample(seed=5, labels=1, layout="bids")
+    (row,) = read_table(output_dir / "participants.tsv")
+    head = "sub-seed5n000000/anat/sub-seed5n000000_space-MNI152"
+    assert (row["path"], row["labels"]) == (f"{head}_T1w.nii.gz", f"{head}_dseg.nii.gz")
+    assert (output_dir / row["labels"]).is_file() and float(row["measured_brain_mm3"]) > 0
+    assert find_volumes(output_dir, "synthetic_dir") == [output_dir / row["path"]]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ignite.engine import Engine
 
+from scripts.collection.acceptance import AcceptanceRule
 from scripts.collection.claims import Claims, Lease
 from scripts.collection.drawing import seed_of_try
 from scripts.collection.folder import (
@@ -26,13 +27,13 @@ from scripts.collection.folder import (
     row_name,
     shard_name,
 )
-from scripts.collection.labelling import AcceptanceRule, Labeller, Measures
 from scripts.collection.shards import LABEL_MAP, PICTURE, SIDECAR, VOLUME, Member, pack, write_manifest
 from scripts.compute.devices import process_rank
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
 from scripts.core.files import fingerprints, make_folder
 from scripts.core.options import is_absent, number, whole_number, yes_or_no
+from scripts.measuring.labelling import MEASURED, Measures, label_map_of
 from scripts.sampling.requests import SEED, SampleRequests
 from scripts.sampling.saving import FILES, SampleSaver, sample_all
 
@@ -87,9 +88,7 @@ class ShardMaker:
         requests: the evaluator's dataset.
         evaluator: samples.
         saver: one of its handlers.
-        labeller: segments.
-        labels: whether it does.
-        accept: see `AcceptanceRule`; needs labels.
+        accept: see `AcceptanceRule`; needs a saver that labels.
         max_tries: how many samples are drawn of a row, at most; the last one stays, and the table says so.
         pictures: whether shards hold the pictures of the mid planes.
 
@@ -103,14 +102,12 @@ class ShardMaker:
         requests: ShardRequests,
         evaluator: Engine,
         saver: SampleSaver,
-        labeller: Labeller,
-        labels: Any = False,
         accept: Any = None,
         max_tries: Any = 10,
         pictures: Any = False,
     ) -> None:
         self.collection, self.requests, self.evaluator, self.saver = collection, requests, evaluator, saver
-        self.labeller = labeller if yes_or_no(labels, "labels") else None
+        self.labeller = saver.labeller
         self.rule = AcceptanceRule(None if is_absent(accept) else accept, saver.conditions)
         if self.rule.stated and self.labeller is None:
             raise BundleError("--accept compares what is measured: give --labels 1 as well")
@@ -157,7 +154,7 @@ class ShardMaker:
 
     def _made(self, index: int, cells: Mapping[str, str], seed: int, position: int, tries: int) -> MadeRow:
         stem = self.saver.stem(seed, position)
-        measured = self.labeller.label(stem) if self.labeller else None
+        measured = read_map(Path(f"{stem}.json"))[MEASURED] if self.labeller else None
         accepted = self.rule.accepts(self.asked(position), measured)
         return MadeRow(index, cells, stem, seed, tries, accepted, measured)
 
@@ -172,7 +169,7 @@ class ShardMaker:
         if self.pictures:
             files[PICTURE] = Path(f"{row.stem}.png")
         if self.labeller:
-            files[LABEL_MAP] = Path(f"{row.stem}_dseg.nii.gz")
+            files[LABEL_MAP] = label_map_of(row.stem)
         yield Member(f"{name}.{SIDECAR}", self._sidecar(row, files))
         for ending, path in sorted(files.items()):
             yield Member(f"{name}.{ending}", path)
@@ -188,14 +185,13 @@ class ShardMaker:
             **({"noise_of_index": 0} if row.number else {}),
             "tries": row.tries,
             "accepted": row.accepted,
-            **({"measured": row.measured} if self.labeller else {}),
             FILES: {f"{name}.{ending}": fingerprints([path])[path.name] for ending, path in files.items()},
         }
         return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
     def row_of_manifest(self, row: MadeRow) -> dict[str, Any]:
         """What a manifest says of a row: its cells as drawn, which try was taken, and what was measured."""
-        measured = {"measured": row.measured} if self.labeller else {}
+        measured = {MEASURED: row.measured} if self.labeller else {}
         return {**row.cells, SEED: row.seed, "tries": row.tries, "accepted": row.accepted, **measured}
 
     def make(self, shard: int, lease: Lease) -> bool:

@@ -63,6 +63,8 @@ SAMPLES = "sample_seed-"
 """How the names of samples begin."""
 SEEDED = "sub-seed"
 """How those of a BIDS derivative begin."""
+LABEL_MAP = "_dseg.nii.gz"
+"""How the names of label maps end."""
 SIX_DIGITS = "sub-" + "[0-9]" * 6
 TRADES = {
     "prepare": Trade(
@@ -322,6 +324,7 @@ def only_results(folder: Path, found: Sequence[Path]) -> list[Path]:
     kept = [path for path in found if foreign.isdisjoint(path.parents)]
     if owner_of(folder) not in ALIKE:
         return kept
+    kept = [path for path in kept if not path.name.endswith(LABEL_MAP)]
     derivative = [path for path in kept if path.name.startswith(SEEDED) and path.parent.name == "anat"]
     return derivative or [path for path in kept if path.parent == folder and path.name.startswith(SAMPLES)]
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from scripts.compute.devices import precision_facts, process_rank
 from scripts.compute.ownership import SAMPLES
+from scripts.compute.processes import arrive
 from scripts.compute.provenance import (
     SHORT,
     bundle_version,
@@ -35,6 +36,7 @@ from scripts.core.files import are_whole, fingerprints, make_folder, parse_json,
 from scripts.core.option_types import check_disk
 from scripts.core.options import whole_number
 from scripts.core.tables import write_table
+from scripts.measuring.labelling import LABELLED_BY, MEASURED, Labeller, label_map_of, measured_columns
 from scripts.sampling.requests import SampleRequests
 from scripts.volumes.grid import Grid
 from scripts.volumes.nifti import DTYPES, SPACE, write_picture, write_volume
@@ -56,7 +58,16 @@ Synthetic T1-weighted heads: the volumes show no person and are not for clinical
 
 Each has a sidecar with its conditions, seed, model and the version of the bundle that sampled it.
 """
-INCIDENTAL = ("versions", "request", FILES, *synthetic_facts(), "SpatialReference", "SkullStripped")
+INCIDENTAL = (
+    "versions",
+    "request",
+    FILES,
+    *synthetic_facts(),
+    "SpatialReference",
+    "SkullStripped",
+    MEASURED,
+    LABELLED_BY,
+)
 """What a sidecar says beside what decides the voxels."""
 DARK, LARGEST_BRAIN_ML = 0.05, 2150.0
 """The template's brain takes 1.9 L; the smallest of the example heads, with its skull, 2.6 L brighter than that."""
@@ -79,6 +90,7 @@ class SampleSaver:
         write_threads: how many volumes are written at the same time; 0 writes before the next batch is sampled.
         device: where they are sampled.
         layout: one of `LAYOUTS`.
+        labeller: makes a label map of each, whose measured volumes stand in the sidecar; None for none.
 
     Raises:
         BundleError: if the folder is not writable, dtype or layout not known, or the number of threads not whole.
@@ -94,6 +106,7 @@ class SampleSaver:
         write_threads: Any = 0,
         device: torch.device | str = "cpu",
         layout: str = "flat",
+        labeller: Labeller | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise BundleError(f"--output_dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
@@ -102,6 +115,7 @@ class SampleSaver:
         self.layout, self.folder = layout, make_folder(output_dir)
         self.grid = grid
         self.conditions = conditions
+        self.labeller = labeller
         self.writer = BackgroundWriter(write_threads)
         self.requests: SampleRequests | None = None
         self.facts = {**facts, **precision_facts(torch.device(device)), "dtype": dtype}
@@ -141,17 +155,29 @@ class SampleSaver:
         self.save(volume.wait().numpy(), seed, index, vector)
 
     def save(self, volume: Any, seed: int, index: int, vector: torch.Tensor) -> None:
-        """Write one volume of the grid's shape with its sidecar and picture."""
+        """Write one volume of the grid's shape with its sidecar and picture, and its label map where one is made."""
         stem = self.stem(seed, index)
         if self.layout != "flat":
             make_folder(Path(stem).parent)
         description = header_text(model_in_words(self.facts))
         write_volume(f"{stem}.nii.gz", volume, self.grid, self.facts["dtype"], description)
         write_picture(f"{stem}.png", captioned_planes(volume, self._caption(vector)))
-        files = fingerprints(Path(f"{stem}.{ending}") for ending in ENDINGS)
+        labelled = self._labelled(stem)
+        files = fingerprints(self._files(stem))
         of_bids = {} if self.layout == "flat" else bids_facts(volume, self.grid)
-        write_json(f"{stem}.json", {**self._sidecar(seed, index, vector), **of_bids, FILES: files})
+        write_json(f"{stem}.json", {**self._sidecar(seed, index, vector), **labelled, **of_bids, FILES: files})
         logger.info(f"wrote {stem}.nii.gz, its .json and its .png")
+
+    def _files(self, stem: str) -> list[Path]:
+        """The files of a sample but its sidecar."""
+        labels = [] if self.labeller is None else [label_map_of(stem)]
+        return [*(Path(f"{stem}.{ending}") for ending in ENDINGS), *labels]
+
+    def _labelled(self, stem: str) -> dict[str, Any]:
+        """What the sidecar says of a label map, which is written; nothing where none is asked for."""
+        if self.labeller is None:
+            return {}
+        return {MEASURED: self.labeller.label(stem), LABELLED_BY: self.labeller.facts()}
 
     def is_done(self, seed: int, index: int, vector: torch.Tensor) -> bool:
         """Whether this very sample is there already, whole.
@@ -173,6 +199,8 @@ class SampleSaver:
             if FILES in found
             else all(_is_readable(path) for path in files if path.exists())
         )
+        if whole and self.labeller is not None and found.get(LABELLED_BY) != self.labeller.facts():
+            return False  # it has no label map, or that of another segmenter
         if not whole:
             logger.warning(f"the sample of {sidecar} is damaged, or a part of it is gone: it is made again")
         return whole
@@ -274,7 +302,9 @@ def sample_all(evaluator: Engine, requests: SampleRequests, saver: SampleSaver) 
             evaluator.run()
         finally:
             saver.finish()
-    if any(requests.about):
+    if saver.labeller is not None:
+        arrive(f"labelled {saver.folder}")  # the table has what all processes have measured
+    if any(requests.about) or saver.labeller is not None:
         _write_table(requests, saver)
     if saver.layout == "bids":
         write_derivative(saver)
@@ -291,7 +321,8 @@ def write_derivative(saver: SampleSaver) -> None:
         asked = {f"requested_{name}" if name in OWN else name: v for name, v in stated.get("request", {}).items()}
         named = {"participant_id": volume.parts[0], "path": volume.as_posix(), "seed": stated.get("seed")}
         conditions = stated.get("conditions", {})
-        rows.append({**named, **{c.raw: conditions.get(c.raw) for c in saver.conditions}, **asked})
+        asked_for = {c.raw: conditions.get(c.raw) for c in saver.conditions}
+        rows.append({**named, **asked_for, **asked, **_labels_of(sidecar, stated, saver.folder)})
     write_text(saver.folder / ".bidsignore", IGNORED)
     if not (saver.folder / "README").exists():
         write_text(saver.folder / "README", README)
@@ -302,15 +333,29 @@ def write_derivative(saver: SampleSaver) -> None:
     write_table(saver.folder / PARTICIPANTS, rows)
 
 
+def _labels_of(sidecar: Path, stated: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Label map and measured volumes of a sample, where it has them, as columns."""
+    if LABELLED_BY not in stated:
+        return {}
+    labels = label_map_of(str(sidecar.with_suffix(""))).relative_to(folder).as_posix()
+    return {"labels": labels, **measured_columns(stated.get(MEASURED))}
+
+
 def _write_table(requests: SampleRequests, saver: SampleSaver) -> None:
-    """The table of samples that were asked for by a table with more than conditions, written by the first process."""
+    """The table of samples that were measured, or asked for by a table with more than conditions.
+
+    The first process writes it.
+    """
     if process_rank()[0] != 0:
         return
     rows = []
     for index, (vector, about) in enumerate(zip(requests.vectors, requests.about, strict=True)):
         seed, stated = requests.seed_of(index), saver.conditions.in_both_units(vector)
-        path = Path(f"{saver.stem(seed, index)}.nii.gz").relative_to(saver.folder).as_posix()
-        rows.append({"path": path, "seed": seed, **{c.raw: stated[c.raw] for c in saver.conditions}, **about})
+        stem = Path(saver.stem(seed, index))
+        path = stem.with_name(f"{stem.name}.nii.gz").relative_to(saver.folder).as_posix()
+        measured = {} if saver.labeller is None else measured_columns(read_json(f"{stem}.json").get(MEASURED))
+        asked = {c.raw: stated[c.raw] for c in saver.conditions}
+        rows.append({"path": path, "seed": seed, **asked, **about, **measured})
     write_table(saver.folder / TABLE, rows)
 
 

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from scripts.compute.kept import Values
-from scripts.compute.ownership import only_results
+from scripts.compute.ownership import LABEL_MAP, only_results
 from scripts.core.errors import BundleError
 from scripts.core.files import check_content, file_hash, looks_there
 from scripts.core.inputs import Input
 from scripts.core.options import yes_or_no
 from scripts.core.tables import read_table
 from scripts.volumes.grid import Grid
+from scripts.volumes.labels import stem
 from scripts.volumes.placing import Place, place_of, read_at, world_grid
 from scripts.volumes.reading import OTHERS, has_suffix
 
@@ -251,12 +252,18 @@ def find_volumes(folder: Path, flag: str, warn: Callable[[str], None] = logger.w
         if others:
             count, first = len(others), others[0].name
             warn(f"{folder / TABLE} has no row for {count} of the volumes in {folder}, {first} the first: left out")
-    elif len(found) < len(searched):
-        left = [path for path in searched if path not in set(found)]
+    elif left := _left_out(searched, found):
         warn(f"{len(left)} volumes below {folder} are other commands' or no samples, {left[0]} the first: left out")
     if not listed and (said := _others(folder)):
         warn(f"the folder {folder}{said}")
     return listed or found
+
+
+def _left_out(searched: Sequence[Path], found: Sequence[Path]) -> list[Path]:
+    """Volumes that are not taken, but for the label maps of those that are."""
+    taken = set(found)
+    maps = {path.with_name(f"{stem(path).removesuffix('_T1w')}{LABEL_MAP}") for path in found}
+    return [path for path in searched if path not in taken | maps]
 
 
 def _others(folder: Path) -> str:
