@@ -57,7 +57,7 @@ docs: $(INSTALLED) ## Build the documents as a site to browse, into site/
 
 lock: ## Write the lock files anew from pyproject.toml (needs uv)
 	sed '/^[^#]/d' requirements.lock > requirements.new
-	echo torch==2.13.0 | $(COMPILE) --extra preparation --extra download --extra export --extra page --extra test --extra dev --constraint - > resolved.txt
+	echo torch==2.13.0 | $(COMPILE) --extra preparation --extra download --extra export --extra page --extra collection --extra test --extra dev --constraint - > resolved.txt
 	grep -vE '^(cuda|nvidia|triton)' resolved.txt >> requirements.new
 	$(COMPILE) --extra tracking --constraint resolved.txt | grep -vxFf resolved.txt > tracking.txt
 	sed '/^[^#]/d' requirements-tracking.lock > tracking.new

@@ -136,7 +136,7 @@ def test_metadata_names_the_locked_versions() -> None:
 def test_lock_lies_within_the_declared_ranges(python: str) -> None:
     further = (locked(python, f"requirements-{extra}.lock") for extra in ("tracking", "docs"))
     lock = {name: version for found in (*further, locked(python)) for name, version in found.items()}
-    extras = ("preparation", "download", "export", "page", "tracking", "docs", "test", "dev")
+    extras = ("preparation", "download", "export", "page", "collection", "tracking", "docs", "test", "dev")
     for name, entry in {**declared(), **{k: v for extra in extras for k, v in declared(extra).items()}}.items():
         if entry.marker is None or entry.marker.evaluate({"python_version": python}):
             assert entry.specifier.contains(lock[name]), f"{entry} does not admit the locked {lock[name]}"

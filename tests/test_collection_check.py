@@ -158,6 +158,10 @@ def test_a_whole_collection_has_no_fault_and_its_rows_are_what_is_made_anew(
     with pytest.raises(Exception) as caught:
         check(run_here, bundle_copy, folder, remake=5)
     assert "sub-000000.seg.nii.gz: differs from the one that is made anew" in str(find_bundle_error(caught.value))
-    with pytest.raises(Exception) as caught:
-        check(run_here, bundle_copy, folder, remake=1, num_inference_steps=3)
-    assert "was made with num_inference_steps 2" in str(find_bundle_error(caught.value))
+    for changed, says in (
+        ({"remake": 1, "num_inference_steps": 3}, "was made with num_inference_steps 2"),
+        ({"remake": 0, "conditions::age::maximum": 90}, "was drawn with conditions::age::maximum 82"),
+    ):
+        with pytest.raises(Exception) as caught:
+            check(run_here, bundle_copy, folder, **changed)
+        assert says in str(find_bundle_error(caught.value))

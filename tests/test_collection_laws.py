@@ -188,6 +188,11 @@ def test_seeds_are_all_different_and_follow_from_one() -> None:
     assert seed_of_try(seeds[5], 0) == seeds[5] != row_seeds(1, 6)[5]
 
 
+def test_a_model_without_conditions_has_a_table_of_seeds(run_here: RunHere, tmp_path: Path) -> None:
+    run_here([*DRAW, "configs/unconditional.yaml"], collection_dir=str(tmp_path / "set"), num_rows=3)
+    assert [list(row) for row in read_table(tmp_path / "set" / "rows.tsv")] == [["participant_id", "seed"]] * 3
+
+
 def test_the_verb_writes_the_same_table_and_refuses_another(
     run_here: RunHere, tmp_path: Path, people: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

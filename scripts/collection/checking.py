@@ -84,6 +84,7 @@ class CollectionCheck:
         Raises:
             BundleError: if there is a fault, after all were looked for.
         """
+        self.collection.check_conditions(self.conditions)
         self.collection.rows([])  # a table that is not the drawn one ends it: nothing could be compared
         self.faults += self._of_folder()
         for shard in tqdm(sorted(self.collection.done()), "checking", unit="shard", disable=None):
@@ -226,14 +227,16 @@ class CollectionCheck:
     # Rows made anew.
 
     def _of_remade(self) -> Iterator[Fault]:
+        names = sorted(self._shard_of)
+        if not names:
+            return
         maker: ShardMaker = choose(*self._maker, "maker")
         others = list(other_facts(self.collection.facts, maker.facts()))
         for name, found, wanted in others:
             yield Fault(
                 "other facts", FACTS, f"the collection was made with {name} {found}, and this would be {wanted}"
             )
-        names = sorted(self._shard_of)
-        if others or not names:
+        if others:
             return
         count = min(self.remake, len(names))
         chosen = sorted(np.random.default_rng(self.seed).choice(len(names), count, replace=False).tolist())

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
 from scripts.core.files import file_hash, parse_json, write_json
 from scripts.core.tables import read_text
@@ -100,6 +101,15 @@ class Collection:
             raise BundleError(f"{path} is not the table that was drawn: its hash is not that of {DRAWN}; draw it anew")
         header, *lines = read_text(path, "table").splitlines()
         return header.split("\t"), lines
+
+    def check_conditions(self, conditions: Conditions) -> None:
+        """Refuse a model whose conditions, or their ranges, are not those of the table.
+
+        Raises:
+            BundleError: naming the first that differs.
+        """
+        own = {"conditions": conditions.as_dict()}
+        refuse_other_facts({"conditions": self.drawn["conditions"]}, own, self.path, "drawn")
 
     def done(self) -> set[int]:
         """Shards that are done, by the names of their manifests."""

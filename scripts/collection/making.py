@@ -117,9 +117,7 @@ class ShardMaker:
     def facts(self) -> dict[str, Any]:
         """What decides the bytes of every shard, but for the versions of libraries and the kind of machine."""
         drawn = self.collection.drawn
-        own = self.saver.conditions.as_dict()
-        if own != drawn["conditions"]:
-            refuse_other_facts({"conditions": drawn["conditions"]}, {"conditions": own}, self.collection.path, "drawn")
+        self.collection.check_conditions(self.saver.conditions)
         return {
             **{name: drawn[name] for name in DRAWN_FACTS},
             "table_sha256": drawn["sha256"],
