@@ -45,6 +45,15 @@ def run(*arguments: object, module: str) -> Finished:
     return run_python("-m", module, *arguments, timeout=300)
 
 
+@pytest.mark.slow
+def test_what_a_collection_costs_besides_its_samples(tmp_path: Path) -> None:
+    words = "--rows 1 2500 --left 0.4 --packed 3 --member_bytes 10"
+    done = run(*words.split(), "--json", tmp_path / "figures.json", module="benchmarks.collection")
+    assert done.returncode == 0, done.stderr
+    starts = json.loads((tmp_path / "figures.json").read_text())["starts"]
+    assert [(row["shards"], row["done"]) for row in starts] == [(1, 0), (3, 2)]
+
+
 def test_original_and_ours_give_the_same_and_are_timed_alike(tmp_path: Path) -> None:
     words = "--size tiny --device cpu --warmup 0 --repeats 1 --batches 1 2 --steps 2 --streaming 1 2"
     done = run(*words.split(), "--folder", tmp_path, module="benchmarks.sampling")
