@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
@@ -14,17 +13,17 @@ from typing import Any
 from scripts.collection.datasheet import datasheet
 from scripts.collection.folder import IDENTIFIER, Collection
 from scripts.collection.shards import LABEL_MAP, SIDECAR, VOLUME, read_member
+from scripts.compute.provenance import dataset_description, model_in_words
 from scripts.core.errors import BundleError
 from scripts.core.files import write_json
-from scripts.core.paths import CONFIGS
 from scripts.core.tables import read_table, write_table
 from scripts.measuring.segmenter import CODES
+from scripts.sampling.saving import NAME
 from scripts.volumes.nifti import SPACE
 
 PEOPLE = 1000
 """Of a part: file systems and tools are slow with more folders in one."""
 ENDINGS = {VOLUME: "T1w.nii.gz", SIDECAR: "T1w.json", LABEL_MAP: "dseg.nii.gz"}
-BIDS_VERSION = "1.9.0"
 REFERENCE = {"SpatialReference": SPACE}
 """In the sidecars that all volumes, and all label maps, of a part inherit."""
 
@@ -92,7 +91,7 @@ def _write_part(
                 (aside / path).write_bytes(read_member(collection.tar(shard), entry))
         write_table(aside / "participants.tsv", [_participant(row) for row in rows])
         write_json(aside / "participants.json", _columns(collection, rows))
-        write_json(aside / "dataset_description.json", _description())
+        write_json(aside / "dataset_description.json", dataset_description(NAME, model_in_words(collection.facts)))
         write_json(aside / f"space-{SPACE}_T1w.json", {"SkullStripped": skull_stripped, **REFERENCE})
         if any(f"{row[IDENTIFIER]}.{LABEL_MAP}" in places for row in rows):
             write_json(aside / f"space-{SPACE}_dseg.json", {"Manual": False, **REFERENCE})
@@ -132,16 +131,6 @@ def _columns(collection: Collection, rows: list[Mapping[str, Any]]) -> dict[str,
         if name.startswith("measured_"):
             described[name] = {"Description": f"{name.removeprefix('measured_')} by the segmenter", "Units": "mm3"}
     return described
-
-
-def _description() -> dict[str, Any]:
-    version = json.loads((CONFIGS / "metadata.json").read_text(encoding="utf-8"))["version"]
-    return {
-        "Name": "Synthetic T1-weighted heads",
-        "BIDSVersion": BIDS_VERSION,
-        "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": "configs/collection_make.yaml", "Version": version}],
-    }
 
 
 def _labels() -> list[dict[str, Any]]:
