@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import ast
+import getpass
 import io
 import logging
 import os
@@ -27,7 +28,7 @@ from scripts.compute.pool import results
 from scripts.compute.precision import autocast, choose_precision, half_precision
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError, explain
-from scripts.core.quiet import log_above_bars
+from scripts.core.quiet import log_above_bars, name_user
 from scripts.networks.weights import read_checkpoint
 from scripts.sampling import exported
 from scripts.volumes import datasets
@@ -62,6 +63,18 @@ def test_nothing_of_posix_alone_is_imported() -> None:
 def test_sampling_and_evaluation_are_imported_as_on_windows() -> None:
     done = run_python("-c", WINDOWS)
     assert done.returncode == 0 and "imported" in done.stdout, done.stderr
+
+
+def test_a_user_without_a_name_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user id that the system does not know, as containers and clusters have."""
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2_000_000_011)
+    with pytest.raises((KeyError, OSError)):
+        getpass.getuser()
+    monkeypatch.setenv("LOGNAME", "")  # so that it is set back afterwards
+    name_user()
+    assert getpass.getuser() == "nobody"
 
 
 # Devices.

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,6 +22,14 @@ OF_NO_USE = (
     (r"(?!scripts\b)", FutureWarning),  # of the developers of packages among each other
 )
 """Beginning of the message as a pattern, and category."""
+
+
+def name_user() -> None:
+    """Where the user has no name, as in containers: give it one, since MONAI and PyTorch ask for it as they start."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        os.environ["LOGNAME"] = "nobody"
 
 
 def log_above_bars() -> None:
