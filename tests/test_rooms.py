@@ -37,6 +37,7 @@ ORDER = [
     "phantoms",
     "preparation",
     "sampling",
+    "editing",
     "evaluation",
     "serving",
     "collection",

@@ -150,8 +150,9 @@ def _check_values() -> None:
     """Compare the values of the running configuration with the table of options, and put the words as typed in."""
     parser, defaults = _parser(), _defaults()
     if is_bundle_command():
+        stated = set(condition_flags(parser.config))
         for name, text in read_flags(sys.argv[1:]).items():
-            typed = None if text is None or name not in parser.config else as_typed(name, text)
+            typed = None if text is None or name not in parser.config else as_typed(name, text, name in stated)
             if typed is not None and typed != parser.config[name]:
                 _put(parser, name, typed)
     for name, value in list(_values(parser.config)):

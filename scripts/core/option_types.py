@@ -194,6 +194,21 @@ OPTIONS: Mapping[str, OptionType] = {
     "output_dtype": TEXT,
     "layout": _choice("flat", "bids"),
     "latent_scale": POSITIVE,
+    # editing
+    "scan": PERHAPS_PATH,
+    "native_scan": PERHAPS_PATH,
+    "mask": PERHAPS_PATH,
+    "scans": PERHAPS_PATHS,
+    "seeds": OptionType("wholes", count=(2, 2), optional=True),
+    "frames": _whole(2, 1000),
+    "inpaint_steps": _whole(1),
+    "repaint_times": _whole(1, 1000),
+    "own": OptionType("map", optional=True),
+    "strength": _number(above=0.0, most=1.0),
+    "inversion_steps": _whole(1),
+    "tolerance": _number(above=0.0, most=1.0),
+    "keep_residual": YES_NO,
+    "measure": YES_NO,
     # sizes of networks and volumes
     "latent_channels": _whole(1, 4096),
     "autoencoder_channels": OptionType("wholes", 1, 65536, count=(1, 16)),
@@ -441,15 +456,19 @@ def _like(default: Any) -> OptionType | None:
     return None
 
 
-def as_typed(name: str, text: str) -> str | None:
+def as_typed(name: str, text: str, is_condition: bool = False) -> str | None:
     """A path or a word as it was typed, `~` expanded; None for an option of another kind.
 
-    MONAI's command line reads `2026_01`, `1.10`, `1e3`, `a,b` and `x#y` as numbers, lists and comments.
+    MONAI's command line reads `2026_01`, `1.10`, `1e3`, `a,b` and `x#y` as numbers, lists and comments, and `+10`, a
+    change of a condition, as 10.
 
     Args:
         name: of the option.
         text: what stands behind it on the command line.
+        is_condition: whether it states a condition.
     """
+    if is_condition:
+        return text if "+" in text and text[:1] not in ("$", "@", "%") else None
     found = OPTIONS.get(name)
     if found is None or found.kind not in ("path", "paths", "text") or text[:1] in "$@%" and text:
         return None

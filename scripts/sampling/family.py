@@ -69,6 +69,22 @@ class ModelFamily(nn.Module, ABC):
         """Give back what memory the weights take, where they can be read again when they are next used."""
         return None
 
+    def encode(self, volume: Tensor) -> Tensor:
+        """What trajectories that give these volumes end in: what is diffused, without noise.
+
+        Args:
+            volume: (B, 1, X, Y, Z) of the grid's shape, intensities 0..1.
+
+        Returns:
+            (B, *noise_shape) float32.
+
+        Raises:
+            BundleError: for a family without a way back from volumes.
+        """
+        raise BundleError(
+            f"{type(self).__name__} has no way back from a volume to its noise: edit with a diffusion model"
+        )
+
     def export(self) -> tuple[list[Part], dict[str, Any]]:
         """The networks as files shall have them, and what `export.json` says beside their inputs.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from scripts.compute.precision import autocast, precision_name
 from scripts.conditions.conditions import Conditions
+from scripts.core.errors import BundleError
 from scripts.diffusion.denoiser import HybridInferer
 from scripts.diffusion.samplers import Sampler
 from scripts.diffusion.schedules import check_facts, schedule_facts, target_of
@@ -58,6 +59,21 @@ class LatentDiffusion(DiffusionFamily):
         self.autoencoder, self.latent_scale = autoencoder, latent_scale
         self.decoder_amp = precision_name(decoder_amp)
         self.conditions = conditions
+
+    @torch.no_grad()
+    def encode(self, volume: Tensor) -> Tensor:
+        """Means of the volumes' posteriors, scaled as in training, one at a time; see `ModelFamily.encode`.
+
+        Raises:
+            BundleError: for exported networks, whose encoder is not among them.
+        """
+        if not hasattr(self.autoencoder, "encode"):
+            raise BundleError("the exported networks have no encoder: edit with the weights that they were made of")
+        latents = []
+        for one in volume.split(1):
+            with autocast(volume.device, self.decoder_amp):
+                latents.append(self.autoencoder.encode(one)[0].float())  # type: ignore[operator]
+        return torch.cat(latents) * self.latent_scale
 
     @torch.no_grad()
     def decode(self, clean: Tensor) -> Tensor:

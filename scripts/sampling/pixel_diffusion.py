@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scripts.diffusion.pixel_range import to_volume
+from scripts.diffusion.pixel_range import to_denoiser, to_volume
 from scripts.sampling.trajectory import DiffusionFamily
 
 NAME = "pixel_diffusion"
@@ -19,6 +19,10 @@ class PixelDiffusion(DiffusionFamily):
 
     See docs/pixel_diffusion.md for the models that this family is after. `shape` is (1, X, Y, Z).
     """
+
+    def encode(self, volume: Tensor) -> Tensor:
+        """The volumes in -1..1; see `ModelFamily.encode`."""
+        return to_denoiser(volume.float())
 
     def decode(self, clean: Tensor) -> Tensor:
         """Volumes (B, 1, X, Y, Z), nominally 0..1, of -1..1."""

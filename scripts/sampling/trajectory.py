@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scripts.diffusion.denoiser import HybridInferer
 from scripts.diffusion.guidance import null_conditions
-from scripts.diffusion.samplers import Sampler
+from scripts.diffusion.samplers import Denoise, Sampler
 from scripts.diffusion.schedules import check_facts, schedule_facts, target_of
 from scripts.networks.weights import Checkpoint
 from scripts.sampling.family import ModelFamily
@@ -76,10 +76,12 @@ class DiffusionFamily(ModelFamily):
     def sample_clean(self, noise: Tensor, condition: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """What trajectories end in, (B, C, x, y, z), scaled as in training."""
 
-        def denoise(noisy: Tensor, timestep: float) -> Tensor:
-            return self._guided(noisy, timestep, condition)
+        return self.sampler.sample(self.denoiser(condition), noise, generators)
 
-        return self.sampler.sample(denoise, noise, generators)
+    def denoiser(self, condition: Tensor, guided: bool = True) -> Denoise:
+        """What calls the network under conditions (B, n), with the family's guidance or without any."""
+        call = self._guided if guided else self._denoise
+        return lambda noisy, timestep: call(noisy, timestep, condition)
 
     def _guided(self, noisy: Tensor, timestep: float, condition: Tensor) -> Tensor:
         if self.guidance is None:

@@ -54,6 +54,18 @@ def write_volume(
         nib.save(image, temporary)
 
 
+def write_map(path: str | os.PathLike, values: np.ndarray, grid: Grid) -> None:
+    """Write numbers of any size, such as differences, of the grid's shape as float32 NIfTI.
+
+    Raises:
+        BundleError: for NaN, or if the file cannot be written.
+    """
+    if not np.isfinite(values).all():
+        raise BundleError(f"{path} was not written: it would hold NaN or infinite values")
+    with replacing(path) as temporary:
+        nib.save(_image(values.astype(np.float32), grid), temporary)
+
+
 def write_labels(path: str | os.PathLike, labels: np.ndarray, grid: Grid) -> None:
     """Write a label map of the grid's shape as uint8 NIfTI.
 

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from scripts.core.files import replacing
 from scripts.volumes.nifti import mid_planes, plane_tiles, write_picture
 
 FOLDER = "figures"
@@ -113,6 +114,43 @@ def sample_picture(labels: Sequence[str], planes: Sequence[np.ndarray]) -> np.nd
         axes[0].set_axis_off()
         _show(axes[1], plane, "")
     return _pixels(figure)
+
+
+def signed_picture(rows: Sequence[tuple[str, np.ndarray, float]]) -> np.ndarray:
+    """A row of three middle planes for each map, in greys where its limit is 0, else from blue over white to red.
+
+    Args:
+        rows: title, planes and limit of each. Grey planes are as `scripts.volumes.nifti.mid_planes` makes them,
+            (height, width) uint8; coloured ones are numbers of the same shape, drawn from -limit to limit.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    figure, places = _grid(len(rows), (1.0,), rows[0][1].shape)
+    for axes, (title, planes, limit) in zip(places[:, 0], rows, strict=True):
+        if limit:
+            axes.imshow(planes, cmap="bwr", vmin=-limit, vmax=limit)
+            axes.set_title(title, fontsize=8, parse_math=False)
+            axes.set_axis_off()
+        else:
+            _show(axes, planes, title)
+    return _pixels(figure)
+
+
+def signed_strip(values: np.ndarray, limit: float) -> np.ndarray:
+    """The three middle planes of a map (X, Y, Z), as `strip` has them: numbers from -limit to limit, in 255 steps."""
+    return (strip(0.5 + 0.5 * values / limit).astype(np.float32) / 127.5 - 1.0) * limit
+
+
+def write_film(path: str | os.PathLike, frames: Sequence[np.ndarray], labels: Sequence[str], seconds: float) -> None:
+    """Write frames, (height, width) uint8, as an endless animated GIF that goes there and back, each with its label."""
+    images = [Image.fromarray(frame) for frame in frames]
+    for image, label in zip(images, labels, strict=True):
+        ImageDraw.Draw(image).text((6, 4), label, fill=255)
+    images += images[-2:0:-1]
+    with replacing(path) as temporary:
+        later, milliseconds = images[1:], round(1000 * seconds)
+        images[0].save(temporary, format="GIF", save_all=True, append_images=later, duration=milliseconds, loop=0)
 
 
 def pair_figure(
