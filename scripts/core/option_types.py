@@ -296,6 +296,8 @@ OPTIONS: Mapping[str, OptionType] = {
     "density_scale": NOT_NEGATIVE,
     "min_snr_gamma": _number(0.0, optional=True),
     "condition_dropout": SHARE,
+    "teacher_steps": _whole(1),
+    "teacher_guidance": _number(0.0, optional=True),
     "trained_conditions": OptionType("names", optional=True),
     # brain age and the segmenter
     "augment": SHARE,

@@ -50,12 +50,12 @@ class Target(NamedTuple):
         _, q, d = self.coefficients(a, s)
         return q / d, -s / d
 
-    def clean(self, output: Tensor, noisy: Tensor, a: float, s: float) -> Tensor:
+    def clean(self, output: Tensor, noisy: Tensor, a: Any, s: Any) -> Tensor:
         """The clean x that an output for z implies."""
         _, q, d = self.coefficients(a, s)
         return _combined(q, noisy, -s, output, d)
 
-    def noise(self, output: Tensor, noisy: Tensor, a: float, s: float) -> Tensor:
+    def noise(self, output: Tensor, noisy: Tensor, a: Any, s: Any) -> Tensor:
         """The noise e that an output for z implies."""
         p, _, d = self.coefficients(a, s)
         return _combined(-p, noisy, a, output, d)
@@ -71,9 +71,9 @@ class Target(NamedTuple):
         return ((a / s) ** 2).clamp(max=cap) / (d / s) ** 2
 
 
-def _combined(u: float, first: Tensor, w: float, second: Tensor, d: float) -> Tensor:
+def _combined(u: Any, first: Tensor, w: Any, second: Tensor, d: Any) -> Tensor:
     """(u first + w second) / d; where one factor is 0, the other's quotient comes first, which is often exactly 1."""
-    if u == 0.0:
+    if isinstance(u, float) and u == 0.0:
         return w / d * second
     return (u * first + w * second) / d
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scripts.diffusion.consistency import ConsistencySampler
 from scripts.diffusion.denoiser import HybridInferer
 from scripts.diffusion.guidance import null_conditions
 from scripts.diffusion.samplers import Denoise, Sampler
 from scripts.diffusion.schedules import check_facts, schedule_facts, target_of
 from scripts.networks.weights import Checkpoint
 from scripts.sampling.family import ModelFamily
+
+logger = logging.getLogger(__name__)
 
 
 class DiffusionFamily(ModelFamily):
@@ -105,6 +109,7 @@ class DiffusionFamily(ModelFamily):
         """
         schedule = self.sampler.schedule
         check_facts(self.checkpoints["diffusion"], schedule)
+        self._warn_of_distillation()
         return {
             "sampler": self.sampler_name,
             "eta": self.sampler.eta,
@@ -115,6 +120,14 @@ class DiffusionFamily(ModelFamily):
             "schedule": schedule_facts(schedule),
             "amp": self.hybrid.amp,
         }
+
+    def _warn_of_distillation(self) -> None:
+        checkpoint, is_few = self.checkpoints["diffusion"], isinstance(self.sampler, ConsistencySampler)
+        if is_few and "distilled" not in checkpoint.facts:
+            logger.warning(
+                f"--sampler few is for a model that was distilled (configs/few_steps.yaml), and {checkpoint.path} does "
+                "not say that it was: expect blurred samples"
+            )
 
     def weights_facts(self, *names: str) -> dict[str, dict[str, str]]:
         """Name and hash of the files that networks were read from, by the networks' names."""
