@@ -159,7 +159,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, trained_folder: Path, run_bun
         "load_old": 0,
         "measure": 0,
         "inversion_steps": 2,
-        "tolerance": 1e-3,
+        "inversion_tolerance": 1e-3,
         "strength": 1.0,
     }
     scan, out = trained_folder / "dataset" / "sub-1" / "anat" / "sub-1_T1w.nii.gz", folder / "out"
@@ -219,7 +219,12 @@ def test_a_table_edits_many_in_pixel_space_too(work: dict[str, Any], run_here: R
         {"scan": "head-1.nii.gz", "age_years": "n/a", "ventricular_vol": "0.3,0.6", "site": "n/a", **own},
     ]
     write_table(tmp_path / "edits.tsv", rows)
-    flags = {"diffusion_path": str(tmp_path / "pixel.pt"), "measure": 0, "inversion_steps": 1, "tolerance": 0.1}
+    flags = {
+        "diffusion_path": str(tmp_path / "pixel.pt"),
+        "measure": 0,
+        "inversion_steps": 1,
+        "inversion_tolerance": 0.1,
+    }
     flags |= {"conditions_table": str(tmp_path / "edits.tsv"), "output_dir": str(tmp_path / "out"), **SMALLEST}
     run_here([BASE, EDIT, PIXEL, TINY], **flags)
     made = read_table(tmp_path / "out" / "participants.tsv")

@@ -119,7 +119,7 @@ def test_draws_are_the_scan_outside_of_the_mask(work: dict[str, Any], run_here: 
 
 
 def test_a_series_between_two_seeds_and_two_heads(work: dict[str, Any], run_here: RunHere, tmp_path: Path) -> None:
-    flags = {**work["flags"], "inversion_steps": 2, "tolerance": 1e-2, "frames": 3}
+    flags = {**work["flags"], "inversion_steps": 2, "inversion_tolerance": 1e-2, "frames": 3}
     run_here([BASE, INTERPOLATE, TINY], **flags, seeds=[1, 2], age_years=70, output_dir=str(tmp_path / "seeds"))
     rows = read_table(tmp_path / "seeds" / "participants.tsv")
     assert [row["share"] for row in rows] == ["0.0", "0.5", "1.0"] and rows[1]["age_years"] == "70.0"

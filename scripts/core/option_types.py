@@ -206,7 +206,7 @@ OPTIONS: Mapping[str, OptionType] = {
     "own": OptionType("map", optional=True),
     "strength": _number(above=0.0, most=1.0),
     "inversion_steps": _whole(1),
-    "tolerance": _number(above=0.0, most=1.0),
+    "inversion_tolerance": _number(above=0.0, most=1.0),
     "keep_residual": YES_NO,
     "measure": YES_NO,
     # sizes of networks and volumes

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from scripts.compute.devices import process_rank
+from scripts.compute.provenance import header_text, model_in_words, synthetic_facts
 from scripts.conditions.conditions import Conditions
 from scripts.core.errors import BundleError
 from scripts.core.files import are_whole, fingerprints, make_folder, read_json, write_json
@@ -101,8 +102,8 @@ class AnswerFiles:
         """
         make_folder(self.folder)
         path = self.volume_of(name)
-        write_volume(path, volume, self.grid, self.dtype)
-        words = {"synthetic": True, "note": SYNTHETIC, "conditions": self.conditions.in_both_units(condition)}
+        write_volume(path, volume, self.grid, self.dtype, header_text(model_in_words(stated)))
+        words = {**synthetic_facts(), "note": SYNTHETIC, "conditions": self.conditions.in_both_units(condition)}
         versions = {"versions": {package: version(package) for package in PACKAGES}}
         files = [path, *beside]
         write_json(sidecar_of(path), {**words, **stated, **versions, FILES: fingerprints(files)})

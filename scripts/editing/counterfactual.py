@@ -101,7 +101,7 @@ class Editor:
     ) -> None:
         self.family, self.grid, self.device = diffusion_family(family), grid, torch.device(device)
         self.strength = number(strength, "strength", 0.0, 1.0)
-        self.path = ReversiblePath(self.family.sampler.schedule, steps, number(tolerance, "tolerance", 0.0))
+        self.path = ReversiblePath(self.family.sampler.schedule, steps, number(tolerance, "inversion_tolerance", 0.0))
         self.start = round(self.strength * len(self.path))
         if self.start < 1:
             raise BundleError(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from scripts.compute.provenance import header_text, model_in_words
 from scripts.core.files import file_hash, make_folder
 from scripts.editing.answer_files import AnswerFiles
 from scripts.editing.changed_regions import apparent_growth
@@ -77,7 +78,8 @@ class EditFolder:
         """All files of a request."""
         scan, folder = request.head.volume, make_folder(self.files.folder)
         reconstruction = folder / f"{stem}_reconstruction.nii.gz"
-        write_volume(reconstruction, answers.reconstruction.clip(0.0, 1.0), self.grid, self.files.dtype)
+        words = header_text(model_in_words(wanted))
+        write_volume(reconstruction, answers.reconstruction.clip(0.0, 1.0), self.grid, self.files.dtype, words)
         stated = {key: value for key, value in wanted.items() if key != "targets"}
         floor = errors_of(scan, answers.reconstruction)
         stated |= {"reconstruction": reconstruction.name, "reconstruction_error": floor, "inverted": answers.facts}

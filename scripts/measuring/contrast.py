@@ -11,12 +11,12 @@ import numpy as np
 from scipy import ndimage
 
 from scripts.core.errors import BundleError
-from scripts.core.paths import MODELS
+from scripts.core.paths import SHIPPED_MODELS
 from scripts.volumes.grid import Grid
 from scripts.volumes.placing import read_on_grid
 
 TEMPLATE, BRAIN = (
-    MODELS / "template" / f"tpl-MNI152NLin2009cAsym_res-01_{kind}.nii.gz" for kind in ("T1w", "desc-brain_mask")
+    SHIPPED_MODELS / "template" / f"tpl-MNI152NLin2009cAsym_res-01_{kind}.nii.gz" for kind in ("T1w", "desc-brain_mask")
 )
 COARSE = Grid((54, 75, 54), (-3.0, 3.0, 3.0), (79.5, -124.5, -59.5))
 SMOOTHING_VOXELS = 2.0
