@@ -45,6 +45,7 @@ NO_VERBS = (*MODELS, *AFTER_TRAININGS, NEXT, MINIMAL, UNCONDITIONAL)
 VERBS = [[], *([name] for name in OVERLAYS if name not in NO_VERBS)]
 COMBINATIONS = [[*verb, *model] for verb in VERBS for model in ([], *([name] for name in MODELS))]
 COMBINATIONS += [["prepare.yaml", PIXEL, MINIMAL], [UNCONDITIONAL], ["train_diffusion.yaml", PIXEL, UNCONDITIONAL]]
+COMBINATIONS += [["train_diffusion.yaml", "few_steps.yaml"]]
 TRAININGS = [names for names in COMBINATIONS if names and names[0].startswith("train_")]
 COMBINATIONS += [[*names, last] for names in TRAININGS for last in AFTER_TRAININGS]
 

@@ -136,7 +136,7 @@ def test_help_follows_the_maps_of_the_configuration(shown: Shown, tmp_path: Path
     assert "--brain_vol_mm3 1150000 to 1550000 mm3" in own
     assert "(one of: ddim, ddpm, dpm, unipc, flow, midpoint, few, renoising)" in own
     assert "(one of: latent_diffusion, lsgan, vae_gan, pixel_diffusion, average)" in own
-    assert "50, 1000, 20, 20, 30, 10, renoising 4)" in own
+    assert "50, 1000, 20, 20, 30, 10, 4, renoising 4)" in own
     base = " ".join(shown("sample", "--help").split())
     assert "education" not in base and "--brain_vol_mm3 1144240 to 1793910 mm3" in base
 

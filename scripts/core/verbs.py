@@ -24,7 +24,7 @@ SEPARATOR = "::"
 REFERENCE = re.compile(r"[@%](\w+(?:::\w+)*)")
 STARTS = ("run", "initialize", "finalize")
 IDS_OF_STARTS = ("run_id", "init_id", "final_id")
-OF_OVERLAYS = {"stage", "stage_weights", "facts", "further_facts"}
+OF_OVERLAYS = {"stage", "stage_weights", "facts"}
 """Plain ids that a training's file sets for the rest of the configuration: no options, and in no table of them."""
 
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -127,10 +126,8 @@ class ConsistencyLoss(Loss):
         return torch.lerp(null, output, self.guidance)
 
 
-def distilled_facts(
-    more: Mapping[str, Any], checkpoint: Checkpoint | None, steps: Any, guidance: Any
-) -> dict[str, Any]:
+def distilled_facts(checkpoint: Checkpoint | None, steps: Any, guidance: Any) -> dict[str, Any]:
     """What checkpoints of a student say besides what its teacher's say: `distilled`, from which weights and how."""
     teacher = None if checkpoint is None else checkpoint.sha256
     scale = None if is_absent(guidance) else float(guidance)
-    return {**more, "distilled": {"method": "consistency", "teacher": teacher, "steps": int(steps), "guidance": scale}}
+    return {"distilled": {"method": "consistency", "teacher": teacher, "steps": int(steps), "guidance": scale}}
