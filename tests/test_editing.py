@@ -174,7 +174,7 @@ def test_an_edit_says_what_it_is(work: dict[str, Any]) -> None:
     assert stated["synthetic"] is True and stated["conditions"]["age_years"] == 80
     assert stated["own_conditions"]["age_years"] == 60 and stated["conditions"]["sex"] == "male"
     assert set(stated["own_conditions_from"].values()) == {"table"}
-    assert stated["inversion"]["steps"] == 2 and stated["inverted"]["latent_error"] < 1e-2
+    assert stated["inversion"]["steps"] == 2 and stated["inverted"]["latent_error"] < 0.05
     assert "sampler" not in stated and list(stated["weights"]) == ["autoencoder", "diffusion"]
     rows = read_table(work["out"] / "participants.tsv")
     assert [row["age_years"] for row in rows] == ["65.0", "80.0"]
@@ -242,8 +242,8 @@ def test_native_space_on_request(work: dict[str, Any], run_here: RunHere, tmp_pa
     shifted[:3, 3] = 4.0, -3.0, 2.0
     nib.save(nib.Nifti1Image(np.zeros((20, 22, 24), np.float32), np.diag([6.0, 6.0, 6.0, 1.0])), raw)  # type: ignore
     (tmp_path / "sub-9_space-MNI152_T1w.json").write_text(json.dumps({"template_to_scan_mm": shifted.tolist()}))
-    flags = {**work["flags"], "scan": str(scan), "native_scan": str(raw), "own": {"sex": "male", "age_years": 60}}
-    run_here([BASE, EDIT, TINY], **flags, age_years=70, strength=0.5, output_dir=str(tmp_path / "out"))
+    flags = {**work["flags"], "scan": str(scan), "native_scan": str(raw), "own": {"sex": "male"}, "strength": 0.5}
+    run_here([BASE, EDIT, TINY], **flags, age_years=70, output_dir=str(tmp_path / "out"))
     native = read_image(tmp_path / "out" / "sub-9_edit-000_space-native_T1w.nii.gz")
     assert native.data.shape == (20, 22, 24) and np.allclose(native.affine, np.diag([6.0, 6.0, 6.0, 1.0]))
 
