@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Brain LDM contributors
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m scripts latent_ridge --latents_dir latents`: what cached latents know of each condition.
+"""`python -m scripts.tools.latent_ridge --latents_dir latents`: what cached latents know of each condition.
 
 The posterior means are averaged over a coarse grid, and a ridge tells each condition from them, of scans left out in
 turn. The table has Pearson's r and the slope of told on true values with 95 % intervals, and as floor the r that 95 %
