@@ -384,7 +384,7 @@ def test_what_a_table_says_besides_its_conditions(
     """A seed of its own, whose first sample it is; who it is of; nothing of some conditions."""
     caplog.set_level(logging.INFO)
     rows = "male\t70\t0.2\t1500000\t5\ta\t12\nNA\t\tnull\tn/a\t\tb\t\nNA\t\tnull\tn/a\t7\tc\t9\n"
-    header = HEADER.replace("\n", "\tseed\tparticipant_id\teducation_years\n")
+    header = HEADER.replace("\n", "\tseed\tparticipant_id\teducation_years\trequested_brain_vol_mm3\tstages\n")
     for _ in range(2):  # the second finds all of them there
         sample(seed=2, conditions_table=write_table(tmp_path, header + rows))
     one, two, three = sorted(sidecars(output_dir), key=lambda stated: stated["index"])

@@ -168,9 +168,9 @@ def further_columns(row: Mapping[str, Any], conditions: Conditions, table: str) 
         near = difflib.get_close_matches(column.lower(), known, 1, NEAR)
         if column in known:
             continue
-        if near:
+        if near and not column.endswith(f"_{near[0]}"):  # such as the phantoms' `requested_brain_vol_mm3`
             raise BundleError(f"the table {table} has a column '{shown(column)}': did you mean '{near[0]}'? Rename it")
-        if flag := next(iter(difflib.get_close_matches(column.lower(), flags, 1, NEAR)), ""):
+        if (flag := column.lower().replace("-", "_")) in flags:
             raise BundleError(
                 f"the table {table} has a column '{shown(column)}', but --{flag} is of the whole run: give it on the "
                 "command line, or rename the column"
