@@ -20,6 +20,7 @@ from released import configuration, write_weights
 from scripts.core.errors import find_bundle_error
 
 onnxruntime = pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.slow
 
 EXPORT, EXPORTED = "configs/export.yaml", "configs/exported.yaml"
 SMALL: dict[str, Any] = {  # of one level each: most of the time goes into taking the graphs apart

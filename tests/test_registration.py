@@ -124,6 +124,7 @@ def test_a_scale_that_runs_away_costs_no_head(coarse: Template, monkeypatch: pyt
     assert len(seen) == 3 and found.similarity > 0.99 and found.scale == pytest.approx(0.95)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_rotations")
 def test_a_head_of_a_childs_size_is_searched_for(coarse: Template, monkeypatch: pytest.MonkeyPatch) -> None:
     """The coarse search alone finds a head that is a quarter shorter."""

@@ -57,15 +57,15 @@ def test_timesteps_are_the_originals_where_their_number_divides_the_schedules(st
 
 def test_more_steps_are_never_worse() -> None:
     """They begin no later, come no further apart, and end nearer to where the exact trajectory of a Gaussian does."""
-    before, wide = -1, 1000
+    before, wide, one = -1, 1000, schedule()
     for steps in range(1, 1001):
-        timesteps = DDIMSampler(schedule(), steps).timesteps
-        gaps = [one - other for one, other in zip(timesteps, timesteps[1:])]
+        timesteps = DDIMSampler(one, steps).timesteps
+        gaps = [high - low for high, low in zip(timesteps, timesteps[1:])]
         assert len(set(timesteps)) == steps and timesteps[-1] == 0
         assert timesteps[0] >= before and max(gaps, default=wide) <= wide
         before, wide = timesteps[0], max(gaps, default=wide)
-    powers = schedule().alphas_cumprod.double()
-    errors = [abs(_end_of_a_gaussian(DDIMSampler(schedule(), steps), powers) - 0.1) for steps in STEPS]
+    powers = one.alphas_cumprod.double()
+    errors = [abs(_end_of_a_gaussian(DDIMSampler(one, steps), powers) - 0.1) for steps in STEPS]
     assert all(later < earlier * 1.001 for earlier, later in zip(errors, errors[1:])), errors
 
 
