@@ -190,21 +190,30 @@ function words(job) {
   return job.step < job.steps ? at + left : `decoding${left}`;
 }
 
+function jobItem(job) {
+  const stop = element("button", {type: "button", textContent: "Stop", "aria-label": `Stop job ${job.number}`});
+  stop.addEventListener("click", () => post(`/api/jobs/${job.number}/stop`).catch(() => {}).then(() => follow(50)));
+  const item = element("li", {}, element("div", {className: "row"}, element("span"), stop),
+    element("progress", {max: 1, "aria-label": `job ${job.number}`}));
+  item.dataset.job = job.number;
+  return item;
+}
+
 function drawJobs(before) {
   const listed = jobs.filter(job => UNFINISHED.includes(job.state) || (job.state === "failed" && jobs.indexOf(job) > jobs.length - 4));
-  const focused = document.activeElement?.dataset?.stops;
-  at("jobs").replaceChildren(...listed.map(job => {
-    const stop = element("button", {type: "button", textContent: "Stop", "aria-label": `Stop job ${job.number}`});
-    stop.dataset.stops = job.number;
-    stop.addEventListener("click", () => post(`/api/jobs/${job.number}/stop`).catch(() => {}).then(() => follow(50)));
-    const said = element("span", {textContent: `${KINDS[job.kind]} ${job.number}: ${words(job)}`});
-    const bar = element("progress", {max: job.steps || 1, "aria-label": `job ${job.number}`});
-    if (job.state === "running" && job.steps && job.step < job.steps) bar.value = job.step;
-    if (job.state === "waiting") bar.value = 0;
-    return element("li", {className: job.state}, element("div", {className: "row"}, said, ...(job.state === "failed" ? [] : [stop])),
-      ...(job.state === "failed" ? [] : [bar]));
-  }));
-  if (focused) document.querySelector(`[data-stops="${focused}"]`)?.focus();
+  // An item stays the same element while it changes: a click on a button that is replaced meanwhile is none.
+  const there = new Map([...at("jobs").children].map(item => [item.dataset.job, item]));
+  for (const [number, item] of there) if (!listed.some(job => String(job.number) === number)) item.remove();
+  for (const job of listed) {
+    const item = there.get(String(job.number)) ?? at("jobs").appendChild(jobItem(job));
+    const [said, stop, bar] = [item.querySelector("span"), item.querySelector("button"), item.querySelector("progress")];
+    item.className = job.state;
+    said.textContent = `${KINDS[job.kind]} ${job.number}: ${words(job)}`;
+    stop.hidden = bar.hidden = job.state === "failed";
+    bar.max = job.steps || 1;
+    if (job.state === "running" && !(job.steps && job.step < job.steps)) bar.removeAttribute("value");
+    else bar.value = job.step;
+  }
   const ended = jobs.filter(job => before.has(job.number) && before.get(job.number) !== job.state && !UNFINISHED.includes(job.state));
   if (ended.length) at("status").textContent = ended.map(job => `${KINDS[job.kind]} ${job.number} ${job.state}`).join(", ");
 }
