@@ -19,10 +19,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -209,9 +211,12 @@ def run(case: Case, folder: Path) -> Outcome:
     written = [str(given[name]) for name in ("output_dir", "run_dir", "latents_dir") if name in given]
     before, line = _state(folder), ""
     try:
-        with warnings.catch_warnings():
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             words = [str(file) for file in files]
+            if case.verb == "serve":
+                stack.enter_context(mock.patch("uvicorn.Server.run"))  # a page that is served has been taken
             workflow = create_workflow(config_file=words, workflow_type="inference", logging_file=False, **given)
             workflow.run()
             workflow.finalize()

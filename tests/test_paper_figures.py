@@ -125,9 +125,9 @@ def test_wrong_cells(
 def test_values_outside_the_training_range_are_told(
     bundle_copy: Path, run_here: RunHere, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run_here([BASE, FIGURES, TINY], **flags(bundle_copy, tmp_path, rows=[{}], columns=[{"age": 63}, {"age": 0.5}]))
+    run_here([BASE, FIGURES, TINY], **flags(bundle_copy, tmp_path, rows=[{}], columns=[{"age": 2.5}, {"age": 0.5}]))
     told = [text for text in caplog.messages if "outside the training range" in text]
-    assert len(told) == 1 and told[0].startswith("--age 63 in --columns is outside the training range (44 to 82 years")
+    assert len(told) == 1 and told[0].startswith("--age 2.5 in --columns is outside the training range (44 to 82 years")
 
 
 def test_damaged_samples_of_an_earlier_run_are_told(bundle_copy: Path, run_here: RunHere, tmp_path: Path) -> None:

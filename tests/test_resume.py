@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import BASE, ROOT, TINY, RunHere
-from processes import Command, Finished, run_interpreter, run_ranks
+from processes import Finished, run_interpreter, run_ranks
 from trained import AUTOENCODER, DIFFUSION, Pipeline, content, difference
 
 from scripts.tools.curves import losses
@@ -83,9 +83,11 @@ def test_killed_training_ends_in_the_same_weights(
     expected = uninterrupted(stage, done, tmp_path / "whole", run_here)
     folder, iteration = tmp_path / "killed", random.SystemRandom().randint(1, 4)
     flags = flags_of(stage, done, folder, num_workers=1)
-    with Command(command(stage, flags)) as training:
-        wait_for(f"checkpoint_iteration={iteration}.pt", folder, lambda: training.process.exitcode)
-        training.kill()
+    words = [sys.executable, *command(stage, flags)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(f"checkpoint_iteration={iteration}.pt", folder, process.poll)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert not (folder / LAST).exists(), "it was faster than the kill"
     run_here([BASE, *STAGES[stage], TINY], **flags)
     resumed = content(folder / LAST)

@@ -127,7 +127,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"age": 0.5, "age_years": 63}, "--age and --age_years state the same condition"),
     ({"device": "tpu"}, "--device must be auto, cpu, cuda, cuda:N or mps, got 'tpu'"),
     ({"device": "mps"}, "--device mps: there is no GPU of Apple's"),
-    ({"sampler": "x"}, "--sampler must be one of ddim, ddpm, dpm, unipc, flow, midpoint, got 'x'"),
+    ({"sampler": "x"}, "--sampler must be one of ddim, ddpm, dpm, unipc, flow, midpoint, few, got 'x'"),
     ({"target": "noise"}, "--target must be one of epsilon, sample, velocity, flow, difference, got 'noise'"),
     ({"target": "flow", "sampler": "ddim"}, "give --sampler flow"),
     ({"sampler": "flow"}, "give --sampler ddim, or --target flow"),
@@ -383,7 +383,7 @@ def test_what_a_table_says_besides_its_conditions(
 ) -> None:
     """A seed of its own, whose first sample it is; who it is of; nothing of some conditions."""
     caplog.set_level(logging.INFO)
-    rows = "male\t70\t0.2\t1500000\t5\ta\t12\nNA\t\tnull\tn/a\t\tb\t\nNA\t\tnull\tn/a\t7\tc\t9\n"
+    rows = "male\t70\t0.2\t1500000\t5\ta\t12\t\t\nNA\t\tnull\tn/a\t\tb\t\t\t\nNA\t\tnull\tn/a\t7\tc\t9\t\t\n"
     header = HEADER.replace("\n", "\tseed\tparticipant_id\teducation_years\trequested_brain_vol_mm3\tstages\n")
     for _ in range(2):  # the second finds all of them there
         sample(seed=2, conditions_table=write_table(tmp_path, header + rows))

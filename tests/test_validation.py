@@ -500,7 +500,7 @@ def test_samples_have_each_condition_low_and_high(tmp_path: Path) -> None:
 def test_samples_are_drawn_with_their_conditions(tmp_path: Path) -> None:
     run(figure(tmp_path))
     picture = pixels(figure_path(tmp_path, "samples", 2))
-    assert picture.shape[0] == 4 * 185 and picture.shape[1] > 600 and picture.shape[2] == 3
+    assert picture.shape[0] == 4 * 185 and picture.shape[1] > 500 and picture.shape[2] == 3
     low, high, *_ = np.split(picture.astype(float), 4)
     text = picture.shape[1] // 3
     assert high[60:-20, text + 40 : -40].mean() > low[60:-20, text + 40 : -40].mean() + 50

@@ -37,7 +37,7 @@ def overlay(folder: Path, **content: Any) -> Path:
     [
         ("gendr", "--gender"),
         ("age_year", "--age_years"),
-        ("seeds", "--seed"),
+        ("seeed", "--seed"),
         ("numsamples", "--num_samples"),
         ("outputdir", "--output_dir"),
         ("ventricular_volume_mm3", "--ventricular_vol_mm3"),

@@ -102,8 +102,10 @@ class OptionType:
             raise BundleError(f"--{flag} is empty: give a path, or leave it out")
         if "\0" in str(value):
             raise BundleError(f"--{flag} has a character that no path has")
-        if "#" in str(value):
-            raise BundleError(f"--{flag} {value}: MONAI reads # as ::, so a path with it cannot be given; use another")
+        if "#" in str(value) or "::" in str(value):
+            raise BundleError(
+                f"--{flag} {value}: MONAI reads # as ::, so a path with either cannot be given; use another"
+            )
 
     def _check_paths(self, value: Any, flag: str) -> None:
         parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
@@ -429,8 +431,8 @@ OPTIONS: Mapping[str, OptionType] = {
     "port": _whole(0, 65535),
     "open": YES_NO,
     "token": OptionType("text", optional=True),
-    "runs_dir": PATH,
-    "evaluation_dir": PATH,
+    "runs_dir": PERHAPS_PATH,
+    "evaluation_dir": PERHAPS_PATH,
     "offered": OptionType("map"),
 }
 

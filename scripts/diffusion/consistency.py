@@ -45,6 +45,8 @@ class ConsistencySampler(OneStepSampler):
     """
 
     eta = 1.0
+    for_students = True
+    """Only models that were distilled give heads by it."""
 
     def __init__(self, schedule: Scheduler, num_inference_steps: int) -> None:
         asked = trailing_timesteps(schedule, num_inference_steps)

@@ -77,16 +77,21 @@ class OfferedModel:
 
     @cached_property
     def samplers(self) -> dict[str, int]:
-        """Name -> its usual number of steps, of the samplers that the model's target can be walked with."""
+        """Name -> its usual number of steps, of the samplers that the model's target can be walked with.
+
+        That of distilled models is among them where it is the model's own.
+        """
         if "chosen_sampler" not in used_ids(self.config, references(self.family)):
             return {}
         found = {}
         for name in self.config["samplers"]:
             try:
                 maker = self.parser.get_parsed_content(f"samplers{SEPARATOR}{name}")
-                found[name] = len(choose_sampler({name: maker}, name).timesteps)
+                sampler = choose_sampler({name: maker}, name)
             except BundleError:
                 continue
+            if name == self.config["sampler"] or not getattr(sampler, "for_students", False):
+                found[name] = len(sampler.timesteps)
         return found
 
     def about(self, given: Mapping[str, Any]) -> dict[str, Any]:

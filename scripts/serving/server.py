@@ -37,6 +37,7 @@ class PageServer:
         evaluation_dir: of an evaluation, whose report is shown where it is.
         models: name -> words of `sample` that choose a model.
         runs_dir: the folder of the trainings.
+        bundle_root: where `evaluation` and `runs` are looked for that are not given.
         uses: what of the configuration its commands use; for the check of flags.
 
     Raises:
@@ -52,9 +53,10 @@ class PageServer:
         token: str | None = None,
         volumes_dir: str | None = None,
         dataset_dir: str = "dataset",
-        evaluation_dir: str = "evaluation",
+        evaluation_dir: str | None = None,
         models: Mapping[str, Sequence[str]] | None = None,
-        runs_dir: str = "runs",
+        runs_dir: str | None = None,
+        bundle_root: str = ".",
         uses: str = "",
     ) -> None:
         try:
@@ -64,9 +66,10 @@ class PageServer:
         check_token(str(host), token)
         self.host, self.port, self.token = str(host), whole_number(port, "port"), token
         self.open_browser = yes_or_no(open_browser, "open")
-        self.folder, self.runs, self.entries = Path(output_dir), Path(runs_dir), dict(models or {})
+        self.folder, self.entries = Path(output_dir), dict(models or {})
+        self.runs = _given_folder(runs_dir, "runs_dir", Path(bundle_root) / "runs")
         self.volumes = _volumes(volumes_dir, dataset_dir)
-        self.evaluation = Path(str(evaluation_dir))
+        self.evaluation = _given_folder(evaluation_dir, "evaluation_dir", Path(bundle_root) / "evaluation")
         self.config = {name: value for name, value in current_config().items()}
 
     def serve(self) -> None:
@@ -121,6 +124,15 @@ def _volumes(volumes_dir: str | None, dataset_dir: str) -> Path | None:
     if volumes_dir is not None:
         return Path(str(volumes_dir))
     return Path(dataset_dir) if (Path(dataset_dir) / "participants.tsv").is_file() else None
+
+
+def _given_folder(path: str | None, flag: str, default: Path) -> Path:
+    """The folder that was given, which has to be there, or the default, which may be."""
+    if path is None:
+        return default
+    if not Path(str(path)).is_dir():
+        raise BundleError(f"--{flag}: there is no folder {path}")
+    return Path(str(path))
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

@@ -359,12 +359,23 @@ function drawStrip() {
   at("strip-part").hidden = !strip;
   if (!strip) return;
   at("strip-title").textContent = strip.title;
-  at("strip").replaceChildren(...strip.heads.map(head => {
-    const button = element("button", {type: "button", disabled: !entryOf(head.entry), "aria-label": `View ${head.text}`});
-    if (entryOf(head.entry)) button.append(element("img", {src: `/gallery/${head.entry}/picture.png`, alt: ""}));
-    button.addEventListener("click", () => show(0, head.entry));
-    return element("li", {}, button, head.text);
-  }));
+  const heads = strip.heads.map(head => head.entry).join(" ");
+  if (at("strip").dataset.heads !== heads) {
+    at("strip").dataset.heads = heads;
+    at("strip").replaceChildren(...strip.heads.map(stripHead));
+  }
+  // As in the queue, a head stays the same element when it comes, so that no click is lost.
+  for (const [i, button] of [...at("strip").querySelectorAll("button")].entries()) {
+    const come = entryOf(strip.heads[i].entry);
+    button.disabled = !come;
+    if (come && !button.firstChild) button.append(element("img", {src: `/gallery/${come.name}/picture.png`, alt: ""}));
+  }
+}
+
+function stripHead(head) {
+  const button = element("button", {type: "button", "aria-label": `View ${head.text}`});
+  button.addEventListener("click", () => show(0, head.entry));
+  return element("li", {}, button, head.text);
 }
 
 // Addresses: what is shown stands behind the #, so that it is shown again after a reload.
