@@ -484,7 +484,7 @@ def test_models_that_are_there_are_offered(bundle_copy: Path, tmp_path: Path, tr
     config = {**merge(request.files), "bundle_root": str(bundle_copy)}
     entries = {"small": ["--with", "demo"], "released": []}
     found = {one.name: one for one in find_models(config, entries, trained_folder, tmp_path)}
-    assert list(found) == ["small", "as given", "runs/diffusion"]
+    assert list(found) == ["as given", "small", "runs/diffusion"]
     assert found["runs/diffusion"].weights()[1] == trained_folder / "diffusion" / "diffusion.pt"
     assert found["runs/diffusion"].config["network_def"] == merge(request.files)["network_def"]
     demo = find_models({**merge([BASE]), "bundle_root": str(ROOT)}, entries, tmp_path, tmp_path)

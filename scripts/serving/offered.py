@@ -136,11 +136,12 @@ def find_models(
     """
     passed, found = passed_words(config), list[OfferedModel]()
     named = (OfferedModel(name, tuple(words)) for name, words in entries.items())
-    for model in (*named, *_stated(config, folder), *_trained(runs, folder)):
+    stated = next(_stated(config, folder))
+    for model in (*named, stated, *_trained(runs, folder)):
         model = OfferedModel(model.name, (*model.words, *passed))
         if _is_there(model) and not any(_same(model, other) for other in found):
             found.append(model)
-    return found
+    return sorted(found, key=lambda model: not _same(model, stated))  # that of the command first
 
 
 def passed_words(config: Mapping[str, Any]) -> list[str]:
